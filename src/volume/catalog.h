@@ -1,0 +1,83 @@
+/*
+ * The catalog: which volumes a store has, and the changes that are not data:
+ * create, list, find, rename, remove. Used by the commands and by the server.
+ *
+ * Everything is asynchronous on one reactor (`env`): operations are structures of the
+ * caller's, answered by `done`, never from inside the call. Each change is one
+ * store commit under checks, so two commands at once are as one after the other.
+ */
+#ifndef VOLUME_CATALOG_H
+#define VOLUME_CATALOG_H
+
+#include "base/env.h"
+#include "base/status.h"
+#include "store/store.h"
+#include "volume/records.h"
+
+struct catalog_entry {
+    char name[NAME_BYTES_MAX + 1];
+    uint64_t branch;
+    struct header_record header;
+    struct state_record state;
+    struct owner_record owner; /* token 0 and a zero session where there never was one */
+};
+
+struct volume_spec {
+    char name[NAME_BYTES_MAX + 1];
+    uint64_t size;       /* bytes, a multiple of 512, at least 512, at most 2^62 */
+    uint32_t block_size; /* 0: the engine's default (16 KiB) */
+    int codec;           /* enum codec_kind; -1: the default (lz4) */
+    int codec_level;     /* zstd: 1..19, 0: the library's default */
+    char description[DESCRIPTION_BYTES_MAX + 1];
+};
+
+struct catalog_op {
+    void (*done)(struct catalog_op *op); /* in */
+    enum status st;                      /* out */
+    struct err err;                      /* out: a sentence where st is not ST_OK */
+    struct catalog_entry *entries;       /* out of find (one) and list; freed by catalog_op_free */
+    size_t n_entries;
+
+    struct store *store; /* the catalog's, from here on */
+    struct env *env;
+    void *state;
+};
+
+/* Frees what an answered operation holds. */
+void catalog_op_free(struct catalog_op *op);
+
+/* Makes sure that the store has a meta record ("m") this build can work with: writes one into
+ * an empty store where `create`. ST_FORMAT where a feature is unknown. */
+void catalog_prepare(struct catalog_op *op, struct store *store, struct env *env, bool create);
+
+/* Makes a volume. ST_EXISTS, ST_INVAL (name, size, block size, codec), ST_NOSPC. */
+void catalog_create(struct catalog_op *op, struct store *store, struct env *env,
+                    const struct volume_spec *spec);
+
+/* All volumes, by name. */
+void catalog_list(struct catalog_op *op, struct store *store, struct env *env);
+
+/* One volume; ST_NOTFOUND names the store and what similar names it has. */
+void catalog_find(struct catalog_op *op, struct store *store, struct env *env, const char *name);
+
+/* ST_NOTFOUND, ST_EXISTS, ST_INVAL. Does not disturb clients of the volume. */
+void catalog_rename(struct catalog_op *op, struct store *store, struct env *env, const char *from,
+                    const char *to);
+
+/* Takes the name away and leaves the volume's keys to be cleared: one commit, which checks
+ * that the owner key is still what `entry` says (the caller made sure nobody serves it). */
+void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
+                    const struct catalog_entry *entry);
+
+/* Clears one batch of what removed volumes left; *more tells whether there is more. Resumable
+ * at any point, harmless from several processes at once. */
+void catalog_clear_removed(struct catalog_op *op, struct store *store, struct env *env, bool *more);
+
+/* Asks the owner of a volume through its mailbox and waits for the answer: ST_OK and what the
+ * owner said, ST_BUSY (refused: err.text says why), ST_UNAVAIL (no answer in `wait_ms`),
+ * ST_NOTFOUND (nobody owns it). */
+void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
+                       const struct catalog_entry *entry, const struct mail_record *mail,
+                       uint32_t wait_ms);
+
+#endif

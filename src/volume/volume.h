@@ -1,0 +1,208 @@
+/*
+ * The volume: what the NBD server reads from and writes to.
+ *
+ * A shard is one reactor's part of the process: its buffers, its write log, its
+ * open volumes. A volume lives on one shard and is touched by that reactor's
+ * thread only, so there are no locks. Requests are `struct vol_io`s of the
+ * caller's. A write takes effect when volume_write_commit() is called, in that
+ * order, and is answered when it would survive the process (G1): on stores with
+ * a write log after shard_submit(), else when its generation has committed.
+ *
+ * All functions here run on the shard's reactor thread; callbacks too, never
+ * from inside the call that started the request unless said.
+ */
+#ifndef VOLUME_VOLUME_H
+#define VOLUME_VOLUME_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/buf.h"
+#include "base/env.h"
+#include "base/status.h"
+#include "store/store.h"
+#include "volume/records.h"
+
+/* G3: longer writes are consecutive pieces of this many bytes. */
+#define VOLUME_PIECE_BYTES (4u << 20)
+/* The longest read in one request to the volume; callers split longer ones. */
+#define VOLUME_READ_BYTES_MAX (1u << 20)
+#define VOLUME_CACHE_BYTES_MIN (32ull << 20)
+
+struct shard;
+struct volume;
+struct session;
+
+struct shard_config {
+    struct store *store;
+    struct env *env;
+    struct session *session;  /* this process's, see session.h */
+    uint64_t cache_bytes;     /* budget of all block buffers, at least VOLUME_CACHE_BYTES_MIN */
+    uint64_t log_bytes;       /* 0: a size fitting cache_bytes */
+    bool no_log;              /* answer at the commit although the store has a log (commands) */
+    uint32_t seal_age_ms;     /* 0: 1000 */
+};
+
+/* Makes a shard: pool and log. Blocks while the log is written through; before the reactor
+ * serves. */
+enum status shard_new(const struct shard_config *config, struct shard **out, struct err *e);
+
+/* Frees a shard whose volumes are all closed. */
+void shard_free(struct shard *shard);
+
+/* To be called once after each batch of requests (after parsing what one socket read
+ * brought, before sending replies): writes the log records that gathered in one call and
+ * answers the writes among them: their `done` is called from inside. Cheap when nothing
+ * gathered. */
+void shard_submit(struct shard *shard);
+
+/* A run of bytes of a block buffer; buf NULL: that many zeros. */
+struct vol_seg {
+    struct buf *buf;
+    uint32_t offset, len;
+};
+
+struct vol_extent {
+    uint64_t length;
+    uint32_t flags; /* VOL_EXTENT_* */
+};
+#define VOL_EXTENT_HOLE 1u /* the bits of base:allocation */
+#define VOL_EXTENT_ZERO 2u
+
+enum vol_io_flags {
+    VOL_FUA = 1,      /* answered only when it would survive the machine */
+    VOL_NO_HOLE = 2,  /* zero: stays allocated in the block status */
+    VOL_REQ_ONE = 4,  /* status: one extent, not longer than asked */
+};
+
+/* One request. The caller owns it and keeps it until answered. Zero-initialise, then set
+ * the fields marked "in". */
+struct vol_io {
+    void (*done)(struct vol_io *io);    /* in: the answer is in `st` */
+    void (*granted)(struct vol_io *io); /* in, writes only: volume_write_begin came through */
+    uint64_t offset, length;            /* in; inside the volume */
+    uint32_t flags;                     /* in: enum vol_io_flags */
+    enum status st;                     /* out */
+    /* read (out) and write (buffers to receive into): pieces in order; memory for
+     * segs_cap of them is the caller's. VOL_SEGS(length, block_size) suffice. A read's
+     * buffers are referenced: the caller calls volume_release_segs when they were sent. */
+    struct vol_seg *segs;
+    uint32_t n_segs, segs_cap;
+    struct vol_extent *extents; /* status: memory of the caller's for extents_cap */
+    uint32_t n_extents, extents_cap;
+
+    struct volume *vol; /* the volume's, from here on */
+    struct list link;
+    struct env_task task;
+    struct list fetch_link;
+    struct fetch *fetch;
+    uint64_t seq, gen;
+    uint64_t reserved_blocks, held_bytes;
+    uint8_t kind, stage;
+};
+
+#define VOL_SEGS(length, block_size) ((uint32_t)((length) / (block_size) + 2))
+
+/* --- opening --------------------------------------------------------------------- */
+
+/* A volume as it must be known before any request: size for the negotiation. The same
+ * structure serves all connections of a shard to that branch. Opening needs no ownership:
+ * the first request that needs it takes it (replaying the log of an owner that died).
+ * `done` may be called from inside. On failure *vol is NULL and `e` says why. */
+struct volume_open {
+    uint64_t branch;           /* in */
+    char name[NAME_BYTES_MAX + 1]; /* in: for messages */
+    bool read_only;            /* in: no request may change it */
+    void (*done)(struct volume_open *op);
+    struct volume *vol;        /* out: one reference, see volume_close */
+    enum status st;            /* out */
+    struct err err;            /* out */
+
+    struct shard *shard; /* the volume's, from here on */
+    struct key keys[2];
+    struct store_read read;
+    struct store_get gets[2];
+};
+void volume_open(struct shard *shard, struct volume_open *op);
+
+/* Gives one reference back. With the last one the volume commits everything, gives its
+ * ownership back and is freed; `done` (may be NULL) is called with `arg` then. No request
+ * of this reference may be unanswered. */
+void volume_close(struct volume *vol, void (*done)(void *arg), void *arg);
+
+/* Current values; the size may change under an open volume (resize). */
+uint64_t volume_size(const struct volume *vol);
+uint32_t volume_block_size(const struct volume *vol);
+uint64_t volume_branch(const struct volume *vol);
+const char *volume_description(const struct volume *vol);
+
+/* How many references there are: the server tells from it whether another connection exists. */
+unsigned volume_refs(const struct volume *vol);
+
+/* Called (reactor thread) when this process lost the volume for good or an administrator
+ * evicted it: connections to it must be closed at once; requests in flight are answered
+ * with errors. One per open volume reference holder; `arg` is passed on. */
+struct volume_watcher {
+    void (*lost)(struct volume_watcher *w, const char *why);
+    struct list link;
+};
+void volume_watch_loss(struct volume *vol, struct volume_watcher *w);
+void volume_unwatch_loss(struct volume_watcher *w);
+
+/* --- requests -------------------------------------------------------------------- */
+
+/* Read `length` (1 .. VOLUME_READ_BYTES_MAX) bytes. True: answered already, `io` holds the
+ * result and `done` is not called; that is the way of cached blocks. False: `done` comes. */
+bool volume_read(struct volume *vol, struct vol_io *io);
+void volume_release_segs(struct vol_io *io);
+
+/* A write in two steps, so that its payload can be received straight into the buffers that
+ * become the cache. Begin asks for memory, log room and store space for `length` (1 ..
+ * VOLUME_PIECE_BYTES) bytes. True: answered already: go on where io->st is ST_OK, else
+ * (ST_NOSPC, ST_PERM, ...) discard the payload and reply with the error. False: `granted`
+ * will be called with the same meaning; the connection pauses meanwhile. */
+bool volume_write_begin(struct volume *vol, struct vol_io *io);
+
+/* After a grant: fills io->segs with fresh buffers to receive the payload into. Optional:
+ * a payload that lies in memory already needs none. */
+void volume_write_buffers(struct volume *vol, struct vol_io *io);
+
+/* The payload is complete, at `data` or, where that is NULL, in the buffers: the write takes
+ * effect now. `data` must stay until shard_submit() returned. `done` comes from inside a
+ * later shard_submit, or later still. */
+void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data);
+
+/* Instead of commit: nothing happened (the client went away half way). Also withdraws a begin
+ * that is still waiting; `granted` is not called then. */
+void volume_write_abort(struct volume *vol, struct vol_io *io);
+
+/* Make `length` (any) bytes zero; trim also gives their space back. Answered as writes. */
+void volume_zero(struct volume *vol, struct vol_io *io);
+void volume_trim(struct volume *vol, struct vol_io *io);
+
+/* Answers when every write answered before this call would survive the machine. */
+void volume_flush(struct volume *vol, struct vol_io *io);
+
+/* Loads `length` bytes into the cache (at most a part of it); answers at once. */
+void volume_prefetch(struct volume *vol, struct vol_io *io);
+
+/* Block status of `length` bytes into io->extents: at least one extent, none empty, together
+ * at least one byte and at most `length` bytes long; shorter where extents_cap is reached
+ * or it would take long. */
+void volume_status(struct volume *vol, struct vol_io *io);
+
+/* --- control --------------------------------------------------------------------- */
+
+/* Changes the size (bytes, a multiple of 512); what is cut off is trimmed. */
+void volume_resize(struct volume *vol, struct vol_io *io, uint64_t size, bool shrink);
+
+/* Commits everything that was written so far. */
+void volume_sync(struct volume *vol, struct vol_io *io);
+
+struct volume_stats {
+    uint64_t dirty_bytes, cached_bytes, generation, data_blocks;
+    uint64_t cache_hits, cache_misses, hash_errors, commits, commit_retries;
+};
+void volume_get_stats(const struct volume *vol, struct volume_stats *stats);
+
+#endif

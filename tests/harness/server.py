@@ -1,0 +1,273 @@
+"""Starts, stops and kills one fdb-nbd server, and runs its command line.
+
+Every test that needs a server goes through here, so that all of them wait on
+conditions instead of sleeping, end only processes they started themselves, and
+show the server's own log when something goes wrong.
+
+FDB_NBD names the program (default <repo>/build/fdb-nbd). It may be several
+words, so that another server behind the same command line can take its place
+when the tests themselves are to be checked (see reference.py).
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.parse
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+
+# One factor for every time limit: a loaded machine or a sanitizer build is slow,
+# not wrong.
+SLOW = float(os.environ.get("SLOW", "1"))
+
+START_LIMIT_S = 60 * SLOW
+STOP_LIMIT_S = 60 * SLOW
+CLI_LIMIT_S = 60 * SLOW
+
+SANITIZER_MARKS = ("ERROR: AddressSanitizer", "ERROR: LeakSanitizer", "runtime error:",
+                   "WARNING: ThreadSanitizer", "AddressSanitizer:DEADLYSIGNAL")
+
+
+def program():
+    """The words that start fdb-nbd."""
+    words = os.environ.get("FDB_NBD")
+    return shlex.split(words) if words else [str(REPO / "build" / "fdb-nbd")]
+
+
+def wait_until(condition, limit_s, what, pause_s=0.01):
+    """Polls until condition() is true and gives that value; fails naming what was awaited."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {limit_s:g} s: {what}")
+        time.sleep(pause_s)
+
+
+def free_port(host="127.0.0.1"):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as s:
+        s.bind((host, 0))
+        return s.getsockname()[1]
+
+
+class Died(AssertionError):
+    """The server ended although nobody asked it to."""
+
+
+class Server:
+    """One server process on one store folder; start() may be called again after stop() or kill().
+
+    volumes  name -> size, created by `serve --create` if they do not exist yet
+    args     more arguments for `serve`
+    prefix   words put before the program (a namespace, a preloaded shim)
+    """
+
+    def __init__(self, folder, volumes=None, args=(), *, store=None, prefix=(), env=None,
+                 tcp=True, unix=True, host="127.0.0.1", port=None):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store_folder = Path(store) if store else self.folder / "store"
+        self.store = f"lmdb:{self.store_folder}"
+        self.volumes = dict(volumes or {})
+        self.args = [str(a) for a in args]
+        self.prefix = [str(w) for w in prefix]
+        self.env = dict(env or {})
+        self.host = host
+        self._fixed_port = port
+        self.port = port
+        self._tcp = tcp
+        # A socket's path has to stay under 108 bytes, a test's own folder often does not.
+        self.socket_path = self.folder / "s" if unix else None
+        if unix and len(str(self.socket_path)) > 100:
+            raise ValueError(f"folder too long for a socket: {self.socket_path}")
+        self.log_path = self.folder / "server.log"
+        self.process = None
+
+    # -- the process -------------------------------------------------------
+
+    def command(self):
+        words = program() + ["--store", self.store, "serve"]
+        if self.socket_path:
+            words += ["--listen", f"unix:{self.socket_path}"]
+        if self._tcp:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            words += ["--listen", f"{host}:{self.port}"]
+        for name, size in self.volumes.items():
+            words += ["--create", f"{name}:{size}"]
+        return words + self.args
+
+    def start(self, wait=True):
+        assert not self.running(), "already running"
+        for attempt in range(3):
+            if self._tcp and self._fixed_port is None:
+                self.port = free_port(self.host)
+            self._spawn()
+            if not wait:
+                return self
+            try:
+                wait_until(self._ready, START_LIMIT_S, "the server accepts connections")
+                return self
+            except Died:
+                # Between our look for a free port and the server's bind, another
+                # program may have taken it.
+                if attempt == 2 or "in use" not in self.log():
+                    raise
+        return self
+
+    def _spawn(self):
+        if self.socket_path and self.socket_path.exists():
+            # Only so that the wait below cannot meet a left-over of the last run; a
+            # server has to cope with it by itself, which has its own test.
+            self.socket_path.unlink()
+        env = dict(os.environ, **self.env)
+        # A server must not outlive the test that started it, however that one ends.
+        words = ["setpriv", "--pdeathsig", "KILL"] + self.prefix + self.command()
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, env=env, start_new_session=True)
+
+    def _ready(self):
+        self.check_alive()
+        return all(self._accepts(a) for a in self.addresses())
+
+    def addresses(self):
+        out = []
+        if self.socket_path:
+            out.append(str(self.socket_path))
+        if self._tcp and not self.prefix:
+            out.append((self.host, self.port))
+        return out
+
+    @staticmethod
+    def _accepts(address):
+        family = socket.AF_UNIX if isinstance(address, str) else (
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        with socket.socket(family) as s:
+            s.settimeout(5)
+            try:
+                s.connect(address)
+            except OSError:
+                return False
+            # The greeting too: a listener may exist before anybody serves it.
+            try:
+                return s.recv(8) == b"NBDMAGIC"
+            except OSError:
+                return False
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def running(self):
+        return self.process is not None and self.process.poll() is None
+
+    def check_alive(self):
+        if not self.running():
+            raise Died(f"the server ended with {self.process.returncode}\n{self.log_tail()}")
+
+    def stop(self, check=True, limit_s=STOP_LIMIT_S):
+        """SIGTERM and wait; a clean stop is exit status 0 and no sanitizer report."""
+        if self.process is None:
+            return None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(
+                    f"the server did not end within {limit_s:g} s of SIGTERM\n{self.log_tail()}")
+        status = self.process.returncode
+        self.process = None
+        if check:
+            assert status == 0, f"the server ended with {status}\n{self.log_tail()}"
+            self.check_log()
+        return status
+
+    def kill(self):
+        """kill -9: the death of the process, not of the machine."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def restart(self, how="stop"):
+        self.stop() if how == "stop" else self.kill()
+        return self.start()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, kind, value, trace):
+        if kind is None:
+            self.stop()
+        else:
+            self.kill()
+
+    # -- what it said ------------------------------------------------------
+
+    def log(self):
+        try:
+            return self.log_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def log_tail(self, lines=40):
+        return "--- server log ---\n" + "\n".join(self.log().splitlines()[-lines:])
+
+    def check_log(self):
+        text = self.log()
+        for mark in SANITIZER_MARKS:
+            assert mark not in text, self.log_tail(120)
+
+    # -- the command line --------------------------------------------------
+
+    def cli(self, *words, check=True, stdin="", limit_s=CLI_LIMIT_S):
+        return cli(self.store, *words, check=check, stdin=stdin, limit_s=limit_s, env=self.env)
+
+    def json(self, *words):
+        return json.loads(self.cli("--json", *words).stdout)
+
+    def used_bytes(self, name):
+        """How much of the store the volume takes, as `info --json` says."""
+        return self.json("info", name)["used_bytes"]
+
+    # -- how clients name it -----------------------------------------------
+
+    def uri(self, name="", tcp=False):
+        name = urllib.parse.quote(name)
+        if tcp:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            return f"nbd://{host}:{self.port}/{name}"
+        return f"nbd+unix:///{name}?socket={self.socket_path}"
+
+
+def cli(store, *words, check=True, stdin="", limit_s=CLI_LIMIT_S, env=None):
+    """Runs `fdb-nbd --store STORE words...` to its end and gives status, stdout and stderr."""
+    command = program() + ["--store", store] + [str(w) for w in words]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True,
+                          timeout=limit_s, env=dict(os.environ, **(env or {})))
+    for mark in SANITIZER_MARKS:
+        assert mark not in done.stderr, done.stderr
+    if check:
+        assert done.returncode == 0, (
+            f"{' '.join(command)} gave {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+def copy_store(source, target):
+    """A copy that keeps holes, for stores whose files are long and mostly empty."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["cp", "-a", "--sparse=always", str(source), str(target)], check=True)
+    return Path(target)
