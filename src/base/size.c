@@ -8,6 +8,8 @@
 
 #define FRACTION_DIGITS_MAX 9
 
+__extension__ typedef unsigned __int128 u128;
+
 static bool is_digit(char c)
 {
     return c >= '0' && c <= '9';
@@ -70,7 +72,7 @@ bool size_parse(const char *text, uint64_t *bytes)
 
     /* fraction < scale, so the product below needs 64 bits for the unit and 30 for the
      * fraction. */
-    unsigned __int128 part = ((unsigned __int128)fraction << shift) / scale;
+    u128 part = ((u128)fraction << shift) / scale;
     uint64_t total = (whole << shift) + (uint64_t)part;
     if (total > (uint64_t)INT64_MAX)
         return false;
@@ -92,7 +94,7 @@ const char *size_format(uint64_t bytes, char out[24])
     uint64_t whole = bytes >> shift;
     uint64_t rest = bytes & (((uint64_t)1 << shift) - 1);
     /* One decimal, rounded down: a size is never shown larger than it is. */
-    unsigned tenth = (unsigned)(((unsigned __int128)rest * 10) >> shift);
+    unsigned tenth = (unsigned)(((u128)rest * 10) >> shift);
     snprintf(out, 24, "%u.%u %ciB", (unsigned)whole, tenth, letters[unit]);
     return out;
 }

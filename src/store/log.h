@@ -40,6 +40,11 @@ struct store_log_sync {
     enum status result;
 };
 
+/* Engines embed this as their first member. */
+struct store_log {
+    struct store *store;
+};
+
 struct store_log_ops {
     enum status (*open)(struct store *store, struct env *env, const uint8_t session[STORE_ID_BYTES],
                         uint64_t bytes, struct store_log **out, struct err *e);

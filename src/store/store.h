@@ -27,7 +27,7 @@
 
 struct store;
 
-#define STORE_KEY_BYTES_MAX 512u
+#define STORE_KEY_BYTES_MAX 511u /* and at least 1 */
 #define STORE_ID_BYTES 16u
 
 /* What an engine can take and offers; constant after open. */
@@ -77,7 +77,7 @@ struct store_read {
      * where the whole read failed. */
     void (*digest)(struct store_read *read);
     /* ST_OK (single gets may have failed, see st), or what made the whole read fail:
-     * ST_IO, ST_UNAVAIL. */
+     * ST_IO (a range met a damaged value, too), ST_UNAVAIL. */
     void (*done)(struct store_read *read, enum status st);
 
     struct store *store; /* the engine's, from here on */
@@ -133,6 +133,7 @@ struct store_commit {
     struct env *env;
     struct list link;
     struct env_task task;
+    uint64_t log_start[2];
     enum status result;
 };
 
@@ -155,7 +156,7 @@ enum store_liveness { STORE_SESSION_ALIVE, STORE_SESSION_DEAD, STORE_SESSION_UNK
 /* Space for bodies and keys of a later commit. */
 struct store_reservation {
     uint64_t body_bytes; /* each body rounded up by the caller to store_body_cost() */
-    uint64_t keys;       /* keys set, any kind */
+    uint64_t keys;       /* keys set, any kind; one more for every 2000 bytes of a long head */
 };
 
 /* A request for space that is not there at once: the engine tries to make room (grows

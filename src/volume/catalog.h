@@ -37,6 +37,7 @@ struct catalog_op {
     struct err err;                      /* out: a sentence where st is not ST_OK */
     struct catalog_entry *entries;       /* out of find (one) and list; freed by catalog_op_free */
     size_t n_entries;
+    struct meta_record meta;             /* out of prepare */
 
     struct store *store; /* the catalog's, from here on */
     struct env *env;
@@ -47,8 +48,18 @@ struct catalog_op {
 void catalog_op_free(struct catalog_op *op);
 
 /* Makes sure that the store has a meta record ("m") this build can work with: writes one into
- * an empty store where `create`. ST_FORMAT where a feature is unknown. */
+ * an empty store where `create`, else ST_NOTFOUND there. ST_FORMAT where an incompatible
+ * feature is unknown; who wants to write also asks catalog_may_write(). */
 void catalog_prepare(struct catalog_op *op, struct store *store, struct env *env, bool create);
+
+/* Whether this build knows all that a writer of the store must know. */
+static inline bool catalog_may_write(const struct meta_record *meta)
+{
+    return (meta->features.ro_compat & ~FEATURES_RO_COMPAT_KNOWN) == 0;
+}
+
+/* Checks a specification and fills in its defaults, as catalog_create does. ST_INVAL. */
+enum status volume_spec_check(struct volume_spec *spec, struct err *e);
 
 /* Makes a volume. ST_EXISTS, ST_INVAL (name, size, block size, codec), ST_NOSPC. */
 void catalog_create(struct catalog_op *op, struct store *store, struct env *env,
@@ -65,7 +76,8 @@ void catalog_rename(struct catalog_op *op, struct store *store, struct env *env,
                     const char *to);
 
 /* Takes the name away and leaves the volume's keys to be cleared: one commit, which checks
- * that the owner key is still what `entry` says (the caller made sure nobody serves it). */
+ * that the owner key is still what `entry` says (the caller made sure nobody serves it).
+ * ST_BUSY where it has another owner, ST_NOTFOUND where the name moved. */
 void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
                     const struct catalog_entry *entry);
 
@@ -74,8 +86,10 @@ void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
 void catalog_clear_removed(struct catalog_op *op, struct store *store, struct env *env, bool *more);
 
 /* Asks the owner of a volume through its mailbox and waits for the answer: ST_OK and what the
- * owner said, ST_BUSY (refused: err.text says why), ST_UNAVAIL (no answer in `wait_ms`),
- * ST_NOTFOUND (nobody owns it). */
+ * owner said (err.text), ST_BUSY or what else it answered (refused: err.text says why),
+ * ST_UNAVAIL (no answer in `wait_ms`; the request was withdrawn), ST_NOTFOUND (nobody owns
+ * it, its owner is dead, or it gave the volume up without an answer). mail->id is chosen
+ * here. */
 void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
                        const struct catalog_entry *entry, const struct mail_record *mail,
                        uint32_t wait_ms);

@@ -35,9 +35,11 @@ struct features {
 
 enum codec_kind { CODEC_NONE = 0, CODEC_LZ4 = 1, CODEC_ZSTD = 2 };
 
+#define STORE_FORMAT 1u
+
 /* ("m"): of the whole store. */
 struct meta_record {
-    uint32_t format; /* 1 */
+    uint32_t format; /* STORE_FORMAT */
     struct features features;
     uint8_t uuid[16];
     uint64_t created_ns; /* wall clock */

@@ -20,7 +20,7 @@
 #include "base/buf.h"
 #include "base/env.h"
 #include "base/status.h"
-#include "store/store.h"
+#include "store/log.h"
 #include "volume/records.h"
 
 /* G3: longer writes are consecutive pieces of this many bytes. */
@@ -94,10 +94,11 @@ struct vol_io {
     struct volume *vol; /* the volume's, from here on */
     struct list link;
     struct env_task task;
-    struct list fetch_link;
-    struct fetch *fetch;
-    uint64_t seq, gen;
-    uint64_t reserved_blocks, held_bytes;
+    struct store_log_sync sync;
+    uint64_t sync_upto;
+    uint64_t held_bytes, held_log;
+    uint64_t new_size;
+    struct store_reservation held_space;
     uint8_t kind, stage;
 };
 
@@ -119,9 +120,10 @@ struct volume_open {
     struct err err;            /* out */
 
     struct shard *shard; /* the volume's, from here on */
-    struct key keys[2];
+    struct list link;
+    struct key keys[1];
     struct store_read read;
-    struct store_get gets[2];
+    struct store_get gets[1];
 };
 void volume_open(struct shard *shard, struct volume_open *op);
 

@@ -69,10 +69,11 @@ class Server:
     volumes  name -> size, created by `serve --create` if they do not exist yet
     args     more arguments for `serve`
     prefix   words put before the program (a namespace, a preloaded shim)
+    reachable  False where the TCP address is in a namespace this process is not in
     """
 
     def __init__(self, folder, volumes=None, args=(), *, store=None, prefix=(), env=None,
-                 tcp=True, unix=True, host="127.0.0.1", port=None):
+                 tcp=True, unix=True, host="127.0.0.1", port=None, reachable=True):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store_folder = Path(store) if store else self.folder / "store"
@@ -85,6 +86,7 @@ class Server:
         self._fixed_port = port
         self.port = port
         self._tcp = tcp
+        self._reachable = reachable
         # A socket's path has to stay under 108 bytes, a test's own folder often does not.
         self.socket_path = self.folder / "s" if unix else None
         if unix and len(str(self.socket_path)) > 100:
@@ -143,7 +145,7 @@ class Server:
         out = []
         if self.socket_path:
             out.append(str(self.socket_path))
-        if self._tcp and not self.prefix:
+        if self._tcp and self._reachable:
             out.append((self.host, self.port))
         return out
 

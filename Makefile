@@ -1,0 +1,37 @@
+# A short front for meson: the commands a person types. The build itself is in meson.build.
+
+BUILD = build
+
+.PHONY: all run check check-long clean
+
+all: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) fdb-nbd
+
+$(BUILD)/build.ninja: | tools
+	@meson setup $(BUILD)
+
+.PHONY: tools
+tools:
+	@for tool in gcc meson ninja pkg-config; do \
+	    command -v $$tool >/dev/null || { \
+	        echo "$$tool is missing; scripts/install-deps.sh build installs what the build needs" >&2; \
+	        exit 1; }; \
+	done
+
+# Installs what is missing, builds, and serves a volume to try things with. exec: Ctrl-C goes to
+# the server itself.
+run:
+	@scripts/install-deps.sh build
+	@$(MAKE) --no-print-directory all
+	@exec $(BUILD)/fdb-nbd serve --create example:1G --listen localhost:10809
+
+check:
+	@scripts/install-deps.sh build test
+	@/usr/bin/python3 scripts/check.py
+
+check-long:
+	@scripts/install-deps.sh build test
+	@/usr/bin/python3 scripts/check.py --long
+
+clean:
+	rm -rf $(BUILD) build-asan

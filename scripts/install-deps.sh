@@ -1,0 +1,64 @@
+#!/bin/sh
+# Installs the Debian packages that are missing: those the build needs ("build", the default),
+# those the tests need ("test"), or both. Asks apt for nothing when nothing is missing.
+set -eu
+
+build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
+libxxhash-dev liblz4-dev libzstd-dev libjansson-dev"
+
+test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
+qemu-utils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs e2fsprogs fuse3
+util-linux procps"
+
+[ $# -gt 0 ] || set -- build
+wanted=""
+for what in "$@"; do
+    case $what in
+    build) wanted="$wanted $build_packages" ;;
+    test) wanted="$wanted $test_packages" ;;
+    *)
+        echo "usage: $0 [build] [test]" >&2
+        exit 2
+        ;;
+    esac
+done
+
+installed() {
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+missing=""
+for package in $wanted; do
+    # pkgconf provides pkg-config on newer releases.
+    if [ "$package" = pkg-config ] && command -v pkg-config >/dev/null; then
+        continue
+    fi
+    installed "$package" || missing="$missing $package"
+done
+[ -n "$missing" ] || exit 0
+
+if ! command -v apt-get >/dev/null; then
+    echo "these Debian packages are missing, and there is no apt-get to install them:$missing" >&2
+    exit 1
+fi
+
+as_root=""
+if [ "$(id -u)" -ne 0 ]; then
+    if ! command -v sudo >/dev/null; then
+        echo "missing packages; as root, run: apt-get install$missing" >&2
+        exit 1
+    fi
+    as_root="sudo"
+fi
+
+echo "installing:$missing" >&2
+export DEBIAN_FRONTEND=noninteractive
+# shellcheck disable=SC2086  # words are meant to split
+install() {
+    $as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -q --no-install-recommends $missing </dev/null
+}
+
+# The package lists of a fresh machine are empty, those of an old one may name versions that
+# are gone; either way an update and a second attempt help.
+install || { $as_root apt-get update -q && install; }

@@ -1,0 +1,531 @@
+/*
+ * The command line: global options, the settings file, help.
+ *
+ * Options are described once, in tables; help, parsing and the keys of the settings file
+ * all come from them, so that they can't say different things.
+ */
+#include "cli/cli.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <pwd.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/mem.h"
+#include "base/size.h"
+#include "volume/records.h"
+
+#define OPTIONS_MAX 32
+#define SETTINGS_MAX 10000u
+#define SETTING_BYTES_MAX 4096
+#define ANSWER_BYTES_MAX 64
+
+enum { GLOBAL_STORE = 1001, GLOBAL_CONFIG, GLOBAL_JSON, GLOBAL_LOG_LEVEL, GLOBAL_HELP, GLOBAL_VERSION };
+
+static const struct cli_option global_options[] = {
+    {GLOBAL_STORE, "store", "URI", "the store, lmdb:DIRECTORY (default: see below)"},
+    {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
+    {GLOBAL_JSON, "json", NULL, "answers for programs: list, info, owner show, store info"},
+    {GLOBAL_LOG_LEVEL, "log-level", "LEVEL", "debug, info, warning or error (default: info for serve)"},
+    {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},
+    {GLOBAL_VERSION, "version", NULL, "show the version"},
+    {0, NULL, NULL, NULL},
+};
+
+const struct cli_command *const cli_commands[] = {
+    &create_command, &list_command,  &info_command,  &rename_command, &resize_command,
+    &remove_command, &serve_command, &owner_command, &store_command,  NULL};
+
+void cli_error(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("fdb-nbd: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+}
+
+int cli_failed(const struct err *e)
+{
+    cli_error("%s", e->text[0] ? e->text : status_text(e->st));
+    switch (e->st) {
+    case ST_OK:
+        return CLI_DONE;
+    case ST_INVAL:
+        return CLI_USAGE;
+    case ST_NOTFOUND:
+        return CLI_NOTFOUND;
+    case ST_UNAVAIL:
+    case ST_FORMAT:
+        return CLI_STORE;
+    default:
+        return CLI_FAILED;
+    }
+}
+
+int cli_usage_error(const struct cli *cli, const char *format, ...)
+{
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    cli_error("%s; see fdb-nbd %s%s--help", text, cli->command ? cli->command->name : "",
+              cli->command ? " " : "");
+    return CLI_USAGE;
+}
+
+bool cli_confirm(bool yes, const char *what)
+{
+    if (yes)
+        return true;
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO)) {
+        cli_error("this %s: add --yes to say that you mean it", what);
+        return false;
+    }
+    fflush(stdout);
+    fprintf(stderr, "This %s. Go on? Type \"yes\": ", what);
+    char answer[ANSWER_BYTES_MAX];
+    if (fgets(answer, sizeof answer, stdin)) {
+        answer[strcspn(answer, "\r\n")] = '\0';
+        if (strcasecmp(answer, "yes") == 0)
+            return true;
+    }
+    cli_error("nothing was done");
+    return false;
+}
+
+enum status cli_parse_size(const char *text, uint64_t *bytes, struct err *e)
+{
+    if (!size_parse(text, bytes))
+        return fail(e, ST_INVAL, "\"%.64s\" is not a size (10G, 512M, 1.5T, or a number of bytes)", text);
+    return ST_OK;
+}
+
+enum status cli_parse_number(const char *text, uint64_t min, uint64_t max, uint64_t *out,
+                             struct err *e)
+{
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(text, &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end || errno || v < min || v > max)
+        return fail(e, ST_INVAL, "\"%.64s\" is not a number from %llu to %llu", text,
+                    (unsigned long long)min, (unsigned long long)max);
+    *out = v;
+    return ST_OK;
+}
+
+const char *cli_size(uint64_t bytes, char out[24])
+{
+    char text[24];
+    size_format(bytes, text);
+    char *blank = strchr(text, ' ');
+    char unit = blank ? blank[1] : 'B';
+    if (blank)
+        *blank = '\0';
+    size_t len = strlen(text);
+    if (len > 2 && strcmp(text + len - 2, ".0") == 0)
+        text[len - 2] = '\0';
+    snprintf(out, 24, "%.20s%c", text, unit);
+    return out;
+}
+
+const char *cli_time(uint64_t ns, char out[32])
+{
+    time_t seconds = (time_t)(ns / 1000000000u);
+    struct tm utc;
+    if (!gmtime_r(&seconds, &utc) || strftime(out, 32, "%Y-%m-%dT%H:%M:%SZ", &utc) == 0)
+        snprintf(out, 32, "?");
+    return out;
+}
+
+const char *cli_codec(int kind, int level, char out[24])
+{
+    static const char *const names[] = {"none", "lz4", "zstd"};
+    if (kind < 0 || kind > CODEC_ZSTD)
+        snprintf(out, 24, "unknown (%d)", kind);
+    else if (level > 0)
+        snprintf(out, 24, "%s:%d", names[kind], level);
+    else
+        snprintf(out, 24, "%s", names[kind]);
+    return out;
+}
+
+/* --- help ---------------------------------------------------------------------------- */
+
+static void print_options(const struct cli_option *options)
+{
+    for (; options && options->name; options++) {
+        char left[48];
+        snprintf(left, sizeof left, "--%s%s%s", options->name, options->arg ? " " : "",
+                 options->arg ? options->arg : "");
+        printf("  %-22s %s\n", left, options->help);
+    }
+}
+
+static void print_help(void)
+{
+    puts("fdb-nbd: network block devices whose blocks live in a key-value store\n\n"
+         "usage: fdb-nbd [--store URI] [--config FILE] [--json] COMMAND ...\n\ncommands:");
+    for (size_t i = 0; cli_commands[i]; i++) {
+        char left[48];
+        snprintf(left, sizeof left, "%s %s", cli_commands[i]->name, cli_commands[i]->args);
+        printf("  %-22s %s\n", left, cli_commands[i]->summary);
+    }
+    puts("\noptions:");
+    print_options(global_options);
+    puts("\nThe store is what --store says, else the setting \"store\" of the file, else the\n"
+         "environment variable FDB_NBD_STORE, else lmdb:/var/lib/fdb-nbd for root and\n"
+         "lmdb:~/.local/share/fdb-nbd (or below $XDG_DATA_HOME) for everybody else.\n"
+         "The log level may also stand in FDB_NBD_LOG.\n\n"
+         "exit status: 0 done, 1 refused or failed, 2 usage, 3 not found, 4 store unavailable");
+}
+
+static void print_command_help(const struct cli_command *command)
+{
+    printf("usage: fdb-nbd %s %s%s\n\n%s\n", command->name, command->args,
+           command->options ? " [options]" : "", command->summary);
+    if (command->details)
+        printf("\n%s\n", command->details);
+    if (command->options) {
+        puts("\noptions:");
+        print_options(command->options);
+    }
+    puts("\nGlobal options: fdb-nbd --help");
+}
+
+/* --- options ------------------------------------------------------------------------- */
+
+static void set_text(char **field, const char *value)
+{
+    free(*field);
+    *field = mem_strdup(value);
+}
+
+/* Ends the parsing: help was shown or an error printed. */
+static int over(struct cli *cli, int status)
+{
+    cli->over = true;
+    cli->status = status;
+    return -1;
+}
+
+static void take_global(struct cli *cli, int code, const char *value)
+{
+    switch (code) {
+    case GLOBAL_STORE:
+        set_text(&cli->store_uri, value);
+        break;
+    case GLOBAL_CONFIG:
+        set_text(&cli->config_path, value);
+        break;
+    case GLOBAL_LOG_LEVEL:
+        set_text(&cli->log_level, value);
+        break;
+    case GLOBAL_JSON:
+        cli->json = true;
+        break;
+    case GLOBAL_HELP:
+        if (cli->command)
+            print_command_help(cli->command);
+        else
+            print_help();
+        over(cli, CLI_DONE);
+        break;
+    default:
+        puts("fdb-nbd " FDB_NBD_VERSION);
+        over(cli, CLI_DONE);
+    }
+}
+
+static size_t add_long_options(struct option *to, size_t n, const struct cli_option *from)
+{
+    for (; from && from->name && n < OPTIONS_MAX; from++)
+        to[n++] = (struct option){.name = from->name,
+                                  .has_arg = from->arg ? required_argument : no_argument,
+                                  .val = from->code};
+    return n;
+}
+
+static const char *option_name(const struct cli_option *options, int code)
+{
+    while (options->code != code)
+        options++;
+    return options->name;
+}
+
+/* Takes options off argv: the global ones, and the command's where `take` is given. Marks
+ * the command's that were seen in `given`, by code. */
+static void parse_options(struct cli *cli, int argc, char **argv, const char *how,
+                          enum status (*take)(void *, int, const char *, struct err *),
+                          void *options, bool given[OPTIONS_MAX])
+{
+    struct option table[OPTIONS_MAX + 1] = {{0}};
+    size_t n = add_long_options(table, 0, global_options);
+    if (take)
+        n = add_long_options(table, n, cli->command->options);
+    table[n] = (struct option){0};
+
+    opterr = 0;
+    optind = 0; /* glibc: forget an earlier argv */
+    int code;
+    while (!cli->over && (code = getopt_long(argc, argv, how, table, NULL)) != -1) {
+        struct err e = {0};
+        if (code == 'h')
+            code = GLOBAL_HELP;
+        if (code == ':') {
+            over(cli, cli_usage_error(cli, "%s needs a value", argv[optind - 1]));
+        } else if (code == '?') {
+            over(cli, cli_usage_error(cli, "\"%s\" is not an option here, or not a complete one",
+                                      argv[optind - 1]));
+        } else if (code >= GLOBAL_STORE) {
+            take_global(cli, code, optarg);
+        } else {
+            given[code] = true;
+            if (take(options, code, optarg, &e) != ST_OK)
+                over(cli, cli_usage_error(cli, "--%s: %s", option_name(cli->command->options, code),
+                                          e.text));
+        }
+    }
+}
+
+/* --- the settings file --------------------------------------------------------------- */
+
+static char *trim(char *text)
+{
+    while (*text == ' ' || *text == '\t')
+        text++;
+    size_t len = strlen(text);
+    while (len > 0 && strchr(" \t\r\n", text[len - 1]))
+        len--;
+    text[len] = '\0';
+    return text;
+}
+
+static const struct cli_option *find_option(const struct cli_option *options, const char *name)
+{
+    for (; options && options->name; options++)
+        if (strcmp(options->name, name) == 0)
+            return options;
+    return NULL;
+}
+
+static bool is_global_setting(const char *key)
+{
+    return strcmp(key, "store") == 0 || strcmp(key, "log-level") == 0;
+}
+
+/* Reads the file into cli->settings. False, with a sentence, at the first bad line. */
+static bool read_settings(struct cli *cli, struct err *e)
+{
+    FILE *file = fopen(cli->config_path, "re");
+    if (!file) {
+        fail(e, ST_INVAL, "cannot open the settings %s: %s", cli->config_path, strerror(errno));
+        return false;
+    }
+    char line[SETTING_BYTES_MAX];
+    bool good = true;
+    for (unsigned n = 1; good && fgets(line, sizeof line, file); n++) {
+        good = false;
+        if (n > SETTINGS_MAX || (!strchr(line, '\n') && strlen(line) == sizeof line - 1)) {
+            fail(e, ST_INVAL, "%s:%u: the %s is too long", cli->config_path, n,
+                 n > SETTINGS_MAX ? "file" : "line");
+            break;
+        }
+        char *key = trim(line);
+        if (key[0] == '\0' || key[0] == '#') {
+            good = true;
+            continue;
+        }
+        char *equals = strchr(key, '=');
+        if (!equals) {
+            fail(e, ST_INVAL, "%s:%u: not of the form \"key = value\"", cli->config_path, n);
+            break;
+        }
+        *equals = '\0';
+        char *value = trim(equals + 1);
+        key = trim(key);
+        if (!is_global_setting(key) && !find_option(serve_command.options, key)) {
+            fail(e, ST_INVAL, "%s:%u: there is no setting \"%s\"", cli->config_path, n, key);
+            break;
+        }
+        if (value[0] == '\0') {
+            fail(e, ST_INVAL, "%s:%u: \"%s\" has no value", cli->config_path, n, key);
+            break;
+        }
+        mem_grow(&cli->settings, &cli->cap_settings, cli->n_settings + 1, sizeof *cli->settings);
+        cli->settings[cli->n_settings++] =
+            (struct cli_setting){mem_strdup(key), mem_strdup(value), n};
+        good = true;
+    }
+    if (good && ferror(file)) {
+        fail(e, ST_INVAL, "cannot read the settings %s: %s", cli->config_path, strerror(errno));
+        good = false;
+    }
+    fclose(file);
+    return good;
+}
+
+/* 1, 0, or -1 where the text is neither. */
+static int parse_truth(const char *text)
+{
+    static const char *const words[2][3] = {{"no", "false", "off"}, {"yes", "true", "on"}};
+    for (int truth = 0; truth < 2; truth++)
+        for (int i = 0; i < 3; i++)
+            if (strcasecmp(text, words[truth][i]) == 0)
+                return truth;
+    return -1;
+}
+
+static bool apply_settings(struct cli *cli,
+                           enum status (*take)(void *, int, const char *, struct err *),
+                           void *options, const bool given[OPTIONS_MAX], struct err *e)
+{
+    bool store_given = cli->store_uri, level_given = cli->log_level;
+    for (size_t i = 0; i < cli->n_settings; i++) {
+        const struct cli_setting *s = &cli->settings[i];
+        struct err why = {0};
+        if (is_global_setting(s->key)) {
+            if (strcmp(s->key, "store") == 0 && !store_given)
+                set_text(&cli->store_uri, s->value);
+            else if (strcmp(s->key, "log-level") == 0 && !level_given)
+                set_text(&cli->log_level, s->value);
+            continue;
+        }
+        const struct cli_option *option = find_option(serve_command.options, s->key);
+        int truth = parse_truth(s->value);
+        if (!option->arg && truth < 0) {
+            fail(e, ST_INVAL, "%s:%u: \"%s\" is yes or no, not \"%s\"", cli->config_path, s->line,
+                 s->key, s->value);
+            return false;
+        }
+        if (cli->command != &serve_command || given[option->code] || (!option->arg && truth == 0))
+            continue;
+        if (take(options, option->code, option->arg ? s->value : NULL, &why) != ST_OK) {
+            fail(e, ST_INVAL, "%s:%u: %s: %s", cli->config_path, s->line, s->key, why.text);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void find_store(struct cli *cli)
+{
+    const char *given = getenv("FDB_NBD_STORE");
+    if (cli->store_uri)
+        return;
+    if (given && given[0]) {
+        set_text(&cli->store_uri, given);
+        return;
+    }
+    if (geteuid() == 0) {
+        set_text(&cli->store_uri, "lmdb:/var/lib/fdb-nbd");
+        return;
+    }
+    char uri[4096];
+    const char *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
+    if (!home || home[0] != '/') {
+        const struct passwd *user = getpwuid(geteuid());
+        home = user ? user->pw_dir : "/";
+    }
+    /* A relative one is to be ignored, says the specification. */
+    if (data && data[0] == '/')
+        snprintf(uri, sizeof uri, "lmdb:%s/fdb-nbd", data);
+    else
+        snprintf(uri, sizeof uri, "lmdb:%s/.local/share/fdb-nbd", home);
+    set_text(&cli->store_uri, uri);
+}
+
+static bool set_log_level(const struct cli *cli)
+{
+    static const char *const names[] = {"debug", "info", "warning", "error"};
+    const char *name = cli->log_level ? cli->log_level : getenv("FDB_NBD_LOG");
+    if (!name || !name[0]) {
+        log_set_level(cli->command == &serve_command ? LOG_LEVEL_INFO : LOG_LEVEL_WARNING);
+        return true;
+    }
+    for (int i = 0; i < 4; i++) {
+        if (strcasecmp(name, names[i]) == 0) {
+            log_set_level((enum log_level)i);
+            return true;
+        }
+    }
+    cli_usage_error(cli, "\"%s\" is not a log level (debug, info, warning, error)", name);
+    return false;
+}
+
+int cli_parse(struct cli *cli, int argc, char **argv,
+              enum status (*take)(void *options, int code, const char *value, struct err *e),
+              void *options)
+{
+    bool given[OPTIONS_MAX] = {false};
+    struct err e = {0};
+    parse_options(cli, argc, argv, ":h", take, options, given);
+    if (cli->over)
+        return -1;
+    int n = argc - optind;
+    if (n < cli->command->args_min || n > cli->command->args_max)
+        return over(cli, cli_usage_error(cli, "%s, usage: fdb-nbd %s %s",
+                                         n < cli->command->args_min ? "something is missing"
+                                                                    : "that is too much",
+                                         cli->command->name, cli->command->args));
+    int first = optind;
+    if (cli->config_path &&
+        (!read_settings(cli, &e) || !apply_settings(cli, take, options, given, &e)))
+        return over(cli, cli_failed(&e));
+    if (!set_log_level(cli))
+        return over(cli, CLI_USAGE);
+    find_store(cli);
+    return first;
+}
+
+static void cli_free(struct cli *cli)
+{
+    for (size_t i = 0; i < cli->n_settings; i++) {
+        free(cli->settings[i].key);
+        free(cli->settings[i].value);
+    }
+    free(cli->settings);
+    free(cli->store_uri);
+    free(cli->config_path);
+    free(cli->log_level);
+}
+
+static int run_command(struct cli *cli, int argc, char **argv)
+{
+    bool given[OPTIONS_MAX] = {false};
+    /* "+": what stands behind the command's name is the command's. */
+    parse_options(cli, argc, argv, "+:h", NULL, NULL, given);
+    if (cli->over)
+        return cli->status;
+    if (optind == argc)
+        return cli_usage_error(cli, "which command?");
+    int at = optind;
+    for (size_t i = 0; cli_commands[i]; i++)
+        if (strcmp(cli_commands[i]->name, argv[at]) == 0)
+            cli->command = cli_commands[i];
+    if (!cli->command)
+        return cli_usage_error(cli, "there is no command \"%s\"", argv[at]);
+    return cli->command->run(cli, argc - at, argv + at);
+}
+
+int cli_main(int argc, char **argv)
+{
+    struct cli cli = {0};
+    int status = run_command(&cli, argc, argv);
+    /* Half an answer on a full disk is not an answer. */
+    if ((fflush(stdout) != 0 || ferror(stdout)) && status == CLI_DONE) {
+        cli_error("cannot write the answer: %s", strerror(errno));
+        status = CLI_FAILED;
+    }
+    cli_free(&cli);
+    return status;
+}

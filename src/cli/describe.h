@@ -1,0 +1,24 @@
+/*
+ * How volumes and their owners are shown, to people and to programs.
+ */
+#ifndef CLI_DESCRIBE_H
+#define CLI_DESCRIBE_H
+
+#include <jansson.h>
+
+#include "cli/run.h"
+
+/* "host:pid", "dead", "-", or "host:pid?" where it can't be known whether it lives. */
+const char *describe_owner(enum run_owner state, const struct owner_record *owner,
+                           char out[HOST_BYTES_MAX + 16]);
+
+/* The same for programs: null, or an object. A new reference. */
+json_t *describe_owner_json(enum run_owner state, const struct owner_record *owner);
+
+/* What list and info both say of a volume. A new reference. */
+json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry);
+
+/* Prints `json` on stdout and gives the reference back. */
+void describe_print(json_t *json);
+
+#endif

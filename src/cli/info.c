@@ -1,0 +1,86 @@
+/* fdb-nbd info: all about one volume. */
+#include <stdio.h>
+
+#include "cli/describe.h"
+#include "volume/keys.h"
+
+/* What the volume's blocks take in the store, after compression. */
+static enum status stored_bytes(struct run *run, uint64_t branch, uint64_t *bytes, struct err *e)
+{
+    struct key begin, end;
+    uint64_t keys;
+    key_prefix_branch(&begin, 'b', branch);
+    end = begin;
+    key_prefix_end(&end);
+    return store_usage(run->store, key_slice(&begin), key_slice(&end), &keys, bytes, e);
+}
+
+static void print_text(struct run *run, const struct catalog_entry *entry, uint64_t stored)
+{
+    const struct header_record *h = &entry->header;
+    const struct owner_record *o = &entry->owner;
+    char a[24], b[32], owner[HOST_BYTES_MAX + 16];
+    enum run_owner state = run_owner_state(run, o);
+    printf("name:         %s\n", entry->name);
+    if (h->description[0])
+        printf("description:  %s\n", h->description);
+    printf("size:         %s (%llu bytes)\n", cli_size(h->size, a), (unsigned long long)h->size);
+    printf("used:         %s\n", cli_size(entry->state.data_blocks * h->block_size, a));
+    printf("stored:       %s\n", cli_size(stored, a));
+    printf("block size:   %s\n", cli_size(h->block_size, a));
+    printf("compression:  %s\n", cli_codec(h->codec, h->codec_level, a));
+    printf("created:      %s\n", cli_time(h->created_ns, b));
+    printf("epoch:        %llu\n", (unsigned long long)h->epoch);
+    printf("generation:   %llu\n", (unsigned long long)entry->state.generation);
+    if (state == OWNER_NONE)
+        printf("owner:        nobody\n");
+    else
+        printf("owner:        %s, %s, since %s\n", describe_owner(state, o, owner), o->address,
+               cli_time(o->since_ns, b));
+    printf("store:        %s\n", run->cli->store_uri);
+}
+
+static void print_json(struct run *run, const struct catalog_entry *entry, uint64_t stored)
+{
+    json_t *json = describe_volume_json(run, entry);
+    json_object_set_new(json, "stored_bytes", json_integer((json_int_t)stored));
+    json_object_set_new(json, "epoch", json_integer((json_int_t)entry->header.epoch));
+    json_object_set_new(json, "generation", json_integer((json_int_t)entry->state.generation));
+    json_object_set_new(json, "branch", json_integer((json_int_t)entry->branch));
+    json_object_set_new(json, "store", json_string(run->cli->store_uri));
+    describe_print(json);
+}
+
+static int run_info(struct cli *cli, int argc, char **argv)
+{
+    int first = cli_parse(cli, argc, argv, NULL, NULL);
+    if (first < 0)
+        return cli->status;
+    struct run run;
+    struct catalog_entry entry;
+    int status = run_begin(&run, cli, RUN_READ);
+    if (status == CLI_DONE)
+        status = run_find(&run, argv[first], &entry);
+    if (status == CLI_DONE) {
+        uint64_t stored;
+        struct err e = {0};
+        if (stored_bytes(&run, entry.branch, &stored, &e) != ST_OK)
+            status = cli_failed(&e);
+        else if (cli->json)
+            print_json(&run, &entry, stored);
+        else
+            print_text(&run, &entry, stored);
+    }
+    run_end(&run);
+    return status;
+}
+
+const struct cli_command info_command = {
+    .name = "info",
+    .args = "NAME",
+    .summary = "show all about one volume",
+    .details = "used: what clients see as data. stored: what it takes in the store, compressed.",
+    .args_min = 1,
+    .args_max = 1,
+    .run = run_info,
+};

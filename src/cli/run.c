@@ -1,0 +1,171 @@
+/* A command's store and reactor; see run.h. */
+#include "cli/run.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "server/reactor.h"
+#include "volume/volume.h"
+
+/* A server commits what it holds before it answers: that may take a while. */
+#define ASK_WAIT_MS 30000u
+
+static void op_done(struct catalog_op *op)
+{
+    struct run *run = container_of(op, struct run, op);
+    run->answered = true;
+}
+
+struct catalog_op *run_op(struct run *run)
+{
+    catalog_op_free(&run->op);
+    run->op = (struct catalog_op){.done = op_done};
+    run->answered = false;
+    return &run->op;
+}
+
+void run_until(struct run *run, const bool *done)
+{
+    while (!*done)
+        reactor_run_once(run->env);
+}
+
+enum status run_wait(struct run *run)
+{
+    run_until(run, &run->answered);
+    return run->op.st;
+}
+
+int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
+{
+    struct err e = {0};
+    *run = (struct run){.cli = cli};
+    if (reactor_new(&run->reactor, &e) != ST_OK)
+        return cli_failed(&e);
+    run->env = reactor_env(run->reactor);
+    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0, CLI_LEASE_MS,
+                                &run->store, &e);
+    if (st != ST_OK) {
+        cli_failed(&e);
+        return st == ST_INVAL ? CLI_USAGE : CLI_STORE;
+    }
+    catalog_prepare(run_op(run), run->store, run->env, mode == RUN_CREATE);
+    st = run_wait(run);
+    if (st != ST_OK) {
+        cli_failed(&run->op.err);
+        return CLI_STORE;
+    }
+    run->meta = run->op.meta;
+    if (mode != RUN_READ && !catalog_may_write(&run->meta)) {
+        cli_error("%s has features that this version must not write to: use a newer fdb-nbd",
+                  cli->store_uri);
+        return CLI_STORE;
+    }
+    return CLI_DONE;
+}
+
+void run_end(struct run *run)
+{
+    catalog_op_free(&run->op);
+    if (run->store)
+        store_close(run->store);
+    if (run->reactor)
+        reactor_free(run->reactor);
+}
+
+int run_find(struct run *run, const char *name, struct catalog_entry *entry)
+{
+    catalog_find(run_op(run), run->store, run->env, name);
+    if (run_wait(run) != ST_OK)
+        return cli_failed(&run->op.err);
+    *entry = run->op.entries[0];
+    return CLI_DONE;
+}
+
+enum run_owner run_owner_state(struct run *run, const struct owner_record *owner)
+{
+    static const uint8_t nobody[SESSION_ID_BYTES];
+    if (memcmp(owner->session, nobody, sizeof nobody) == 0)
+        return OWNER_NONE;
+    switch (store_session_probe(run->store, owner->session)) {
+    case STORE_SESSION_ALIVE:
+        return OWNER_ALIVE;
+    case STORE_SESSION_DEAD:
+        return OWNER_DEAD;
+    case STORE_SESSION_UNKNOWN:
+        break;
+    }
+    return OWNER_UNKNOWN;
+}
+
+enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
+                    uint64_t size, bool shrink)
+{
+    struct mail_record mail = {.kind = (uint8_t)kind, .size = size, .shrink = shrink};
+    char host[HOST_BYTES_MAX - 20] = "";
+    if (gethostname(host, sizeof host - 1) != 0)
+        host[0] = '\0';
+    snprintf(mail.from, sizeof mail.from, "%s pid %d", host, (int)getpid());
+    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS);
+    return run_wait(run);
+}
+
+struct opening {
+    struct volume_open open;
+    bool done;
+};
+
+static void opened(struct volume_open *op)
+{
+    container_of(op, struct opening, open)->done = true;
+}
+
+enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned)
+{
+    struct err *e = &run->op.err;
+    memset(owned, 0, sizeof *owned);
+    enum status st = session_begin(&owned->session, run->store, run->env, reactor_run_once, CLI_LEASE_MS,
+                                   run->cli->command->name, e);
+    if (st != ST_OK) {
+        owned->session.store = NULL;
+        return st;
+    }
+    struct shard_config config = {.store = run->store,
+                                  .env = run->env,
+                                  .session = &owned->session,
+                                  .cache_bytes = VOLUME_CACHE_BYTES_MIN,
+                                  .no_log = true};
+    st = shard_new(&config, &owned->shard, e);
+    if (st == ST_OK) {
+        struct opening opening = {.open = {.branch = entry->branch, .done = opened}};
+        memcpy(opening.open.name, entry->name, sizeof opening.open.name);
+        volume_open(owned->shard, &opening.open);
+        run_until(run, &opening.done);
+        owned->vol = opening.open.vol;
+        st = opening.open.st;
+        *e = opening.open.err;
+    }
+    if (st != ST_OK)
+        run_disown(run, owned);
+    return st;
+}
+
+static void closed(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+void run_disown(struct run *run, struct run_owned *owned)
+{
+    if (owned->vol) {
+        bool done = false;
+        volume_close(owned->vol, closed, &done);
+        run_until(run, &done);
+    }
+    if (owned->shard)
+        shard_free(owned->shard);
+    if (owned->session.store)
+        session_end(&owned->session, run->env, reactor_run_once);
+    memset(owned, 0, sizeof *owned);
+}

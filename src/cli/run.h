@@ -1,0 +1,70 @@
+/*
+ * A command's store and reactor: opens them, and turns asynchronous operations
+ * into ones that are waited for. For commands that come and go; the server runs
+ * its reactors itself.
+ */
+#ifndef CLI_RUN_H
+#define CLI_RUN_H
+
+#include "cli/cli.h"
+#include "store/store.h"
+#include "volume/catalog.h"
+#include "volume/session.h"
+
+#define CLI_LEASE_MS 10000u
+
+struct reactor;
+struct shard;
+struct volume;
+
+struct run {
+    struct cli *cli;
+    struct reactor *reactor;
+    struct env *env;
+    struct store *store;
+    struct meta_record meta;
+    struct catalog_op op; /* the one in progress, or the last; run_op() starts over */
+    bool answered;
+};
+
+enum run_mode {
+    RUN_READ,   /* looks only */
+    RUN_WRITE,  /* changes a store that is there */
+    RUN_CREATE, /* makes the store where it is not there */
+};
+
+/* Opens the store that the command line names and checks its format. On failure prints why
+ * and returns the exit status, CLI_DONE else. In any case run_end() follows. */
+int run_begin(struct run *run, struct cli *cli, enum run_mode mode);
+void run_end(struct run *run);
+
+/* For one operation of the catalog: give run_op() to the catalog's function, then wait. */
+struct catalog_op *run_op(struct run *run);
+enum status run_wait(struct run *run);
+
+/* Finds a volume; *entry is a copy. On failure prints why and returns the exit status. */
+int run_find(struct run *run, const char *name, struct catalog_entry *entry);
+
+/* Lets the loop turn until *done. */
+void run_until(struct run *run, const bool *done);
+
+/* What is known of the session in an owner record. */
+enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
+enum run_owner run_owner_state(struct run *run, const struct owner_record *owner);
+
+/* Asks the living owner of a volume and waits: as catalog_ask_owner. */
+enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
+                    uint64_t size, bool shrink);
+
+/* For a volume that nobody has in use: registers this process as a session, opens the volume
+ * (run_disown() closes and deregisters, and returns the exit status of that). On failure
+ * prints nothing and leaves why in run->op.err. */
+struct run_owned {
+    struct session session;
+    struct shard *shard;
+    struct volume *vol;
+};
+enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
+void run_disown(struct run *run, struct run_owned *owned);
+
+#endif

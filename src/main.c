@@ -1,0 +1,11 @@
+/* fdb-nbd: network block devices whose blocks live in a key-value store. */
+#include <signal.h>
+
+#include "cli/cli.h"
+
+int main(int argc, char **argv)
+{
+    /* A client or a pipe that goes away is an error of one write, not the end of the process. */
+    signal(SIGPIPE, SIG_IGN);
+    return cli_main(argc, argv);
+}

@@ -1,0 +1,516 @@
+/*
+ * Opening and closing a store in a folder: finds or makes its files, checks that
+ * this build understands them, starts its threads.
+ */
+#include "store/lmdb/engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/hash.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "store/engines.h"
+
+#define FORMAT_VERSION 1u
+#define FEATURES_COMPAT_KNOWN 0ull
+#define FEATURES_RO_COMPAT_KNOWN 0ull
+#define FEATURES_INCOMPAT_KNOWN 0ull
+
+#define META_BYTES 64u
+#define MAP_BYTES_MAX (1ull << 40)
+#define MAP_BYTES_MIN (16ull << 20)
+#define READERS_MAX 1024u
+#define NAMED_DBS_MAX 8u
+#define EMERGENCY_BYTES_MIN (4ull << 20)
+#define EMERGENCY_BYTES_MAX (32ull << 20)
+#define LEASE_MS_MIN 100u
+
+static const char meta_key[] = "store";
+
+/* LMDB must not be opened twice in one process: closing one would drop the other's locks. */
+static pthread_mutex_t open_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct list open_stores = LIST_INIT(open_stores);
+
+uint64_t lm_now_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_BOOTTIME, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+void lm_id_text(const uint8_t id[STORE_ID_BYTES], char text[LM_ID_TEXT_BYTES])
+{
+    static const char digits[] = "0123456789abcdef";
+    for (size_t i = 0; i < STORE_ID_BYTES; i++) {
+        text[2 * i] = digits[id[i] >> 4];
+        text[2 * i + 1] = digits[id[i] & 15];
+    }
+    text[2 * STORE_ID_BYTES] = '\0';
+}
+
+enum status lm_status(int rc)
+{
+    switch (rc) {
+    case 0:
+        return ST_OK;
+    case MDB_NOTFOUND:
+        return ST_NOTFOUND;
+    case MDB_MAP_FULL:
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+        return ST_NOSPC;
+    case MDB_READERS_FULL:
+    case MDB_MAP_RESIZED:
+    case MDB_PANIC:
+    case EACCES:
+    case EROFS:
+    case ENOMEM:
+    case EMFILE:
+    case ENFILE:
+        return ST_UNAVAIL;
+    case MDB_VERSION_MISMATCH:
+    case MDB_INVALID:
+        return ST_FORMAT;
+    default:
+        return ST_IO;
+    }
+}
+
+void lm_file_adopt(const struct lm *lm, int fd)
+{
+    if (fchown(fd, lm->uid, lm->gid) < 0)
+        (void)!fchown(fd, (uid_t)-1, lm->gid);
+    (void)fchmod(fd, lm->mode);
+}
+
+/* Files that LMDB makes itself. */
+static void adopt_by_name(const struct lm *lm, const char *name)
+{
+    int fd = openat(lm->dir_fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (fchownat(fd, "", lm->uid, lm->gid, AT_EMPTY_PATH) < 0)
+        (void)!fchownat(fd, "", (uid_t)-1, lm->gid, AT_EMPTY_PATH);
+    close(fd);
+    (void)fchmodat(lm->dir_fd, name, lm->mode, 0);
+}
+
+static int env_try(struct lm *lm, size_t map_bytes)
+{
+    int rc = mdb_env_create(&lm->mdb);
+    if (rc)
+        return rc;
+    rc = mdb_env_set_mapsize(lm->mdb, map_bytes);
+    if (!rc)
+        rc = mdb_env_set_maxreaders(lm->mdb, READERS_MAX);
+    if (!rc)
+        rc = mdb_env_set_maxdbs(lm->mdb, NAMED_DBS_MAX);
+    if (!rc)
+        rc = mdb_env_open(lm->mdb, lm->dir, MDB_NORDAHEAD | MDB_NOTLS, lm->mode);
+    if (rc)
+        lm_env_close(lm);
+    return rc;
+}
+
+static int dbis_open(struct lm *lm, MDB_txn *txn, unsigned flags)
+{
+    struct {
+        const char *name;
+        MDB_dbi *dbi;
+    } dbs[] = {
+        {"store", &lm->store_dbi},          {"keys", &lm->keys_dbi},
+        {"logs", &lm->logs_dbi},            {"free", &lm->space_dbis.free},
+        {"holes", &lm->space_dbis.holes},   {"pending", &lm->space_dbis.pending},
+    };
+    for (size_t i = 0; i < sizeof dbs / sizeof dbs[0]; i++) {
+        int rc = mdb_dbi_open(txn, dbs[i].name, flags, dbs[i].dbi);
+        if (rc)
+            return rc;
+    }
+    lm->space_dbis.store = lm->store_dbi;
+    return 0;
+}
+
+static enum status meta_read(struct lm *lm, MDB_txn *txn, struct err *e)
+{
+    MDB_val k = {sizeof meta_key - 1, (void *)(uintptr_t)meta_key}, v;
+    int rc = mdb_get(txn, lm->store_dbi, &k, &v);
+    if (rc)
+        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
+    uint8_t meta[META_BYTES];
+    if (v.mv_size != META_BYTES)
+        return fail(e, ST_FORMAT, "%s is no store this program knows", lm->dir);
+    memcpy(meta, v.mv_data, sizeof meta);
+    if (get_le64(meta) != hash64(meta + 8, META_BYTES - 8, 0))
+        return fail(e, ST_FORMAT,
+                    "the description of the store %s is damaged: restore it from a backup", lm->dir);
+    uint32_t version = get_le32(meta + 8);
+    uint64_t ro_compat = get_le64(meta + 24) & ~FEATURES_RO_COMPAT_KNOWN;
+    uint64_t incompat = get_le64(meta + 32) & ~FEATURES_INCOMPAT_KNOWN;
+    if (version != FORMAT_VERSION || incompat || ro_compat)
+        return fail(e, ST_FORMAT,
+                    "the store %s was written by a newer version of this program (format %u, "
+                    "features %#llx): use that version",
+                    lm->dir, version, (unsigned long long)(incompat | ro_compat));
+    memcpy(lm->uuid, meta + 40, STORE_ID_BYTES);
+    return ST_OK;
+}
+
+static int meta_write(struct lm *lm, MDB_txn *txn)
+{
+    uint8_t meta[META_BYTES] = {0};
+    put_le32(meta + 8, FORMAT_VERSION);
+    put_le32(meta + 12, SPACE_UNIT_BYTES);
+    put_le64(meta + 16, FEATURES_COMPAT_KNOWN);
+    put_le64(meta + 24, FEATURES_RO_COMPAT_KNOWN);
+    put_le64(meta + 32, FEATURES_INCOMPAT_KNOWN);
+    memcpy(meta + 40, lm->uuid, STORE_ID_BYTES);
+    put_le64(meta, hash64(meta + 8, META_BYTES - 8, 0));
+    MDB_val k = {sizeof meta_key - 1, (void *)(uintptr_t)meta_key}, v = {sizeof meta, meta};
+    return mdb_put(txn, lm->store_dbi, &k, &v, MDB_NOOVERWRITE);
+}
+
+/* Makes the databases and the description of a new store. Alone in the folder: the caller
+ * holds its lock. */
+static enum status store_format(struct lm *lm, struct err *e)
+{
+    if (getrandom(lm->uuid, sizeof lm->uuid, 0) != (ssize_t)sizeof lm->uuid)
+        return fail(e, ST_UNAVAIL, "cannot draw a random store id: %s", strerror(errno));
+    MDB_txn *txn;
+    int rc = mdb_txn_begin(lm->mdb, NULL, 0, &txn);
+    if (rc)
+        return fail(e, lm_status(rc), "cannot write the store %s: %s", lm->dir, mdb_strerror(rc));
+    rc = dbis_open(lm, txn, MDB_CREATE);
+    if (!rc)
+        rc = meta_write(lm, txn);
+    if (rc) {
+        mdb_txn_abort(txn);
+        return fail(e, lm_status(rc), "cannot write the store %s: %s", lm->dir, mdb_strerror(rc));
+    }
+    enum status st = lm_datafile_open(lm, true, e);
+    if (st) {
+        mdb_txn_abort(txn);
+        return st;
+    }
+    close(lm->blocks_fd);
+    lm->blocks_fd = -1;
+    rc = mdb_txn_commit(txn);
+    if (!rc && fsync(lm->dir_fd) < 0)
+        rc = errno;
+    if (rc)
+        return fail(e, lm_status(rc), "cannot write the store %s: %s", lm->dir, mdb_strerror(rc));
+    return ST_OK;
+}
+
+enum status lm_env_open(struct lm *lm, bool create, struct err *e)
+{
+    /* Address space may be limited; the map need only be as large as the index grows. */
+    int rc = ENOMEM;
+    for (uint64_t size = MAP_BYTES_MAX; rc == ENOMEM && size >= MAP_BYTES_MIN; size /= 2)
+        rc = env_try(lm, size);
+    if (rc)
+        return fail(e, lm_status(rc), "cannot open the store %s: %s", lm->dir, mdb_strerror(rc));
+    MDB_txn *txn;
+    rc = mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &txn);
+    if (rc)
+        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
+    MDB_stat stat;
+    mdb_env_stat(lm->mdb, &stat);
+    lm->page_bytes = stat.ms_psize;
+    rc = dbis_open(lm, txn, 0);
+    if (rc == 0) {
+        enum status st = meta_read(lm, txn, e);
+        /* Handles opened in a transaction are kept only if it is committed. */
+        mdb_txn_commit(txn);
+        return st;
+    }
+    mdb_txn_abort(txn);
+    if (rc != MDB_NOTFOUND)
+        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
+    if (!create)
+        return fail(e, ST_NOTFOUND, "there is no store in %s: one was begun there and not finished",
+                    lm->dir);
+    return store_format(lm, e);
+}
+
+void lm_env_close(struct lm *lm)
+{
+    if (lm->mdb)
+        mdb_env_close(lm->mdb);
+    lm->mdb = NULL;
+}
+
+/* mkdir -p. */
+static int folders_make(const char *path)
+{
+    char part[sizeof((struct lm *)0)->dir];
+    size_t len = strlen(path);
+    for (size_t i = 1; i <= len; i++) {
+        if (path[i] != '/' && path[i] != '\0')
+            continue;
+        memcpy(part, path, i);
+        part[i] = '\0';
+        if (mkdir(part, 0750) < 0 && errno != EEXIST)
+            return -1;
+    }
+    return 0;
+}
+
+static int subfolder_open(struct lm *lm, const char *name)
+{
+    if (mkdirat(lm->dir_fd, name, 0700) == 0) {
+        int fd = openat(lm->dir_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        struct stat sb;
+        if (fd >= 0 && fstat(lm->dir_fd, &sb) == 0) {
+            if (fchown(fd, lm->uid, lm->gid) < 0)
+                (void)!fchown(fd, (uid_t)-1, lm->gid);
+            (void)fchmod(fd, sb.st_mode & 07777);
+        }
+        return fd;
+    }
+    return openat(lm->dir_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+/* Opens the folder, and sees whether there is a store in it. */
+static enum status folder_open(struct lm *lm, unsigned flags, struct err *e)
+{
+    bool create = flags & STORE_CREATE;
+    if (create && folders_make(lm->dir) < 0)
+        return fail(e, ST_UNAVAIL, "cannot make the folder %s: %s", lm->dir, strerror(errno));
+    lm->dir_fd = open(lm->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    struct stat sb;
+    if (lm->dir_fd < 0 || fstat(lm->dir_fd, &sb) < 0)
+        return errno == ENOENT || errno == ENOTDIR
+                   ? fail(e, ST_NOTFOUND, "there is no store in %s: there is no such folder", lm->dir)
+                   : fail(e, ST_UNAVAIL, "cannot open the folder %s: %s", lm->dir, strerror(errno));
+    lm->dev = sb.st_dev;
+    lm->ino = sb.st_ino;
+    lm->uid = sb.st_uid;
+    lm->gid = sb.st_gid;
+    lm->mode = sb.st_mode & 0666;
+    if (!create && faccessat(lm->dir_fd, "data.mdb", F_OK, AT_EACCESS) < 0)
+        return errno == ENOENT
+                   ? fail(e, ST_NOTFOUND, "there is no store in the folder %s", lm->dir)
+                   : fail(e, ST_UNAVAIL, "cannot look into %s: %s", lm->dir, strerror(errno));
+    return ST_OK;
+}
+
+/* The folder's lock, so that two processes do not make one store at once. */
+static enum status folder_lock(struct lm *lm, struct err *e)
+{
+    uint64_t until = lm_now_ns() + (uint64_t)lm->lease_ms * 1000000u + 5000000000u;
+    while (flock(lm->dir_fd, LOCK_EX | LOCK_NB) < 0) {
+        if (errno != EWOULDBLOCK && errno != EINTR)
+            return fail(e, ST_UNAVAIL, "cannot lock the folder %s: %s", lm->dir, strerror(errno));
+        if (lm_now_ns() > until)
+            return fail(e, ST_UNAVAIL,
+                        "another process has been opening the store %s for too long: end it",
+                        lm->dir);
+        usleep(10000);
+    }
+    return ST_OK;
+}
+
+static enum status registered(struct lm *lm, struct err *e)
+{
+    enum status st = ST_OK;
+    pthread_mutex_lock(&open_lock);
+    list_for_each(pos, &open_stores)
+    {
+        struct lm *other = container_of(pos, struct lm, open_link);
+        if (other->dev == lm->dev && other->ino == lm->ino)
+            st = fail(e, ST_BUSY, "this process has the store %s open already", lm->dir);
+    }
+    if (!st)
+        list_add_tail(&open_stores, &lm->open_link);
+    pthread_mutex_unlock(&open_lock);
+    return st;
+}
+
+static void teardown(struct lm *lm)
+{
+    lm_minder_stop(lm);
+    lm_commit_thread_stop(lm);
+    lm_readers_drop(lm);
+    lm_env_close(lm);
+    lm_processes_close(lm);
+    int *fds[] = {&lm->blocks_fd, &lm->bell_fd, &lm->session_fd, &lm->log_fd, &lm->dir_fd};
+    for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++)
+        if (*fds[i] >= 0)
+            close(*fds[i]);
+    pthread_mutex_lock(&open_lock);
+    list_remove(&lm->open_link);
+    pthread_mutex_unlock(&open_lock);
+    pthread_mutex_destroy(&lm->env_lock);
+    pthread_cond_destroy(&lm->env_cond);
+    pthread_mutex_destroy(&lm->queue_lock);
+    pthread_cond_destroy(&lm->queue_cond);
+    pthread_cond_destroy(&lm->job_cond);
+    pthread_mutex_destroy(&lm->watch_lock);
+    free(lm);
+}
+
+static void lm_close(struct store *store)
+{
+    teardown(lm_of(store));
+}
+
+static enum status lm_info(struct store *store, struct store_info *info, struct err *e)
+{
+    struct lm *lm = lm_of(store);
+    *info = (struct store_info){.engine = "lmdb"};
+    snprintf(info->uri, sizeof info->uri, "lmdb:%s", lm->dir);
+    struct statvfs vfs;
+    if (fstatvfs(lm->dir_fd, &vfs) < 0)
+        return fail(e, ST_UNAVAIL, "cannot ask for the free space of %s: %s", lm->dir,
+                    strerror(errno));
+    struct lm_reader *reader;
+    enum status st = lm_read_begin(lm, &reader);
+    if (st)
+        return fail(e, st, "cannot read the store %s", lm->dir);
+    struct space sp;
+    st = space_load(&sp, reader->txn, &lm->space_dbis);
+    space_release(&sp);
+    lm_read_end(lm, reader, st != ST_OK);
+    if (st)
+        return fail(e, st, "the record of free space in the store %s is damaged", lm->dir);
+    MDB_envinfo env_info;
+    mdb_env_info(lm->mdb, &env_info);
+    uint64_t unused = sp.free_units + sp.hole_units + sp.pending_units;
+    info->bytes_used = (sp.data_units - unused) * SPACE_UNIT_BYTES +
+                       ((uint64_t)env_info.me_last_pgno + 1) * lm->page_bytes;
+    info->bytes_free = (sp.free_units + sp.pending_units) * SPACE_UNIT_BYTES;
+    info->bytes_available = (uint64_t)vfs.f_bavail * vfs.f_frsize;
+    return ST_OK;
+}
+
+static const struct store_ops ops = {
+    .close = lm_close,
+    .read = lm_read,
+    .read_release = lm_read_release,
+    .commit = lm_commit,
+    .watch = lm_watch,
+    .watch_stop = lm_watch_stop,
+    .reserve = lm_reserve,
+    .reserve_wait = lm_reserve_wait,
+    .unreserve = lm_unreserve,
+    .body_cost = lm_body_cost,
+    .session_begin = lm_session_begin,
+    .session_end = lm_session_end,
+    .session_probe = lm_session_probe,
+    .session_kill = lm_session_kill,
+    .info = lm_info,
+    .usage = lm_usage,
+    .log = &lm_log_ops,
+};
+
+static struct lm *lm_new(unsigned lease_ms)
+{
+    struct lm *lm = mem_zalloc(sizeof *lm);
+    lm->base.ops = &ops;
+    lm->base.limits = (struct store_limits){.head_bytes_max = LM_HEAD_BYTES_MAX,
+                                            .body_bytes_max = LM_BODY_BYTES_MAX,
+                                            .batch_bytes_max = LM_BATCH_BYTES_MAX,
+                                            .has_log = true,
+                                            .needs_heartbeat = false};
+    lm->lease_ms = lease_ms < LEASE_MS_MIN ? LEASE_MS_MIN : lease_ms;
+    lm->dir_fd = lm->blocks_fd = lm->session_fd = lm->log_fd = -1;
+    lm->processes_fd = lm->bell_fd = lm->minder_stop_fd = lm->inotify_fd = -1;
+    list_init(&lm->open_link);
+    list_init(&lm->commits);
+    list_init(&lm->waits);
+    list_init(&lm->jobs);
+    list_init(&lm->watches);
+    pthread_mutex_init(&lm->env_lock, NULL);
+    pthread_cond_init(&lm->env_cond, NULL);
+    pthread_mutex_init(&lm->queue_lock, NULL);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&lm->queue_cond, &attr);
+    pthread_condattr_destroy(&attr);
+    pthread_cond_init(&lm->job_cond, NULL);
+    pthread_mutex_init(&lm->watch_lock, NULL);
+    return lm;
+}
+
+static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
+{
+    struct statvfs vfs;
+    if (fstatvfs(lm->dir_fd, &vfs) < 0)
+        return fail(e, ST_UNAVAIL, "cannot look at the disk of %s: %s", lm->dir, strerror(errno));
+    uint64_t disk = (uint64_t)vfs.f_blocks * vfs.f_frsize;
+    lm->emergency_bytes =
+        min_u64(max_u64(disk / 64, EMERGENCY_BYTES_MIN), EMERGENCY_BYTES_MAX);
+    bool create = flags & STORE_CREATE;
+    bool fresh = faccessat(lm->dir_fd, "data.mdb", F_OK, AT_EACCESS) < 0;
+    enum status st = lm_env_open(lm, create, e);
+    if (fresh) {
+        adopt_by_name(lm, "data.mdb");
+        adopt_by_name(lm, "lock.mdb");
+    }
+    if (!st)
+        st = lm_datafile_open(lm, false, e);
+    if (st)
+        return st;
+    lm->session_fd = subfolder_open(lm, "session");
+    lm->log_fd = subfolder_open(lm, "log");
+    lm->bell_fd = openat(lm->dir_fd, "bell", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (lm->session_fd < 0 || lm->log_fd < 0 || lm->bell_fd < 0)
+        return fail(e, ST_UNAVAIL, "cannot write in the folder %s: %s", lm->dir, strerror(errno));
+    struct stat sb;
+    if (fstat(lm->bell_fd, &sb) == 0 && sb.st_uid != lm->uid)
+        lm_file_adopt(lm, lm->bell_fd);
+    return lm_processes_open(lm, e);
+}
+
+static enum status lm_open(const char *rest, unsigned flags, unsigned lease_ms, struct store **out,
+                           struct err *e)
+{
+    struct lm *lm = lm_new(lease_ms);
+    size_t len = strlen(rest);
+    while (len > 1 && rest[len - 1] == '/')
+        len--;
+    if (len == 0 || len >= sizeof lm->dir) {
+        teardown(lm);
+        return fail(e, ST_INVAL, "a store is given as lmdb:DIRECTORY, with a path of at most %zu bytes",
+                    sizeof lm->dir - 1);
+    }
+    memcpy(lm->dir, rest, len);
+    enum status st = folder_open(lm, flags, e);
+    if (!st)
+        st = registered(lm, e);
+    if (!st)
+        st = folder_lock(lm, e);
+    if (!st)
+        st = files_open(lm, flags, e);
+    if (!st)
+        st = lm_commit_thread_start(lm, e);
+    if (!st)
+        st = lm_minder_start(lm, e);
+    if (lm->dir_fd >= 0)
+        flock(lm->dir_fd, LOCK_UN);
+    if (st) {
+        teardown(lm);
+        return st;
+    }
+    *out = &lm->base;
+    return ST_OK;
+}
+
+const struct store_engine store_engine_lmdb = {
+    .scheme = "lmdb",
+    .form = "lmdb:DIRECTORY",
+    .open = lm_open,
+};

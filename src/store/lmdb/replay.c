@@ -1,0 +1,310 @@
+/*
+ * Reading the log of a session that is gone, and clearing away logs that nobody
+ * needs.
+ *
+ * A replay begins where LMDB says and ends at the first record that does not
+ * fit: the number after the last one's, hashes that are this log's. So it yields
+ * a prefix, whatever of the rest had reached the disk. Where a later record says
+ * that the one missing had been synced, the log is damaged, and that is an error
+ * and not its end.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/hash.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "store/lmdb/engine.h"
+
+#define WINDOW_BYTES (8u << 20)
+#define FILES_MAX 65536u
+
+/* A window over the ring, by positions that only rise. */
+struct scan {
+    int fd;
+    uint64_t id, capacity;
+    uint64_t limit; /* no record ends beyond */
+    uint8_t *window;
+    uint64_t at;
+    size_t len;
+    bool read_failed;
+};
+
+/* Bytes [offset, offset + len) of the ring in one piece, or NULL. */
+static const uint8_t *scan_bytes(struct scan *s, uint64_t offset, size_t len)
+{
+    if (len > WINDOW_BYTES || offset + len > s->limit)
+        return NULL;
+    if (offset < s->at || offset + len > s->at + s->len) {
+        s->at = offset;
+        s->len = 0;
+        size_t want = min_u64(WINDOW_BYTES, s->limit - offset);
+        while (s->len < want) {
+            uint64_t place = (offset + s->len) % s->capacity;
+            size_t part = min_u64(want - s->len, s->capacity - place);
+            ssize_t n = pread(s->fd, s->window + s->len, part, (off_t)(LM_LOG_HEADER_BYTES + place));
+            if (n < 0 && errno == EINTR)
+                continue;
+            if (n <= 0) {
+                s->read_failed = true;
+                return NULL;
+            }
+            s->len += (size_t)n;
+        }
+    }
+    return s->window + (offset - s->at);
+}
+
+static bool header_fits(const struct scan *s, const uint8_t *h)
+{
+    return get_le32(h) == LM_LOG_RECORD_MAGIC && get_le32(h + 4) <= STORE_LOG_PAYLOAD_MAX &&
+           get_le64(h + 72) == lm_log_header_hash(h, s->id);
+}
+
+/* Whether a record behind `offset` knows that the one numbered `seq` had been synced. */
+static bool damaged_at(struct scan *s, uint64_t offset, uint64_t seq)
+{
+    for (uint64_t at = offset; at + LM_LOG_RECORD_BYTES <= s->limit; at += 8) {
+        const uint8_t *h = scan_bytes(s, at, LM_LOG_RECORD_BYTES);
+        if (!h)
+            return s->read_failed;
+        if (get_le32(h) == LM_LOG_RECORD_MAGIC && get_le64(h + 8) > seq && header_fits(s, h) &&
+            get_le64(h + 64) > seq)
+            return true;
+    }
+    return false;
+}
+
+static enum status scan_records(struct scan *s, const struct lm_log_start *start, uint64_t stream,
+                                uint64_t after_seq,
+                                bool (*take)(void *arg, const struct store_log_record *rec),
+                                void *arg, struct err *e)
+{
+    uint64_t offset = start->offset, seq = start->seq;
+    for (;;) {
+        const uint8_t *h = scan_bytes(s, offset, LM_LOG_RECORD_BYTES);
+        if (!h || !header_fits(s, h) || get_le64(h + 8) != seq)
+            break;
+        uint32_t len = get_le32(h + 4);
+        h = scan_bytes(s, offset, LM_LOG_RECORD_BYTES + len);
+        if (!h || hash64(h + LM_LOG_RECORD_BYTES, len, 0) != get_le64(h + 56))
+            break;
+        struct store_log_record rec = {.seq = seq,
+                                       .stream = get_le64(h + 16),
+                                       .payload = h + LM_LOG_RECORD_BYTES,
+                                       .payload_len = len};
+        memcpy(rec.meta, h + 24, sizeof rec.meta);
+        if (rec.stream == stream && seq > after_seq && !take(arg, &rec))
+            return ST_OK;
+        offset += store_log_record_bytes(len);
+        seq++;
+    }
+    if (s->read_failed)
+        return fail(e, ST_IO, "write log %016" PRIx64 " can't be read: %s", s->id, strerror(errno));
+    if (damaged_at(s, offset, seq))
+        return fail(e, ST_IO,
+                    "write log %016" PRIx64 " is damaged at record %" PRIu64
+                    ", which had reached the disk: writes that were answered may be lost",
+                    s->id, seq);
+    return ST_OK;
+}
+
+enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream, uint64_t after_seq,
+                          bool (*take)(void *arg, const struct store_log_record *rec), void *arg,
+                          struct err *e)
+{
+    struct lm *lm = lm_of(store);
+    struct lm_reader *reader;
+    struct lm_log_start start;
+    enum status st = lm_read_begin(lm, &reader);
+    if (st)
+        return fail(e, st, "cannot read the store %s", lm->dir);
+    st = lm_log_start_get(lm, reader->txn, log_id, &start);
+    lm_read_end(lm, reader, false);
+    if (st)
+        return fail(e, st, "the store %s %s write log %016" PRIx64, lm->dir,
+                    st == ST_NOTFOUND ? "has no" : "has a damaged record of", log_id);
+    char name[24];
+    snprintf(name, sizeof name, "%016" PRIx64, log_id);
+    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return fail(e, errno == ENOENT ? ST_NOTFOUND : ST_IO, "cannot open the write log %s/log/%s: %s",
+                    lm->dir, name, strerror(errno));
+    uint64_t id, capacity;
+    uint8_t session[STORE_ID_BYTES];
+    if (lm_log_header_read(fd, &id, session, &capacity) || id != log_id ||
+        capacity != start.capacity || capacity == 0) {
+        close(fd);
+        return fail(e, ST_IO, "the header of write log %s/log/%s is damaged", lm->dir, name);
+    }
+    struct scan s = {.fd = fd,
+                     .id = id,
+                     .capacity = capacity,
+                     .limit = start.offset + capacity,
+                     .window = mem_alloc(WINDOW_BYTES)};
+    st = scan_records(&s, &start, stream, after_seq, take, arg, e);
+    free(s.window);
+    close(fd);
+    return st;
+}
+
+/* ---- logs that nobody needs ---- */
+
+struct unused {
+    uint64_t *ids;
+    size_t n, cap;
+    uint8_t (*sessions)[STORE_ID_BYTES]; /* of the logs that stay */
+    size_t n_sessions, cap_sessions;
+    const uint64_t *needed;
+    size_t n_needed;
+};
+
+static void judge(struct lm *lm, struct unused *u, uint64_t id, const uint8_t *session)
+{
+    bool keep = !session || lm_session_probe(&lm->base, session) != STORE_SESSION_DEAD;
+    for (size_t i = 0; i < u->n_needed && !keep; i++)
+        keep = u->needed[i] == id;
+    if (keep && session) {
+        mem_grow(&u->sessions, &u->cap_sessions, u->n_sessions + 1, STORE_ID_BYTES);
+        memcpy(u->sessions[u->n_sessions++], session, STORE_ID_BYTES);
+    } else if (!keep) {
+        mem_grow(&u->ids, &u->cap, u->n + 1, sizeof *u->ids);
+        u->ids[u->n++] = id;
+    }
+}
+
+/* Logs that LMDB knows. */
+static enum status judge_records(struct lm *lm, struct unused *u)
+{
+    struct lm_reader *reader;
+    enum status st = lm_read_begin(lm, &reader);
+    if (st)
+        return st;
+    MDB_cursor *c = NULL;
+    int rc = mdb_cursor_open(reader->txn, lm->logs_dbi, &c);
+    MDB_val k, v;
+    if (!rc)
+        rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
+    for (unsigned n = 0; !rc && n < FILES_MAX; n++) {
+        struct lm_log_start start;
+        if (k.mv_size == 8) {
+            uint64_t id = get_be64(k.mv_data);
+            bool good = lm_log_start_get(lm, reader->txn, id, &start) == ST_OK;
+            judge(lm, u, id, good ? start.session : NULL);
+        }
+        rc = mdb_cursor_get(c, &k, &v, MDB_NEXT);
+    }
+    if (c)
+        mdb_cursor_close(c);
+    lm_read_end(lm, reader, rc && rc != MDB_NOTFOUND);
+    return rc && rc != MDB_NOTFOUND ? ST_IO : ST_OK;
+}
+
+/* Reads "0123456789abcdef" and nothing behind it. */
+static bool hex_u64(const char *text, uint64_t *v)
+{
+    char *end;
+    if (strlen(text) != 16 || strspn(text, "0123456789abcdef") != 16)
+        return false;
+    *v = strtoull(text, &end, 16);
+    return *end == '\0';
+}
+
+static bool hex_session(const char *text, uint8_t id[STORE_ID_BYTES])
+{
+    for (size_t i = 0; i < STORE_ID_BYTES; i++) {
+        unsigned v;
+        if (sscanf(text + 2 * i, "%2x", &v) != 1)
+            return false;
+        id[i] = (uint8_t)v;
+    }
+    return true;
+}
+
+/* Files left by processes that died while they made or removed a log. */
+static void sweep_files(struct lm *lm)
+{
+    int fd = openat(lm->log_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    if (!dir) {
+        if (fd >= 0)
+            close(fd);
+        return;
+    }
+    struct dirent *ent;
+    for (unsigned looked = 0; looked < FILES_MAX && (ent = readdir(dir)) != NULL; looked++) {
+        uint8_t session[STORE_ID_BYTES];
+        uint64_t id, header_id, capacity;
+        bool orphan = false;
+        if (strncmp(ent->d_name, ".new-", 5) == 0 && strlen(ent->d_name) == 5 + 32 + 1 + 16) {
+            orphan = hex_session(ent->d_name + 5, session);
+        } else if (hex_u64(ent->d_name, &id)) {
+            struct lm_reader *reader;
+            struct lm_log_start start;
+            int log_fd = openat(lm->log_fd, ent->d_name, O_RDONLY | O_CLOEXEC);
+            if (log_fd >= 0) {
+                orphan = lm_log_header_read(log_fd, &header_id, session, &capacity) == ST_OK;
+                close(log_fd);
+            }
+            if (orphan && lm_read_begin(lm, &reader) == ST_OK) {
+                orphan = lm_log_start_get(lm, reader->txn, id, &start) == ST_NOTFOUND;
+                lm_read_end(lm, reader, false);
+            } else {
+                orphan = false;
+            }
+        }
+        if (orphan && lm_session_probe(&lm->base, session) == STORE_SESSION_DEAD)
+            unlinkat(lm->log_fd, ent->d_name, 0);
+    }
+    closedir(dir);
+}
+
+struct forget_job {
+    struct lm_job job;
+    struct lm *lm;
+    const struct unused *unused;
+};
+
+static enum status forget_run(struct lm_job *job, MDB_txn *txn)
+{
+    struct forget_job *fj = container_of(job, struct forget_job, job);
+    for (size_t i = 0; i < fj->unused->n; i++) {
+        uint8_t key[8];
+        put_be64(key, fj->unused->ids[i]);
+        MDB_val k = {sizeof key, key};
+        int rc = mdb_del(txn, fj->lm->logs_dbi, &k, NULL);
+        if (rc && rc != MDB_NOTFOUND)
+            return lm_status(rc);
+    }
+    return ST_OK;
+}
+
+enum status lm_log_remove_unused(struct store *store, const uint64_t *needed, size_t n_needed,
+                                 struct err *e)
+{
+    struct lm *lm = lm_of(store);
+    struct unused u = {.needed = needed, .n_needed = n_needed};
+    enum status st = judge_records(lm, &u);
+    if (!st && u.n > 0) {
+        struct forget_job fj = {.job.run = forget_run, .lm = lm, .unused = &u};
+        st = lm_job_run(lm, &fj.job);
+    }
+    if (st) {
+        fail(e, st, "cannot clear unused write logs out of the store %s", lm->dir);
+    } else {
+        for (size_t i = 0; i < u.n; i++)
+            lm_log_file_discard(lm, u.ids[i]);
+        sweep_files(lm);
+        lm_sessions_sweep(lm, (const uint8_t(*)[STORE_ID_BYTES])u.sessions, u.n_sessions);
+    }
+    free(u.ids);
+    free(u.sessions);
+    return st;
+}

@@ -1,0 +1,38 @@
+/*
+ * Finds the engine that a store URI names. Everything else goes straight
+ * through the table of functions that the engine put into the store.
+ */
+#include "store/store.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "store/engines.h"
+
+static const struct store_engine *const engines[] = {
+    &store_engine_lmdb,
+};
+
+#define N_ENGINES (sizeof engines / sizeof engines[0])
+
+enum status store_open(const char *uri, unsigned flags, unsigned lease_ms, struct store **out,
+                       struct err *e)
+{
+    *out = NULL;
+    for (size_t i = 0; i < N_ENGINES; i++) {
+        size_t n = strlen(engines[i]->scheme);
+        if (strncmp(uri, engines[i]->scheme, n) == 0 && uri[n] == ':')
+            return engines[i]->open(uri + n + 1, flags, lease_ms, out, e);
+    }
+    char forms[200];
+    size_t used = 0;
+    forms[0] = '\0';
+    for (size_t i = 0; i < N_ENGINES && used < sizeof forms; i++) {
+        int n = snprintf(forms + used, sizeof forms - used, "%s%s", i ? " or " : "",
+                         engines[i]->form);
+        if (n > 0)
+            used += (size_t)n;
+    }
+    return fail(e, ST_INVAL, "\"%.200s\" names no kind of store this program knows: use %s", uri,
+                forms);
+}

@@ -1,0 +1,417 @@
+#include "volume/index.h"
+
+#include <stdlib.h>
+
+#include "volume/internal.h"
+
+#define ROWS_LOADED_AT_ONCE 512u
+
+void index_init(struct index *ix)
+{
+    ix->table_mask = 63;
+    ix->count = 0;
+    ix->table = mem_zalloc((ix->table_mask + 1) * sizeof *ix->table);
+}
+
+static uint64_t slot_hash(unsigned level, uint64_t no)
+{
+    uint64_t h = (no * 2 + level) * 0x9e3779b97f4a7c15u;
+    return h ^ h >> 31;
+}
+
+static uint64_t slot_bytes(const struct row_slot *r)
+{
+    return r->level == 1 ? offsetof(struct row_slot, row1) + sizeof(struct row1)
+                         : sizeof(struct row_slot);
+}
+
+static struct row_slot *slot_find(const struct volume *vol, unsigned level, uint64_t no)
+{
+    const struct index *ix = &vol->index;
+    struct row_slot *r = ix->table[slot_hash(level, no) & ix->table_mask];
+    while (r && (r->no != no || r->level != level))
+        r = r->chain;
+    return r;
+}
+
+static void slot_free(struct row_slot *r)
+{
+    struct index *ix = &r->vol->index;
+    struct row_slot **p = &ix->table[slot_hash(r->level, r->no) & ix->table_mask];
+    CHECK(r->pins == 0 && !r->loading && list_empty(&r->waiters));
+    while (*p != r)
+        p = &(*p)->chain;
+    *p = r->chain;
+    ix->count--;
+    r->vol->shard->rows.bytes -= slot_bytes(r);
+    list_remove(&r->lru);
+    if (r->level == 1)
+        row1_free(&r->row1);
+    free(r);
+}
+
+static void rows_bound(struct rows_lru *rows)
+{
+    unsigned looked = 0;
+    struct list *l = rows->lru.prev;
+    while (rows->bytes > rows->bytes_max && l != &rows->lru && looked++ < 64) {
+        struct row_slot *r = container_of(l, struct row_slot, lru);
+        l = l->prev;
+        if (r->pins || r->loading || !list_empty(&r->waiters)) {
+            list_remove(&r->lru);
+            list_add_head(&rows->lru, &r->lru);
+        } else {
+            slot_free(r);
+        }
+    }
+}
+
+static void table_grow(struct index *ix)
+{
+    uint64_t mask = (ix->table_mask + 1) * 2 - 1;
+    struct row_slot **table = mem_zalloc((mask + 1) * sizeof *table);
+    for (uint64_t i = 0; i <= ix->table_mask; i++) {
+        struct row_slot *r = ix->table[i];
+        while (r) {
+            struct row_slot *next = r->chain;
+            struct row_slot **slot = &table[slot_hash(r->level, r->no) & mask];
+            r->chain = *slot;
+            *slot = r;
+            r = next;
+        }
+    }
+    free(ix->table);
+    ix->table = table;
+    ix->table_mask = mask;
+}
+
+static struct row_slot *slot_new(struct volume *vol, unsigned level, uint64_t no)
+{
+    struct index *ix = &vol->index;
+    struct rows_lru *rows = &vol->shard->rows;
+    rows_bound(rows);
+    if (ix->count > ix->table_mask)
+        table_grow(ix);
+    size_t size = level == 1 ? offsetof(struct row_slot, row1) + sizeof(struct row1)
+                             : sizeof(struct row_slot);
+    struct row_slot *r = mem_alloc(size);
+    memset(r, 0, offsetof(struct row_slot, row1));
+    r->vol = vol;
+    r->level = (uint8_t)level;
+    r->no = no;
+    list_init(&r->waiters);
+    struct row_slot **slot = &ix->table[slot_hash(level, no) & ix->table_mask];
+    r->chain = *slot;
+    *slot = r;
+    ix->count++;
+    list_add_head(&rows->lru, &r->lru);
+    rows->bytes += slot_bytes(r);
+    if (level == 1)
+        row1_init(&r->row1);
+    else
+        row2_init(&r->row2);
+    return r;
+}
+
+void index_destroy(struct volume *vol)
+{
+    struct index *ix = &vol->index;
+    for (uint64_t i = 0; i <= ix->table_mask; i++)
+        while (ix->table[i])
+            slot_free(ix->table[i]);
+}
+
+bool index_loading(const struct volume *vol)
+{
+    const struct index *ix = &vol->index;
+    for (uint64_t i = 0; i <= ix->table_mask; i++)
+        for (struct row_slot *r = ix->table[i]; r; r = r->chain)
+            if (r->loading)
+                return true;
+    return false;
+}
+
+struct row_load {
+    struct store_read read;
+    struct store_get get;
+    struct store_range range;
+    struct key key, end;
+    struct row_slot *slot;
+    uint64_t epoch;
+};
+
+/* Sources that name nothing: the store lacks them, so every read of them is EIO (G5). */
+static void row1_make_bad(struct row1 *row)
+{
+    row1_free(row);
+    row1_init(row);
+    for (unsigned i = 0; i < INDEX_FANOUT; i++)
+        row1_set_data(row, i, 0, 0);
+}
+
+static void row2_make_bad(struct row2 *row)
+{
+    for (unsigned i = 0; i < INDEX_FANOUT; i++)
+        row->entry[i] = (struct row2_entry){.kind = ROW2_ROW, .epoch = 0, .n_data = 0};
+}
+
+static void fix_slot(struct row_slot *r, uint8_t kind)
+{
+    if (r->loading) {
+        r->overridden = true;
+        r->override = kind;
+    } else if (r->level == 1) {
+        row1_fill(&r->row1, 0, INDEX_FANOUT, kind);
+    } else {
+        for (unsigned i = 0; i < INDEX_FANOUT; i++)
+            r->row2.entry[i] = (struct row2_entry){.kind = kind};
+    }
+}
+
+static void load_done(struct store_read *read, enum status st)
+{
+    struct row_load *load = container_of(read, struct row_load, read);
+    struct row_slot *r = load->slot;
+    struct volume *vol = r->vol;
+    bool bad = st != ST_OK;
+
+    if (r->level == 2) {
+        if (!bad && load->range.n_pairs) {
+            const struct store_pair *pair = &load->range.pairs[0];
+            uint64_t branch, no, epoch;
+            unsigned level;
+            bad = !key_parse_row(pair->key, &branch, &level, &no, &epoch) ||
+                  !row2_decode(&r->row2, pair->key, pair->head);
+        }
+        if (bad)
+            row2_make_bad(&r->row2);
+    } else {
+        bad = bad || load->get.st != ST_OK ||
+              !row1_decode(&r->row1, load->get.key, load->get.head);
+        if (bad)
+            row1_make_bad(&r->row1);
+    }
+    if (bad) {
+        vol->stats.hash_errors++;
+        log_error("volume %s: index row %llu of level %u is damaged or missing (%s): the blocks "
+                  "it covers can't be read",
+                  vol->name, (unsigned long long)r->no, r->level,
+                  status_text(st != ST_OK ? st : load->get.st));
+    }
+    store_read_release(read);
+    free(load);
+    r->loading = false;
+    if (r->overridden) {
+        r->overridden = false;
+        fix_slot(r, r->override);
+    }
+    if (r->level == 1) {
+        struct row_slot *r2 = slot_find(vol, 2, r->no >> INDEX_SHIFT);
+        row_unpin(r2);
+    }
+    struct list waiters = LIST_INIT(waiters);
+    list_splice_tail(&waiters, &r->waiters);
+    row_pin(r);
+    struct list *l;
+    while ((l = list_pop(&waiters))) {
+        struct row_wait *w = container_of(l, struct row_wait, link);
+        w->ready(w);
+    }
+    row_unpin(r);
+    volume_progress(vol);
+}
+
+static void load_start(struct row_slot *r, uint64_t epoch)
+{
+    struct volume *vol = r->vol;
+    struct row_load *load = mem_zalloc(sizeof *load);
+    r->loading = true;
+    load->slot = r;
+    load->epoch = epoch;
+    if (r->level == 2) {
+        key_row(&load->key, vol->branch, 2, r->no, 0);
+        key_row(&load->end, vol->branch, 2, r->no, vol->header.epoch + 1);
+        load->range = (struct store_range){.begin = key_slice(&load->key),
+                                           .end = key_slice(&load->end),
+                                           .limit = 1,
+                                           .reverse = true};
+        load->read.ranges = &load->range;
+        load->read.n_ranges = 1;
+    } else {
+        key_row(&load->key, vol->branch, 1, r->no, epoch);
+        load->get.key = key_slice(&load->key);
+        load->read.gets = &load->get;
+        load->read.n_gets = 1;
+    }
+    load->read.done = load_done;
+    store_read(vol->shard->store, vol->shard->env, &load->read);
+}
+
+static void touch(struct row_slot *r)
+{
+    struct rows_lru *rows = &r->vol->shard->rows;
+    if (rows->lru.next != &r->lru) {
+        list_remove(&r->lru);
+        list_add_head(&rows->lru, &r->lru);
+    }
+}
+
+bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wait *wait)
+{
+    struct row_slot *missing = NULL;
+    unsigned started = 0;
+    uint64_t row = first >> INDEX_SHIFT;
+    uint64_t last_row = (end - 1) >> INDEX_SHIFT;
+
+    while (row <= last_row && started < ROWS_LOADED_AT_ONCE) {
+        uint64_t no2 = row >> INDEX_SHIFT;
+        struct row_slot *r2 = slot_find(vol, 2, no2);
+        if (!r2) {
+            r2 = slot_new(vol, 2, no2);
+            load_start(r2, 0);
+            started++;
+        }
+        if (r2->loading) {
+            missing = r2;
+            row = (no2 + 1) << INDEX_SHIFT;
+            continue;
+        }
+        touch(r2);
+        const struct row2_entry *entry = &r2->row2.entry[row & (INDEX_FANOUT - 1)];
+        if (entry->kind == ROW2_ROW) {
+            struct row_slot *r1 = slot_find(vol, 1, row);
+            if (!r1) {
+                /* Held until the level-1 row is there, so that a change of its entry
+                 * meanwhile can't be overlooked. */
+                row_pin(r2);
+                r1 = slot_new(vol, 1, row);
+                load_start(r1, entry->epoch);
+                started++;
+            }
+            if (r1->loading)
+                missing = r1;
+            else
+                touch(r1);
+        }
+        row++;
+    }
+    if (missing)
+        list_add_tail(&missing->waiters, &wait->link);
+    return !missing;
+}
+
+void index_wait_stop(struct row_wait *wait)
+{
+    if (wait->link.next)
+        list_remove(&wait->link);
+}
+
+int index_lookup(struct volume *vol, uint64_t no, struct row_source *src)
+{
+    uint64_t row = no >> INDEX_SHIFT;
+    struct row_slot *r1 = slot_find(vol, 1, row);
+    if (r1) {
+        CHECK(!r1->loading);
+        const struct row_source *s = row1_data(&r1->row1, no & (INDEX_FANOUT - 1));
+        if (!s)
+            return r1->row1.source[no & (INDEX_FANOUT - 1)];
+        if (src)
+            *src = *s;
+        return SOURCE_FIRST;
+    }
+    struct row_slot *r2 = slot_find(vol, 2, row >> INDEX_SHIFT);
+    CHECK(r2 && !r2->loading);
+    uint8_t kind = r2->row2.entry[row & (INDEX_FANOUT - 1)].kind;
+    CHECK(kind != ROW2_ROW);
+    return kind;
+}
+
+uint64_t index_run(struct volume *vol, uint64_t no, uint64_t end, int *kind)
+{
+    uint64_t at = no;
+    *kind = index_lookup(vol, no, NULL);
+    while (at < end) {
+        uint64_t row = at >> INDEX_SHIFT;
+        struct row_slot *r2 = slot_find(vol, 2, row >> INDEX_SHIFT);
+        if (!r2 || r2->loading)
+            break;
+        const struct row2_entry *entry = &r2->row2.entry[row & (INDEX_FANOUT - 1)];
+        if (entry->kind != ROW2_ROW) {
+            if (entry->kind != *kind)
+                break;
+            at = (row + 1) << INDEX_SHIFT;
+            continue;
+        }
+        struct row_slot *r1 = slot_find(vol, 1, row);
+        if (!r1 || r1->loading)
+            break;
+        unsigned i = at & (INDEX_FANOUT - 1);
+        for (; i < INDEX_FANOUT; i++, at++) {
+            int k = r1->row1.source[i] >= SOURCE_FIRST ? SOURCE_FIRST : r1->row1.source[i];
+            if (k != *kind)
+                break;
+        }
+        if (i < INDEX_FANOUT)
+            break;
+    }
+    return max_u64(min_u64(at, end), no + 1) - no;
+}
+
+struct row_slot *index_row2(struct volume *vol, uint64_t row2)
+{
+    struct row_slot *r = slot_find(vol, 2, row2);
+    return r && !r->loading ? r : NULL;
+}
+
+struct row_slot *index_row1(struct volume *vol, uint64_t row1)
+{
+    struct row_slot *r = slot_find(vol, 1, row1);
+    return r && !r->loading ? r : NULL;
+}
+
+struct row_slot *index_edit_row1(struct volume *vol, uint64_t row1)
+{
+    struct row_slot *r = slot_find(vol, 1, row1);
+    if (r) {
+        CHECK(!r->loading);
+        return r;
+    }
+    struct row_slot *r2 = index_row2(vol, row1 >> INDEX_SHIFT);
+    CHECK(r2);
+    uint8_t kind = r2->row2.entry[row1 & (INDEX_FANOUT - 1)].kind;
+    CHECK(kind != ROW2_ROW);
+    row_pin(r2);
+    r = slot_new(vol, 1, row1);
+    row_unpin(r2);
+    row1_fill(&r->row1, 0, INDEX_FANOUT, kind);
+    return r;
+}
+
+bool index_knows_row2(const struct volume *vol, uint64_t row2)
+{
+    return slot_find(vol, 2, row2) != NULL;
+}
+
+void index_fix_rows1(struct volume *vol, uint64_t first_row1, uint64_t end_row1, uint8_t kind)
+{
+    struct index *ix = &vol->index;
+    if (end_row1 - first_row1 <= ix->count) {
+        for (uint64_t row = first_row1; row < end_row1; row++) {
+            struct row_slot *r = slot_find(vol, 1, row);
+            if (r)
+                fix_slot(r, kind);
+        }
+        return;
+    }
+    for (uint64_t i = 0; i <= ix->table_mask; i++)
+        for (struct row_slot *r = ix->table[i]; r; r = r->chain)
+            if (r->level == 1 && r->no >= first_row1 && r->no < end_row1)
+                fix_slot(r, kind);
+}
+
+void index_fix_row2(struct volume *vol, uint64_t row2, uint8_t kind)
+{
+    struct row_slot *r = slot_find(vol, 2, row2);
+    if (r)
+        fix_slot(r, kind);
+}

@@ -1,0 +1,333 @@
+/*
+ * What the files of the volume layer share: the shard, the volume, the
+ * generation, and who calls whom.
+ *
+ *   volume.c      opening and closing, the life of a volume
+ *   owner.c       taking and giving back ownership, the mailbox
+ *   write.c       writes, zeroes, trims, flushes into the open generation
+ *   fetch.c       reads, and what must be loaded for them
+ *   generation.c  from a sealed generation to a commit
+ *   index.c       the rows in memory
+ *   trash.c       space behind trims
+ *   replay.c      the log of an owner that died
+ *   shard.c       limits, and the batch that ends with one log write
+ *
+ * One thread: everything here runs on the shard's reactor, but the `work` and
+ * `digest` functions, which touch only what their request owns.
+ */
+#ifndef VOLUME_INTERNAL_H
+#define VOLUME_INTERNAL_H
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "store/log.h"
+#include "volume/blocks.h"
+#include "volume/codec.h"
+#include "volume/index.h"
+#include "volume/session.h"
+#include "volume/volume.h"
+
+#define TRIM_EACH_MAX 64u          /* trims of up to so many blocks mark each one */
+#define GENERATION_RANGES_MAX 256u
+#define GENERATION_BLOCKS_MAX 16384u
+#define GENERATIONS_QUEUED_MAX 8u
+
+/* Kinds of log records; stored (docs/format.md). */
+enum io_kind {
+    IO_READ,
+    IO_WRITE,
+    IO_ZERO,
+    IO_TRIM,
+    IO_FLUSH,
+    IO_SYNC,
+    IO_RESIZE,
+    IO_STATUS,
+    IO_PREFETCH,
+};
+enum io_stage { IO_IDLE, IO_PARKED, IO_WAITING, IO_GRANTED, IO_LOGGED };
+
+enum { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_TRIM = 3 };
+
+struct shard {
+    struct store *store;
+    struct env *env;
+    struct session *session;
+    struct store_log *log; /* NULL: writes are answered at their commit */
+    struct buf_pool *pool;
+    struct blocks blocks;
+    struct rows_lru rows;
+    struct list volumes;
+    uint64_t next_tag;
+    uint32_t seal_age_ms;
+
+    /* G6. What writes hold: dirty blocks of all generations and buffers being received. */
+    uint64_t write_bytes, write_bytes_max;
+    /* What reads under way hold. */
+    uint64_t read_bytes, read_bytes_max;
+    uint64_t generation_bytes_max;
+    uint64_t log_held; /* log room promised to writes that were begun */
+    struct store_reservation credit; /* reserved in the store and not yet used by a write */
+    struct list write_waiters, read_waiters; /* vol_io.link */
+    struct store_reserve_wait space_wait;
+    bool space_waiting, space_refused, seal_wanted;
+    uint64_t space_progress; /* counts commits, to tell whether asking again makes sense */
+
+    struct list submitted; /* writes whose records wait for shard_submit */
+    bool log_dirty;        /* something was appended since the last submit */
+    bool log_failed;
+    uint64_t log_submitted_seq; /* records below survive the process */
+    uint64_t log_synced_seq;    /* records below are known to survive the machine */
+    struct env_timer age_timer;
+    bool age_running;
+};
+
+struct gen_range {
+    uint64_t first, end; /* blocks */
+    uint8_t kind;        /* SOURCE_ZERO or SOURCE_HOLE */
+};
+
+/* One version of one block in a sealed generation. */
+struct gen_item {
+    uint64_t no;
+    struct buf *buf; /* NULL: zeros */
+    struct mask mask;
+    bool full, zero, hole, bad_base;
+    bool encoded_zero; /* data that turned out to be zeros */
+    uint32_t head_len;
+    uint8_t *head;
+    struct slice body;
+};
+
+struct gen_clear {
+    uint64_t epoch, no;
+    unsigned level; /* 0: a block; 1: a level-1 row */
+};
+
+enum gen_stage {
+    GEN_OPEN,
+    GEN_SEALED,
+    GEN_PREPARING,
+    GEN_ENCODING,
+    GEN_ENCODED,
+    GEN_BUILT,
+    GEN_COMMITTING,
+};
+
+struct gen {
+    struct list link; /* vol->gens, oldest first */
+    struct volume *vol;
+    uint64_t no;
+    enum gen_stage stage;
+    struct list dirty; /* blk.dirty while open */
+    uint64_t n_dirty, dirty_bytes;
+    struct store_reservation reserved;
+    struct gen_range *ranges;
+    size_t n_ranges, cap_ranges;
+    struct gen_clear *clears; /* candidates of the cleaner */
+    size_t n_clears, cap_clears;
+    uint64_t trash_done; /* ("t", branch, n) that is finished with this commit, else ~0 */
+    uint64_t first_seq, last_seq; /* log records; first 0: none */
+    uint64_t replayed_log, replayed_seq; /* while replaying another log */
+    uint64_t new_size; /* 0: the size stays */
+    bool force; /* commit even with nothing in it */
+    uint64_t opened_ns;
+    struct list waiters; /* vol_ios answered by the commit */
+
+    struct gen_item *items;
+    size_t n_items;
+    size_t bases_wanted; /* items before this one have their base or wait for its read */
+    unsigned inflight;   /* reads, works and commits that will come back to it */
+    struct row_wait row_wait;
+    struct row_slot **pinned;
+    size_t n_pinned, cap_pinned;
+    size_t prepare_at;
+    struct gen_scan *scan; /* level-2 rows that a range covers whole */
+    size_t n_scan, cap_scan;
+    size_t scan_range;
+    uint64_t scan_next;
+    struct gen_encode *encodes;
+    size_t encodes_left;
+    struct store_mutation *mutations;
+    size_t n_mutations, cap_mutations;
+    struct chunk *arena;
+    struct store_check check;
+    struct store_commit commit;
+    struct env_timer retry;
+    unsigned tries;
+    uint64_t data_blocks_after;
+    struct state_record state_after;
+};
+
+enum vol_ownership { VOL_UNOWNED, VOL_ACQUIRING, VOL_OWNED, VOL_RELEASING };
+
+struct volume {
+    struct shard *shard;
+    struct list link; /* shard->volumes */
+    uint64_t tag;
+    uint64_t branch;
+    char name[NAME_BYTES_MAX + 1];
+    bool read_only, lost, closing, in_progress;
+    unsigned refs;
+    struct env_task free_task;
+    struct env_task fail_task;
+    bool free_posted, fail_posted;
+    unsigned busy; /* requests under way */
+    unsigned fetches; /* loads under way, read-ahead too */
+    uint64_t requests; /* counts requests, to tell an idle volume */
+    uint64_t last_seq; /* of its records in the shard's log */
+    struct header_record header;
+    uint32_t block_size, block_shift;
+    uint64_t size;
+    struct codec codec;
+
+    enum vol_ownership ownership;
+    struct owner_record owner;
+    uint8_t owner_bytes[RECORD_BYTES_MAX]; /* as stored: what every commit checks */
+    size_t owner_len;
+    struct key owner_key;
+    struct acquire *acquire;
+    struct release *release;
+    struct state_record state; /* as of the newest committed generation */
+    struct list parked;        /* requests that wait for ownership */
+    struct list watchers;
+    void (*release_done)(struct volume *vol, void *arg);
+    void *release_arg;
+    struct mailbox *mailbox;
+    void (*close_done)(void *arg);
+    void *close_arg;
+    struct list reopen; /* volume_opens that wait for the end of a close */
+
+    struct list entries; /* blk.in_vol */
+    struct index index;
+    struct list gens; /* oldest first; the last one is open */
+    struct gen *open;
+    uint64_t gen_next;
+    uint64_t committed_gen;  /* all up to this one are in the store */
+    uint64_t n_ranges_unbuilt; /* ranges of generations that the index does not show yet */
+    uint64_t n_ranges_uncommitted;
+    unsigned gens_queued;
+    bool replaying;
+    uint64_t data_blocks; /* as of the newest built generation */
+    struct cleaner *cleaner;
+    bool commit_failing;
+
+    struct {
+        uint64_t next, window;
+    } streams[4];
+    unsigned stream_victim;
+    struct volume_stats stats;
+};
+
+/* --- shard.c --------------------------------------------------------------------- */
+
+/* Something was given back (a commit, a sent reply): grant who waits, in order. */
+void shard_wake_writers(struct shard *s);
+void shard_wake_readers(struct shard *s);
+/* Makes sure that open generations are sealed when they are old enough. */
+void shard_age_start(struct shard *s);
+/* The lowest log record that a generation other than `done` (and older ones of its volume)
+ * still needs. */
+uint64_t shard_log_keep(struct shard *s, const struct gen *done);
+/* Seals every generation that holds something, because room is needed. */
+void shard_seal_all(struct shard *s);
+/* The log can't be trusted any more: from here on writes are answered at their commit. */
+void shard_log_gave_up(struct shard *s);
+static inline bool shard_uses_log(const struct shard *s)
+{
+    return s->log && !s->log_failed;
+}
+
+/* --- volume.c -------------------------------------------------------------------- */
+
+/* Answers `io` with `st` from the loop, not from inside the call. */
+void io_finish_soon(struct volume *vol, struct vol_io *io, enum status st);
+/* Bookkeeping around each request that may be under way for a while. */
+void volume_begin_io(struct volume *vol, struct vol_io *io);
+void volume_end_io(struct volume *vol, struct vol_io *io, enum status st);
+/* Loses the volume for good: nothing is answered or committed any more (G4). */
+void volume_lose(struct volume *vol, const char *why);
+/* Drops all cached blocks and rows; everything is committed. */
+void volume_drop_cache(struct volume *vol);
+/* Something ended: goes on with a loss, a release or a close that waited for it. The volume
+ * itself goes later, from the loop. */
+void volume_progress(struct volume *vol);
+enum status volume_set_header(struct volume *vol, const struct header_record *h, struct err *e);
+/* Answers all requests that wait for ownership or memory with ST_PERM. */
+void volume_fail_waiting(struct volume *vol);
+/* Answers what was parked, from the loop. */
+void volume_fail_parked_soon(struct volume *vol);
+void volume_tell_watchers(struct volume *vol, const char *why);
+
+/* --- owner.c --------------------------------------------------------------------- */
+
+/* Whether requests may go on. If not, `io` was parked and `resume` (its kind) will be called
+ * again when the volume is owned, or it is answered with an error. */
+bool owner_ready(struct volume *vol, struct vol_io *io);
+/* Commits everything and gives the owner key back. */
+void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *arg), void *arg);
+/* Goes on with a release where what it waited for is done. */
+void owner_progress(struct volume *vol);
+/* Whether nothing of it is under way that would come back to the volume. */
+bool owner_quiet(const struct volume *vol);
+/* Stops what can be stopped: the volume is lost or about to be freed. */
+void owner_forget(struct volume *vol);
+
+/* --- write.c --------------------------------------------------------------------- */
+
+/* Goes on with a request that was parked until the volume was owned. */
+void write_resume(struct volume *vol, struct vol_io *io);
+/* Decides a waiting write, zero or trim: true when io->st says how; false: not yet. */
+bool write_try_grant(struct volume *vol, struct vol_io *io);
+/* Goes on with one that was decided while it waited. */
+void write_granted(struct volume *vol, struct vol_io *io);
+/* Its log record survives the process: answers it, or syncs first (FUA). */
+void write_logged(struct volume *vol, struct vol_io *io);
+/* Brings a log record of a dead owner into the open generation. */
+void write_replay(struct volume *vol, const struct store_log_record *rec);
+/* Answers `io` when everything written so far has committed. */
+void flush_by_commit(struct volume *vol, struct vol_io *io);
+
+/* --- fetch.c --------------------------------------------------------------------- */
+
+void fetch_resume(struct volume *vol, struct vol_io *io);
+/* Starts a read that waited for memory; false: still none. */
+bool fetch_try_grant(struct volume *vol, struct vol_io *io);
+/* What the newest unbuilt range over `no` makes of it: SOURCE_ZERO, SOURCE_HOLE, or -1. */
+int overlay_lookup(const struct volume *vol, uint64_t no);
+/* Lays `base` (NULL: zeros) under the valid bytes of `e`, which is complete afterwards. Takes
+ * over the reference to `base`. */
+void blk_complete(struct volume *vol, struct blk *e, struct buf *base);
+
+/* --- generation.c ---------------------------------------------------------------- */
+
+struct gen *gen_open(struct volume *vol);
+/* Closes the open generation where it holds anything (or `force`), and starts the next. */
+void gen_seal(struct volume *vol, bool force);
+/* Tells whether a generation would change the store. */
+bool gen_empty(const struct gen *g);
+/* Links a changed entry into the open generation. With `io`, its buffer and its space in the
+ * store are charged to the generation, out of what `io` holds, unless they are already. */
+void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io);
+/* Takes it out again (a range covers it now). */
+void gen_untouch(struct volume *vol, struct blk *e);
+/* Whether nothing will come back to any generation; then, the volume being lost, they go. */
+bool gen_all_quiet(const struct volume *vol);
+void gen_free_all(struct volume *vol);
+/* Answers the requests that wait for commits, because there will be none. */
+void gen_fail_waiters(struct volume *vol);
+
+/* --- replay.c -------------------------------------------------------------------- */
+
+/* Brings the records of `vol->state.logs` into the volume and commits them. */
+void replay_start(struct volume *vol, void (*done)(struct volume *vol, enum status st));
+
+/* --- trash.c --------------------------------------------------------------------- */
+
+/* Looks for trash now and then; `urgent`: somebody waits for space. True where it has work. */
+bool trash_kick(struct volume *vol, bool urgent);
+void trash_committed(struct volume *vol, struct gen *g);
+bool trash_busy(const struct volume *vol);
+void trash_stop(struct volume *vol);
+
+#endif

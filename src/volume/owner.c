@@ -1,0 +1,696 @@
+/*
+ * Ownership (G4): taking a volume for this session, giving it back, and the
+ * mailbox through which others ask its owner for something.
+ *
+ * Every commit of a volume checks the exact bytes of its owner key, so whoever
+ * changed that key has ended the powers of the one before. Taking the key from a
+ * session that lives is asked for first; a session that is dead, or that did not
+ * answer for a lease and was ended, is replaced and its log replayed.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "volume/catalog.h"
+#include "volume/internal.h"
+
+#define ACQUIRE_TRIES_MAX 20u
+#define IDLE_MS 100u /* a volume without a request for so long may be handed over */
+
+struct acquire {
+    struct volume *vol;
+    struct store_read read;
+    struct store_get gets[3];
+    struct key header_key, state_key;
+    struct store_check checks[2];
+    struct store_mutation mutations[2];
+    struct store_commit commit;
+    struct catalog_op ask;
+    struct catalog_entry entry;
+    struct owner_record owner;
+    uint8_t was[RECORD_BYTES_MAX], header[RECORD_BYTES_MAX];
+    size_t was_len, header_len;
+    bool was_there;
+    uint8_t owner_bytes[RECORD_BYTES_MAX], state_bytes[RECORD_BYTES_MAX];
+    struct state_record state;
+    struct header_record new_header;
+    struct env_timer timer;
+    struct vol_io sync;
+    unsigned tries;
+    bool inflight;
+};
+
+struct release {
+    struct volume *vol;
+    struct store_check check;
+    struct store_mutation mutations[2];
+    struct store_commit commit;
+    struct key state_key;
+    uint8_t owner_bytes[RECORD_BYTES_MAX], state_bytes[RECORD_BYTES_MAX];
+    struct owner_record owner;
+    struct env_timer retry;
+    bool committing;
+};
+
+struct mailbox {
+    struct volume *vol;
+    struct key question, answer;
+    struct store_watch watch;
+    bool armed, again;
+    struct store_read read;
+    struct store_get get;
+    struct mail_record mail;
+    uint8_t raw[RECORD_BYTES_MAX], reply[RECORD_BYTES_MAX];
+    size_t raw_len;
+    struct store_check check;
+    struct store_mutation mutations[2];
+    struct store_commit commit;
+    struct env_timer timer;
+    struct vol_io io;
+    uint64_t requests_then;
+    unsigned inflight;
+    bool handling;
+};
+
+static void acquire_read(struct acquire *a);
+static void mailbox_look(struct mailbox *m);
+static void mailbox_start(struct volume *vol);
+
+static bool session_none(const struct owner_record *o)
+{
+    static const uint8_t none[SESSION_ID_BYTES];
+    return !memcmp(o->session, none, sizeof none);
+}
+
+/* --- taking -------------------------------------------------------------------------- */
+
+static void resume_parked(struct volume *vol)
+{
+    struct list parked = LIST_INIT(parked);
+    list_splice_tail(&parked, &vol->parked);
+    struct list *l;
+    while ((l = list_pop(&parked))) {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        io->stage = IO_IDLE;
+        write_resume(vol, io);
+    }
+}
+
+static void acquire_end(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    env_timer_stop(vol->shard->env, &a->timer);
+    vol->acquire = NULL;
+    free(a);
+}
+
+static void acquire_fail(struct acquire *a, enum status st, const char *why)
+{
+    struct volume *vol = a->vol;
+    struct list parked = LIST_INIT(parked);
+    log_warning("volume %s can't be used here: %s", vol->name, why);
+    acquire_end(a);
+    vol->ownership = VOL_UNOWNED;
+    list_splice_tail(&parked, &vol->parked);
+    struct list *l;
+    while ((l = list_pop(&parked))) {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        if (io->kind == IO_WRITE) {
+            io->st = st;
+            write_granted(vol, io);
+        } else {
+            volume_end_io(vol, io, st);
+        }
+    }
+    volume_progress(vol);
+}
+
+static void acquire_again(struct env_timer *timer)
+{
+    acquire_read(container_of(timer, struct acquire, timer));
+}
+
+static void acquire_retry(struct acquire *a, unsigned delay_ms)
+{
+    if (++a->tries > ACQUIRE_TRIES_MAX) {
+        acquire_fail(a, ST_BUSY, "others change its owner all the time");
+        return;
+    }
+    a->timer.fire = acquire_again;
+    env_timer_start(a->vol->shard->env, &a->timer, delay_ms);
+}
+
+static void own_log(const struct volume *vol, struct state_record *st)
+{
+    struct shard *s = vol->shard;
+    st->n_logs = 0;
+    if (shard_uses_log(s)) {
+        st->n_logs = 1;
+        st->logs[0] = (struct log_position){.log_id = store_log_id(s->log),
+                                            .applied_seq = store_log_next_seq(s->log) - 1};
+    }
+}
+
+static void owned(struct volume *vol)
+{
+    struct acquire *a = vol->acquire;
+    acquire_end(a);
+    vol->ownership = VOL_OWNED;
+    mailbox_start(vol);
+    resume_parked(vol);
+    trash_kick(vol, false);
+    volume_progress(vol);
+}
+
+static void logs_settled(struct vol_io *io)
+{
+    struct acquire *a = container_of(io, struct acquire, sync);
+    struct volume *vol = a->vol;
+    a->inflight = false;
+    if (vol->lost || io->st != ST_OK) {
+        acquire_fail(a, ST_PERM, "its owner changed while its log was replayed");
+        return;
+    }
+    owned(vol);
+}
+
+static void replayed(struct volume *vol, enum status st)
+{
+    struct acquire *a = vol->acquire;
+    if (st != ST_OK || vol->lost) {
+        a->inflight = false;
+        vol->replaying = false;
+        if (!vol->lost)
+            volume_lose(vol, "the write log of its last owner can't be read");
+        acquire_fail(a, ST_IO, "the write log of its last owner can't be read");
+        return;
+    }
+    /* Everything of the old logs is in the store: from here on only ours counts. */
+    vol->replaying = false;
+    own_log(vol, &vol->state);
+    vol->open->replayed_log = 0;
+    vol->open->force = true;
+    a->sync.kind = IO_SYNC;
+    a->sync.done = logs_settled;
+    volume_begin_io(vol, &a->sync);
+    a->sync.kind = IO_SYNC;
+    flush_by_commit(vol, &a->sync);
+}
+
+static void acquire_committed(struct store_commit *commit, enum status st)
+{
+    struct acquire *a = container_of(commit, struct acquire, commit);
+    struct volume *vol = a->vol;
+    struct err e;
+    a->inflight = false;
+    if (st == ST_CONFLICT) {
+        acquire_retry(a, 1);
+        return;
+    }
+    if (st != ST_OK) {
+        acquire_fail(a, st, status_text(st));
+        return;
+    }
+    st = volume_set_header(vol, &a->new_header, &e);
+    if (st != ST_OK) {
+        acquire_fail(a, st, e.text);
+        return;
+    }
+    vol->owner = a->owner;
+    vol->owner_len = owner_encode(&vol->owner, key_slice(&vol->owner_key), vol->owner_bytes);
+    vol->state = a->state;
+    vol->data_blocks = a->state.data_blocks;
+    vol->committed_gen = vol->gen_next = a->state.generation;
+    vol->last_seq = 0;
+    CHECK(list_empty(&vol->gens));
+    gen_open(vol);
+    bool mine = a->state.n_logs == 0 ||
+                (a->state.n_logs == 1 && shard_uses_log(vol->shard) &&
+                 a->state.logs[0].log_id == store_log_id(vol->shard->log));
+    if (mine) {
+        owned(vol);
+        return;
+    }
+    vol->replaying = true;
+    a->inflight = true;
+    replay_start(vol, replayed);
+}
+
+static void acquire_take(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    struct shard *s = vol->shard;
+    const struct session *session = s->session;
+    struct owner_record *o = &a->owner;
+    size_t n = 1;
+
+    o->token = a->entry.owner.token + 1;
+    memcpy(o->session, session->id, sizeof o->session);
+    o->since_ns = env_realtime_ns(s->env);
+    o->pid = session->pid;
+    snprintf(o->host, sizeof o->host, "%s", session->host);
+    snprintf(o->address, sizeof o->address, "%s", session->address);
+    size_t len = owner_encode(o, key_slice(&vol->owner_key), a->owner_bytes);
+
+    a->checks[0] = (struct store_check){
+        .kind = a->was_there ? STORE_CHECK_VALUE : STORE_CHECK_ABSENT,
+        .key = key_slice(&vol->owner_key),
+        .value = {a->was, a->was_len}};
+    a->checks[1] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                        .key = key_slice(&a->header_key),
+                                        .value = {a->header, a->header_len}};
+    a->mutations[0] = (struct store_mutation){
+        .kind = STORE_SET, .key = key_slice(&vol->owner_key), .head = {a->owner_bytes, len}};
+    a->state = a->entry.state;
+    if (!a->state.n_logs) {
+        own_log(vol, &a->state);
+        len = state_encode(&a->state, key_slice(&a->state_key), a->state_bytes);
+        a->mutations[n++] = (struct store_mutation){
+            .kind = STORE_SET, .key = key_slice(&a->state_key), .head = {a->state_bytes, len}};
+    }
+    a->commit = (struct store_commit){.checks = a->checks,
+                                      .n_checks = 2,
+                                      .mutations = a->mutations,
+                                      .n_mutations = n,
+                                      .wake_watchers = true,
+                                      .reserved = true,
+                                      .done = acquire_committed};
+    a->inflight = true;
+    store_commit(s->store, s->env, &a->commit);
+}
+
+static void acquire_asked(struct catalog_op *op)
+{
+    struct acquire *a = container_of(op, struct acquire, ask);
+    struct volume *vol = a->vol;
+    struct shard *s = vol->shard;
+    enum status st = op->st;
+    struct err e = op->err;
+    a->inflight = false;
+    catalog_op_free(op);
+    if (st == ST_BUSY) {
+        acquire_fail(a, ST_PERM, e.text);
+        return;
+    }
+    if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==
+                                STORE_SESSION_ALIVE) {
+        log_warning("volume %s: its owner, process %u on %s, gave no answer for %u ms: ending it",
+                    vol->name, a->entry.owner.pid, a->entry.owner.host, s->session->lease_ms);
+        st = store_session_kill(s->store, a->entry.owner.session, &e);
+        if (st != ST_OK) {
+            acquire_fail(a, ST_PERM, e.text);
+            return;
+        }
+    }
+    acquire_retry(a, 1);
+}
+
+static void acquire_ask(struct acquire *a)
+{
+    struct shard *s = a->vol->shard;
+    struct mail_record mail = {.kind = MAIL_RELEASE};
+    snprintf(mail.from, sizeof mail.from, "%.100s pid %u", s->session->host, s->session->pid);
+    snprintf(a->entry.name, sizeof a->entry.name, "%s", a->vol->name);
+    a->entry.branch = a->vol->branch;
+    a->ask = (struct catalog_op){.done = acquire_asked};
+    a->inflight = true;
+    catalog_ask_owner(&a->ask, s->store, s->env, &a->entry, &mail, s->session->lease_ms);
+}
+
+static void acquire_got(struct store_read *read, enum status st)
+{
+    struct acquire *a = container_of(read, struct acquire, read);
+    struct volume *vol = a->vol;
+    struct shard *s = vol->shard;
+    const struct store_get *h = &a->gets[0], *o = &a->gets[1], *t = &a->gets[2];
+    struct catalog_entry *entry = &a->entry;
+    const char *damaged = NULL;
+
+    a->inflight = false;
+    memset(&entry->owner, 0, sizeof entry->owner);
+    if (st == ST_OK)
+        st = h->st;
+    if (st == ST_OK) {
+        if (!header_decode(h->key, h->head, &a->new_header))
+            damaged = "its header is damaged";
+        else if (t->st != ST_OK || !state_decode(t->key, t->head, &entry->state))
+            damaged = "its state record is damaged";
+        a->was_there = o->st == ST_OK;
+        if (o->st == ST_IO || (a->was_there && !owner_decode(o->key, o->head, &entry->owner)))
+            damaged = "its owner record is damaged";
+    }
+    if (st == ST_OK && !damaged) {
+        a->header_len = h->head.len;
+        memcpy(a->header, h->head.data, h->head.len);
+        a->was_len = a->was_there ? o->head.len : 0;
+        if (a->was_there)
+            memcpy(a->was, o->head.data, o->head.len);
+    }
+    store_read_release(read);
+    if (st != ST_OK || damaged) {
+        acquire_fail(a, damaged ? ST_IO : st,
+                     damaged            ? damaged
+                     : st == ST_NOTFOUND ? "it was removed"
+                                         : status_text(st));
+        return;
+    }
+    if (session_none(&entry->owner) ||
+        !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES) ||
+        store_session_probe(s->store, entry->owner.session) == STORE_SESSION_DEAD)
+        acquire_take(a);
+    else
+        acquire_ask(a);
+}
+
+static void acquire_read(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    key_header(&a->header_key, vol->branch);
+    key_state(&a->state_key, vol->branch);
+    a->gets[0] = (struct store_get){.key = key_slice(&a->header_key)};
+    a->gets[1] = (struct store_get){.key = key_slice(&vol->owner_key)};
+    a->gets[2] = (struct store_get){.key = key_slice(&a->state_key)};
+    a->read = (struct store_read){.gets = a->gets, .n_gets = 3, .done = acquire_got};
+    a->inflight = true;
+    store_read(vol->shard->store, vol->shard->env, &a->read);
+}
+
+static void acquire_start(struct volume *vol)
+{
+    struct acquire *a = mem_zalloc(sizeof *a);
+    a->vol = vol;
+    vol->acquire = a;
+    vol->ownership = VOL_ACQUIRING;
+    acquire_read(a);
+}
+
+bool owner_ready(struct volume *vol, struct vol_io *io)
+{
+    if (vol->ownership == VOL_OWNED)
+        return true;
+    io->stage = IO_PARKED;
+    list_add_tail(&vol->parked, &io->link);
+    if (vol->lost)
+        volume_fail_parked_soon(vol);
+    else if (vol->ownership == VOL_UNOWNED)
+        acquire_start(vol);
+    return false;
+}
+
+/* --- giving back --------------------------------------------------------------------- */
+
+static void release_retry(struct env_timer *timer)
+{
+    struct release *r = container_of(timer, struct release, retry);
+    r->committing = false;
+    volume_progress(r->vol);
+}
+
+static void release_committed(struct store_commit *commit, enum status st)
+{
+    struct release *r = container_of(commit, struct release, commit);
+    struct volume *vol = r->vol;
+    if (st != ST_OK && st != ST_CONFLICT && !vol->lost) {
+        log_error("volume %s can't be given back: %s; trying again", vol->name, status_text(st));
+        r->retry.fire = release_retry;
+        env_timer_start(vol->shard->env, &r->retry, 1000);
+        return;
+    }
+    vol->release = NULL;
+    free(r);
+    if (st == ST_CONFLICT && !vol->lost)
+        volume_lose(vol, "another server owns it now");
+    if (!vol->lost) {
+        struct gen *g = vol->open;
+        CHECK(gen_empty(g) && vol->gens_queued == 0);
+        gen_free_all(vol);
+        volume_drop_cache(vol);
+        vol->ownership = VOL_UNOWNED;
+    }
+    void (*done)(struct volume *, void *) = vol->release_done;
+    vol->release_done = NULL;
+    if (done)
+        done(vol, vol->release_arg);
+    if (!vol->lost && !list_empty(&vol->parked) && vol->ownership == VOL_UNOWNED)
+        acquire_start(vol);
+    volume_progress(vol);
+}
+
+static void release_commit(struct volume *vol)
+{
+    struct release *r = vol->release;
+    struct shard *s = vol->shard;
+    struct state_record state = vol->state;
+
+    r->committing = true;
+    r->owner = vol->owner;
+    memset(r->owner.session, 0, sizeof r->owner.session);
+    state.n_logs = 0;
+    key_state(&r->state_key, vol->branch);
+    size_t owner_len = owner_encode(&r->owner, key_slice(&vol->owner_key), r->owner_bytes);
+    size_t state_len = state_encode(&state, key_slice(&r->state_key), r->state_bytes);
+    r->check = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                    .key = key_slice(&vol->owner_key),
+                                    .value = {vol->owner_bytes, vol->owner_len}};
+    r->mutations[0] = (struct store_mutation){
+        .kind = STORE_SET, .key = key_slice(&vol->owner_key), .head = {r->owner_bytes, owner_len}};
+    r->mutations[1] = (struct store_mutation){
+        .kind = STORE_SET, .key = key_slice(&r->state_key), .head = {r->state_bytes, state_len}};
+    r->commit = (struct store_commit){.checks = &r->check,
+                                      .n_checks = 1,
+                                      .mutations = r->mutations,
+                                      .n_mutations = 2,
+                                      .wake_watchers = true,
+                                      .reserved = true,
+                                      .done = release_committed};
+    store_commit(s->store, s->env, &r->commit);
+}
+
+static unsigned parked_count(const struct volume *vol)
+{
+    unsigned n = 0;
+    list_for_each(l, &vol->parked)
+        n++;
+    return n;
+}
+
+void owner_progress(struct volume *vol)
+{
+    struct release *r = vol->release;
+    if (!r || r->committing || vol->lost)
+        return;
+    if (vol->busy > parked_count(vol) || vol->fetches || index_loading(vol) || trash_busy(vol))
+        return;
+    if (!gen_empty(vol->open))
+        gen_seal(vol, false);
+    if (!vol->gens_queued)
+        release_commit(vol);
+}
+
+void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *arg), void *arg)
+{
+    CHECK(vol->ownership == VOL_OWNED && !vol->release);
+    vol->ownership = VOL_RELEASING;
+    vol->release = mem_zalloc(sizeof *vol->release);
+    vol->release->vol = vol;
+    vol->release_done = done;
+    vol->release_arg = arg;
+    trash_stop(vol);
+    if (vol->mailbox && !vol->mailbox->handling && vol->mailbox->armed) {
+        store_watch_stop(&vol->mailbox->watch);
+        vol->mailbox->armed = false;
+    }
+    volume_progress(vol);
+}
+
+/* --- the mailbox --------------------------------------------------------------------- */
+
+static void mailbox_fired(struct store_watch *watch)
+{
+    struct mailbox *m = container_of(watch, struct mailbox, watch);
+    m->armed = false;
+    mailbox_look(m);
+}
+
+static void mailbox_answered(struct store_commit *commit, enum status st)
+{
+    struct mailbox *m = container_of(commit, struct mailbox, commit);
+    (void)st; /* a conflict: whoever asked gave up meanwhile */
+    m->inflight--;
+    m->handling = false;
+    if (m->vol->ownership == VOL_OWNED)
+        mailbox_look(m);
+    volume_progress(m->vol);
+}
+
+static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
+{
+    struct shard *s = m->vol->shard;
+    struct answer_record answer = {.id = m->mail.id, .status = (uint8_t)st};
+    snprintf(answer.text, sizeof answer.text, "%s", text);
+    size_t len = answer_encode(&answer, key_slice(&m->answer), m->reply);
+    m->check = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                    .key = key_slice(&m->question),
+                                    .value = {m->raw, m->raw_len}};
+    m->mutations[0] = (struct store_mutation){
+        .kind = STORE_SET, .key = key_slice(&m->answer), .head = {m->reply, len}};
+    m->mutations[1] =
+        (struct store_mutation){.kind = STORE_CLEAR, .key = key_slice(&m->question)};
+    m->commit = (struct store_commit){.checks = &m->check,
+                                      .n_checks = 1,
+                                      .mutations = m->mutations,
+                                      .n_mutations = 2,
+                                      .wake_watchers = true,
+                                      .reserved = true,
+                                      .done = mailbox_answered};
+    m->inflight++;
+    store_commit(s->store, s->env, &m->commit);
+}
+
+static void mail_released(struct volume *vol, void *arg)
+{
+    mailbox_answer(arg, vol->lost ? ST_IO : ST_OK, vol->lost ? "it was lost" : "given back");
+}
+
+static void mail_idle_check(struct env_timer *timer)
+{
+    struct mailbox *m = container_of(timer, struct mailbox, timer);
+    struct volume *vol = m->vol;
+    char text[256];
+    m->inflight--;
+    if (vol->ownership != VOL_OWNED) {
+        mailbox_answer(m, ST_OK, "given back");
+    } else if (vol->busy == 0 && vol->requests == m->requests_then && !vol->closing) {
+        owner_release(vol, mail_released, m);
+    } else {
+        snprintf(text, sizeof text, "it is in use by %u connection%s to process %u on %s (%s)",
+                 vol->refs, vol->refs == 1 ? "" : "s", vol->owner.pid, vol->owner.host,
+                 vol->owner.address);
+        mailbox_answer(m, ST_BUSY, text);
+    }
+}
+
+static void mail_io_done(struct vol_io *io)
+{
+    struct mailbox *m = container_of(io, struct mailbox, io);
+    m->inflight--;
+    mailbox_answer(m, io->st, io->st == ST_OK ? "done" : status_text(io->st));
+}
+
+static void mail_evicted(struct env_timer *timer)
+{
+    struct mailbox *m = container_of(timer, struct mailbox, timer);
+    struct volume *vol = m->vol;
+    if (vol->busy > parked_count(vol)) {
+        /* Requests of the connections that were told to end are on their way out. */
+        volume_fail_waiting(vol);
+        env_timer_start(vol->shard->env, &m->timer, 1);
+        return;
+    }
+    m->inflight--;
+    if (vol->ownership == VOL_OWNED)
+        owner_release(vol, mail_released, m);
+    else
+        mailbox_answer(m, ST_OK, "given back");
+}
+
+static void mailbox_handle(struct mailbox *m)
+{
+    struct volume *vol = m->vol;
+    m->handling = true;
+    switch (m->mail.kind) {
+    case MAIL_RELEASE:
+        m->requests_then = vol->requests;
+        m->inflight++;
+        m->timer.fire = mail_idle_check;
+        env_timer_start(vol->shard->env, &m->timer, IDLE_MS);
+        break;
+    case MAIL_EVICT:
+        log_warning("volume %s: %s has it evicted", vol->name, m->mail.from);
+        m->inflight++;
+        m->timer.fire = mail_evicted;
+        volume_tell_watchers(vol, "evicted by an administrator");
+        volume_fail_waiting(vol);
+        env_timer_start(vol->shard->env, &m->timer, 1);
+        break;
+    case MAIL_RESIZE:
+    case MAIL_SYNC:
+        m->io = (struct vol_io){.done = mail_io_done};
+        m->inflight++;
+        if (m->mail.kind == MAIL_SYNC)
+            volume_sync(vol, &m->io);
+        else
+            volume_resize(vol, &m->io, m->mail.size, m->mail.shrink);
+        break;
+    default:
+        mailbox_answer(m, ST_UNSUP, "this server does not know what was asked; upgrade it");
+    }
+}
+
+static void mailbox_read(struct store_read *read, enum status st)
+{
+    struct mailbox *m = container_of(read, struct mailbox, read);
+    struct volume *vol = m->vol;
+    bool mail = st == ST_OK && m->get.st == ST_OK && m->get.head.len <= sizeof m->raw &&
+                mail_decode(m->get.key, m->get.head, &m->mail);
+    if (mail) {
+        m->raw_len = m->get.head.len;
+        memcpy(m->raw, m->get.head.data, m->raw_len);
+    }
+    store_read_release(read);
+    m->inflight--;
+    if (mail && vol->ownership == VOL_OWNED)
+        mailbox_handle(m);
+    volume_progress(vol);
+}
+
+/* Arms the watch first, so that a letter written during the read is not overlooked. */
+static void mailbox_look(struct mailbox *m)
+{
+    struct shard *s = m->vol->shard;
+    if (m->handling || m->vol->ownership != VOL_OWNED)
+        return;
+    if (!m->armed) {
+        m->armed = true;
+        m->watch = (struct store_watch){.key = key_slice(&m->question), .fired = mailbox_fired};
+        store_watch(s->store, s->env, &m->watch);
+    }
+    m->get = (struct store_get){.key = key_slice(&m->question)};
+    m->read = (struct store_read){.gets = &m->get, .n_gets = 1, .done = mailbox_read};
+    m->inflight++;
+    store_read(s->store, s->env, &m->read);
+}
+
+static void mailbox_start(struct volume *vol)
+{
+    struct mailbox *m = vol->mailbox;
+    if (!m) {
+        m = vol->mailbox = mem_zalloc(sizeof *m);
+        m->vol = vol;
+        key_mailbox(&m->question, vol->branch);
+        key_answer(&m->answer, vol->branch);
+    }
+    if (!m->inflight)
+        mailbox_look(m);
+}
+
+bool owner_quiet(const struct volume *vol)
+{
+    return !vol->acquire && !vol->release && !(vol->mailbox && vol->mailbox->inflight);
+}
+
+void owner_forget(struct volume *vol)
+{
+    struct mailbox *m = vol->mailbox;
+    if (m && m->armed) {
+        store_watch_stop(&m->watch);
+        m->armed = false;
+    }
+    if (m && !m->inflight) {
+        vol->mailbox = NULL;
+        free(m);
+    }
+    if (vol->release && !vol->release->committing) {
+        free(vol->release);
+        vol->release = NULL;
+    }
+}

@@ -1,0 +1,195 @@
+/*
+ * The limits of a shard, and the batch.
+ *
+ * Memory is divided once: half of the budget for writes (dirty blocks and
+ * payloads being received), a quarter for reads under way; the encoded blocks of
+ * two generations fit the rest, and clean blocks use whatever is not in use.
+ * Requests that find their part used up wait in order of arrival.
+ */
+#include <stdlib.h>
+
+#include "volume/internal.h"
+
+#define LOG_BYTES_MIN (16ull << 20)
+#define LOG_BYTES_MAX (128ull << 20)
+
+static void age_fire(struct env_timer *timer)
+{
+    struct shard *s = container_of(timer, struct shard, age_timer);
+    uint64_t now = env_now_ns(s->env);
+    bool more = false;
+    s->age_running = false;
+    list_for_each_safe(l, next, &s->volumes)
+    {
+        struct volume *vol = container_of(l, struct volume, link);
+        if (vol->ownership != VOL_OWNED || gen_empty(vol->open))
+            continue;
+        if (now - vol->open->opened_ns >= (uint64_t)s->seal_age_ms * 1000000)
+            gen_seal(vol, false);
+        else
+            more = true;
+    }
+    if (more)
+        shard_age_start(s);
+}
+
+void shard_age_start(struct shard *s)
+{
+    if (s->age_running)
+        return;
+    s->age_running = true;
+    env_timer_start(s->env, &s->age_timer, s->seal_age_ms);
+}
+
+enum status shard_new(const struct shard_config *config, struct shard **out, struct err *e)
+{
+    *out = NULL;
+    if (config->cache_bytes < VOLUME_CACHE_BYTES_MIN)
+        return fail(e, ST_INVAL, "a cache of %llu bytes is too small: at least %llu MiB",
+                    (unsigned long long)config->cache_bytes, VOLUME_CACHE_BYTES_MIN >> 20);
+    struct shard *s = mem_zalloc(sizeof *s);
+    s->store = config->store;
+    s->env = config->env;
+    s->session = config->session;
+    s->seal_age_ms = config->seal_age_ms ? config->seal_age_ms : 1000;
+    s->write_bytes_max = config->cache_bytes / 2;
+    s->read_bytes_max = config->cache_bytes / 4;
+    s->generation_bytes_max =
+        min_u64(s->store->limits.batch_bytes_max, config->cache_bytes / 8);
+    s->rows.bytes_max = max_u64(config->cache_bytes / 16, 2u << 20);
+    list_init(&s->rows.lru);
+    list_init(&s->volumes);
+    list_init(&s->write_waiters);
+    list_init(&s->read_waiters);
+    list_init(&s->submitted);
+    s->age_timer.fire = age_fire;
+    if (s->store->limits.has_log && !config->no_log) {
+        uint64_t bytes = config->log_bytes;
+        if (!bytes)
+            bytes = min_u64(max_u64(config->cache_bytes / 2, LOG_BYTES_MIN), LOG_BYTES_MAX);
+        enum status st = store_log_open(s->store, s->env, s->session->id, bytes, &s->log, e);
+        if (st != ST_OK) {
+            free(s);
+            return st;
+        }
+        s->log_synced_seq = s->log_submitted_seq = store_log_next_seq(s->log);
+    }
+    s->pool = buf_pool_new(config->cache_bytes);
+    blocks_init(&s->blocks, s->pool);
+    *out = s;
+    return ST_OK;
+}
+
+void shard_free(struct shard *s)
+{
+    CHECK(list_empty(&s->volumes));
+    CHECK(list_empty(&s->write_waiters) && list_empty(&s->read_waiters));
+    env_timer_stop(s->env, &s->age_timer);
+    store_unreserve(s->store, s->credit);
+    /* Every volume was committed and given back, so no record is needed any more. */
+    if (s->log)
+        store_log_close(s->log, true);
+    blocks_destroy(&s->blocks);
+    buf_pool_free(s->pool);
+    free(s);
+}
+
+void shard_log_gave_up(struct shard *s)
+{
+    if (s->log_failed)
+        return;
+    s->log_failed = true;
+    log_error("the write log can't be written or synced any more: writes are answered when they "
+              "are committed to the store; check the disk and restart the server");
+    list_for_each_safe(l, next, &s->volumes)
+    {
+        struct volume *vol = container_of(l, struct volume, link);
+        gen_seal(vol, false);
+    }
+}
+
+void shard_submit(struct shard *s)
+{
+    if (s->log_dirty) {
+        s->log_dirty = false;
+        enum status st = s->log_failed ? ST_IO : store_log_submit(s->log);
+        struct list batch = LIST_INIT(batch);
+        list_splice_tail(&batch, &s->submitted);
+        if (st == ST_OK)
+            s->log_submitted_seq = store_log_next_seq(s->log);
+        else
+            shard_log_gave_up(s);
+        struct list *l;
+        while ((l = list_pop(&batch))) {
+            struct vol_io *io = container_of(l, struct vol_io, link);
+            if (st == ST_OK) {
+                write_logged(io->vol, io);
+            } else {
+                volume_release_segs(io);
+                flush_by_commit(io->vol, io);
+            }
+        }
+    }
+    if (s->seal_wanted) {
+        s->seal_wanted = false;
+        list_for_each_safe(l, next, &s->volumes)
+        {
+            struct volume *vol = container_of(l, struct volume, link);
+            if (vol->ownership == VOL_OWNED && !vol->gens_queued)
+                gen_seal(vol, false);
+        }
+    }
+    if (!list_empty(&s->write_waiters))
+        shard_wake_writers(s);
+}
+
+uint64_t shard_log_keep(struct shard *s, const struct gen *done)
+{
+    uint64_t keep = s->log_submitted_seq;
+    list_for_each(l, &s->volumes)
+    {
+        const struct volume *vol = container_of(l, struct volume, link);
+        list_for_each(m, &vol->gens)
+        {
+            const struct gen *g = container_of(m, struct gen, link);
+            if (g->first_seq && (vol != done->vol || g->no > done->no)) {
+                keep = min_u64(keep, g->first_seq);
+                break;
+            }
+        }
+    }
+    return keep;
+}
+
+void shard_seal_all(struct shard *s)
+{
+    list_for_each_safe(l, next, &s->volumes)
+    {
+        struct volume *vol = container_of(l, struct volume, link);
+        if (vol->ownership == VOL_OWNED && !gen_empty(vol->open))
+            gen_seal(vol, false);
+    }
+}
+
+void shard_wake_writers(struct shard *s)
+{
+    while (!list_empty(&s->write_waiters)) {
+        struct vol_io *io = container_of(s->write_waiters.next, struct vol_io, link);
+        if (!write_try_grant(io->vol, io)) {
+            /* What it waits for comes with commits. */
+            shard_seal_all(s);
+            return;
+        }
+        list_remove(&io->link);
+        write_granted(io->vol, io);
+    }
+}
+
+void shard_wake_readers(struct shard *s)
+{
+    while (!list_empty(&s->read_waiters)) {
+        struct vol_io *io = container_of(s->read_waiters.next, struct vol_io, link);
+        if (!fetch_try_grant(io->vol, io))
+            return;
+    }
+}

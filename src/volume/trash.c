@@ -1,0 +1,194 @@
+/*
+ * The cleaner: gives back the space behind trims that edited only the index.
+ *
+ * Such a trim left a trash record that names a range of blocks. Batch by batch
+ * the cleaner reads which keys exist there and adds them to a generation as
+ * candidates; whether the index still names one is decided when that generation
+ * is built, so a block written again meanwhile stays. A record goes with the
+ * commit that finishes it; a crash at any point leaves it to be gone through
+ * again.
+ */
+#include <stdlib.h>
+
+#include "volume/internal.h"
+
+#define BATCH_KEYS 2048u
+
+struct cleaner {
+    struct volume *vol;
+    struct store_read read;
+    struct store_range range;
+    struct key begin, end;
+    bool reading, waiting, urgent, found_none;
+    bool have; /* a record is being worked on */
+    uint64_t n;
+    struct trash_record rec;
+    unsigned level; /* 0: blocks; 1: level-1 rows */
+    uint64_t next;
+    uint64_t seen_next; /* state.trash_next when no record was found */
+};
+
+static void clean_step(struct cleaner *c);
+
+static void batch_read(struct store_read *read, enum status st)
+{
+    struct cleaner *c = container_of(read, struct cleaner, read);
+    struct volume *vol = c->vol;
+    c->reading = false;
+    if (st != ST_OK || vol->ownership != VOL_OWNED) {
+        store_read_release(read);
+        c->found_none = st != ST_OK;
+        volume_progress(vol);
+        return;
+    }
+    struct gen *g = vol->open;
+    uint64_t last = 0;
+    for (uint32_t i = 0; i < c->range.n_pairs; i++) {
+        uint64_t branch, no = 0, epoch = 0;
+        unsigned level;
+        struct slice key = c->range.pairs[i].key;
+        bool fits = c->level ? key_parse_row(key, &branch, &level, &no, &epoch)
+                             : key_parse_block(key, &branch, &epoch, &no);
+        last = no;
+        if (!fits || epoch != c->rec.epoch)
+            continue;
+        mem_grow(&g->clears, &g->cap_clears, g->n_clears + 1, sizeof *g->clears);
+        g->clears[g->n_clears++] = (struct gen_clear){.epoch = epoch, .no = no, .level = c->level};
+    }
+    bool more = c->range.more;
+    store_read_release(read);
+    if (more) {
+        c->next = last + (c->level ? 0 : 1);
+        /* Several epochs of one row may stand across two batches; seeing a key twice is
+         * harmless, standing still is not. */
+        if (c->level && c->next == c->rec.first_block >> INDEX_SHIFT)
+            c->next++;
+    } else if (c->level == 0) {
+        c->level = 1;
+        c->next = c->rec.first_block >> INDEX_SHIFT;
+        if (!g->n_clears) {
+            clean_step(c);
+            return;
+        }
+    } else {
+        g->trash_done = c->n;
+        c->have = false;
+    }
+    c->waiting = true;
+    if (!g->opened_ns)
+        g->opened_ns = env_now_ns(vol->shard->env);
+    if (c->urgent)
+        gen_seal(vol, false);
+    else
+        shard_age_start(vol->shard);
+}
+
+static void record_read(struct store_read *read, enum status st)
+{
+    struct cleaner *c = container_of(read, struct cleaner, read);
+    struct volume *vol = c->vol;
+    c->reading = false;
+    if (st == ST_OK && c->range.n_pairs) {
+        uint64_t branch;
+        const struct store_pair *pair = &c->range.pairs[0];
+        if (key_parse_trash(pair->key, &branch, &c->n) &&
+            trash_decode(pair->key, pair->head, &c->rec)) {
+            c->have = true;
+            c->level = 0;
+            c->next = c->rec.first_block;
+        } else {
+            log_error("volume %s: a trash record is damaged: the space behind it is not given back",
+                      vol->name);
+            c->found_none = true;
+        }
+    } else {
+        c->found_none = true;
+        c->seen_next = vol->state.trash_next;
+    }
+    store_read_release(read);
+    if (c->have && vol->ownership == VOL_OWNED)
+        clean_step(c);
+    volume_progress(vol);
+}
+
+static void clean_step(struct cleaner *c)
+{
+    struct volume *vol = c->vol;
+    struct shard *s = vol->shard;
+    c->reading = true;
+    if (!c->have) {
+        key_prefix_branch(&c->begin, 't', vol->branch);
+        c->end = c->begin;
+        key_prefix_end(&c->end);
+        c->range = (struct store_range){.limit = 1};
+        c->read = (struct store_read){.done = record_read};
+    } else if (c->level == 0) {
+        key_block(&c->begin, vol->branch, c->rec.epoch, c->next);
+        key_block(&c->end, vol->branch, c->rec.epoch, c->rec.end_block);
+        c->range = (struct store_range){.limit = BATCH_KEYS};
+        c->read = (struct store_read){.done = batch_read};
+    } else {
+        uint64_t end = (c->rec.end_block + INDEX_FANOUT - 1) >> INDEX_SHIFT;
+        key_row(&c->begin, vol->branch, 1, c->next, 0);
+        key_row(&c->end, vol->branch, 1, end, 0);
+        c->range = (struct store_range){.limit = BATCH_KEYS};
+        c->read = (struct store_read){.done = batch_read};
+    }
+    c->range.begin = key_slice(&c->begin);
+    c->range.end = key_slice(&c->end);
+    c->read.ranges = &c->range;
+    c->read.n_ranges = 1;
+    store_read(s->store, s->env, &c->read);
+}
+
+bool trash_kick(struct volume *vol, bool urgent)
+{
+    struct cleaner *c = vol->cleaner;
+    if (vol->ownership != VOL_OWNED || vol->read_only)
+        return false;
+    if (!c) {
+        c = vol->cleaner = mem_zalloc(sizeof *c);
+        c->vol = vol;
+    }
+    c->urgent = urgent;
+    if (c->found_none && c->seen_next == vol->state.trash_next)
+        return false;
+    c->found_none = false;
+    if (!c->reading && !c->waiting)
+        clean_step(c);
+    else if (c->waiting && urgent)
+        gen_seal(vol, false);
+    return true;
+}
+
+void trash_committed(struct volume *vol, struct gen *g)
+{
+    struct cleaner *c = vol->cleaner;
+    if (!c || vol->ownership != VOL_OWNED)
+        return;
+    if (c->waiting && (g->n_clears || g->trash_done != ~0ull)) {
+        c->waiting = false;
+        clean_step(c);
+    } else if (!c->reading && !c->waiting && c->seen_next != vol->state.trash_next) {
+        c->found_none = false;
+        clean_step(c);
+    }
+}
+
+bool trash_busy(const struct volume *vol)
+{
+    return vol->cleaner && vol->cleaner->reading;
+}
+
+void trash_stop(struct volume *vol)
+{
+    struct cleaner *c = vol->cleaner;
+    if (!c)
+        return;
+    c->waiting = c->have = false;
+    c->found_none = false;
+    if (!c->reading) {
+        vol->cleaner = NULL;
+        free(c);
+    }
+}

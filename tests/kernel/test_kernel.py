@@ -1,0 +1,185 @@
+"""The user's own path: a real Linux kernel formats, mounts and checks a volume.
+
+One guest is booted for the whole file. Each journey attaches a volume with
+nbd-client by its export name, makes a file system, writes files, makes the
+kernel forget them, compares, unmounts and checks; deleted files must give their
+space back in `fdb-nbd info` after fstrim. Over one connection and over two,
+since with several the kernel spreads requests and flushes over all of them
+(checklist B23, and what CAN_MULTI_CONN promises).
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import uml
+from harness import rawnbd
+from harness.server import SLOW, wait_until
+
+PORT = 10809
+MIB = 1 << 20
+
+MAKE = {
+    "ext4": "mkfs.ext4 -F -q /dev/nbd0",
+    "xfs": "mkfs.xfs -f -q /dev/nbd0",
+}
+CHECK = {
+    "ext4": "fsck.ext4 -f -n /dev/nbd0",
+    "xfs": "xfs_repair -n /dev/nbd0",
+}
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    why = uml.missing()
+    if why:
+        pytest.skip(f"no user-mode-linux here: {why}")
+    made = uml.Namespace()
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def server(namespace, module_servers):
+    volumes = {f"{fs}-{c}": "512M" for fs in MAKE for c in (1, 2)}
+    volumes["killed"] = "512M"
+    return module_servers.start(volumes, host=uml.HOST_ADDRESS, port=PORT,
+                                prefix=namespace.enter, reachable=False)
+
+
+@pytest.fixture(scope="module")
+def guest(namespace, server, module_folder):
+    made = uml.Guest(module_folder, namespace)
+    yield made
+    made.end()
+
+
+def attach(guest, name, more=""):
+    guest.run(f"nbd-client -N {name} {uml.HOST_ADDRESS} {PORT} /dev/nbd0 {more}\n"
+              "test $(blockdev --getsize64 /dev/nbd0) = 536870912\n")
+
+
+def detach(guest):
+    # The device goes away when its last user has, which may be udev-like helpers.
+    guest.run("nbd-client -d /dev/nbd0\n"
+              "for i in $(seq 500); do test -e /sys/block/nbd0/pid || exit 0; sleep 0.02; done\n"
+              "echo still attached; exit 1\n")
+
+
+def test_list_names_every_volume(guest):
+    """`nbd-client -l` lists what is there (A5: LIST)."""
+    said = guest.run(f"nbd-client -l {uml.HOST_ADDRESS} {PORT}")
+    for name in ("ext4-1", "ext4-2", "xfs-1", "xfs-2"):
+        assert name in said.split()
+
+
+@pytest.mark.limit(240)
+@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize("fs", list(MAKE))
+def test_journey(guest, server, fs, connections):
+    name = f"{fs}-{connections}"
+    attach(guest, name, f"-C {connections}")
+    sockets = guest.run(f"ss -Htn state established dport = :{PORT}")
+    assert len(sockets.splitlines()) == connections
+    guest.run(MAKE[fs], limit_s=120)
+    guest.run(f"""
+mount -t {fs} /dev/nbd0 /tmp/mnt
+cd /tmp/mnt
+mkdir -p some/deep/folder many
+# Sizes around sector, page and block borders, and large ones.
+for n in 1 511 512 513 4095 4096 4097 16383 16384 16385 65537 1048577 5000000; do
+    dd if=/dev/urandom of=some/deep/folder/$n bs=$n count=1 iflag=fullblock status=none
+done
+for i in $(seq 300); do echo "file $i" >many/$i; done
+# Holes, and overwrites in place at odd offsets.
+truncate -s 8M sparse
+for at in 1 4095 70000 1234567 8000000; do
+    printf 'x%s' $at | dd of=sparse bs=1 seek=$at conv=notrunc status=none
+done
+ln -s some/deep/folder/4096 link
+find . -xdev -type f | sort | xargs sha256sum >/tmp/sums-{name}
+wc -l </tmp/sums-{name}
+sync
+""")
+    compare = f"cd /tmp/mnt && sha256sum --quiet -c /tmp/sums-{name}"
+    guest.run(f"echo 3 >/proc/sys/vm/drop_caches\n{compare}")
+
+    # What was deleted comes back to the store (D8), and only that.
+    before = server.used_bytes(name)
+    guest.run("dd if=/dev/urandom of=/tmp/mnt/large bs=1M count=48 status=none; sync")
+    wait_until(lambda: server.used_bytes(name) >= before + 40 * MIB, 60 * SLOW,
+               f"{name}: 48 MiB more are in use")
+    guest.run("rm /tmp/mnt/large; sync; fstrim -v /tmp/mnt", limit_s=120)
+    wait_until(lambda: server.used_bytes(name) <= before + 8 * MIB, 60 * SLOW,
+               f"{name}: fstrim gave the space back "
+               f"(before {before}, now {server.used_bytes(name)})")
+    guest.run(f"echo 3 >/proc/sys/vm/drop_caches\n{compare}")
+
+    guest.run("cd /; umount /tmp/mnt")
+    guest.run(CHECK[fs], limit_s=120)
+    detach(guest)
+
+    # A new connection has only what the server kept.
+    attach(guest, name, f"-C {connections}")
+    guest.run(f"mount -t {fs} -o ro /dev/nbd0 /tmp/mnt\n{compare}\ncd /; umount /tmp/mnt")
+    detach(guest)
+    assert "I/O error" not in guest.console()
+
+
+def test_discard_of_the_whole_device(guest, server):
+    """Quick (D9), gives all space back (D8), and everything reads as zeros afterwards."""
+    name = "ext4-1"
+    attach(guest, name)
+    guest.run("""
+blkdiscard /dev/nbd0
+echo 3 >/proc/sys/vm/drop_caches
+cmp -n 134217728 /dev/nbd0 /dev/zero
+""", limit_s=120)
+    wait_until(lambda: server.used_bytes(name) < 1 * MIB, 60 * SLOW,
+               "the discarded volume takes no space")
+    detach(guest)
+
+
+@pytest.mark.limit(240)
+def test_server_killed_under_a_mounted_file_system(guest, server):
+    """G1, D1, D2: kill -9 under a writing file system, a new server, and nothing is lost.
+
+    The kernel holds what was not answered and sends it again on the new
+    connections; whatever was answered it has forgotten, so that must be there.
+    """
+    for script in (Path(__file__).parent / "netlink.py", Path(rawnbd.__file__)):
+        shutil.copy(script, guest.out)
+
+    def link(command):
+        guest.run(f"/usr/bin/python3 /tmp/out/netlink.py {command} 0 {uml.HOST_ADDRESS} {PORT} "
+                  "killed 2")
+
+    link("connect")
+    guest.run("mkfs.ext4 -F -q /dev/nbd0; mount /dev/nbd0 /tmp/mnt", limit_s=120)
+    for n in range(2):
+        before = server.used_bytes("killed")
+        guest.run(f"""
+(for i in $(seq 40); do
+    dd if=/dev/urandom of=/tmp/mnt/{n}.$i bs=64k count=16 conv=fsync status=none
+    sha256sum /tmp/mnt/{n}.$i
+ done >/tmp/sums-{n} 2>&1; echo over >/tmp/over-{n}) >/dev/null 2>&1 &
+""")
+        wait_until(lambda: server.used_bytes("killed") > before + 2 * MIB, 60 * SLOW,
+                   "the writer is under way")
+        server.restart("kill")
+        link("reconnect")
+        guest.run(f"""
+for i in $(seq 4000); do test -e /tmp/over-{n} && exit 0; sleep 0.02; done
+echo the writer hangs; dmesg | tail -20; exit 1
+""", limit_s=90)
+    guest.run("""
+sync
+echo 3 >/proc/sys/vm/drop_caches
+cat /tmp/sums-? >/tmp/sums
+test $(wc -l </tmp/sums) = 80
+sha256sum --quiet -c /tmp/sums
+umount /tmp/mnt
+fsck.ext4 -f -n /dev/nbd0
+""")
+    detach(guest)
