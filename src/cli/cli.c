@@ -519,7 +519,7 @@ static int run_command(struct cli *cli, int argc, char **argv)
 
 int cli_main(int argc, char **argv)
 {
-    struct cli cli = {0};
+    struct cli cli = {.lease_ms = CLI_LEASE_MS};
     int status = run_command(&cli, argc, argv);
     /* Half an answer on a full disk is not an answer. */
     if ((fflush(stdout) != 0 || ferror(stdout)) && status == CLI_DONE) {

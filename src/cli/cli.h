@@ -15,6 +15,8 @@
 
 #include "base/status.h"
 
+#define CLI_LEASE_MS 10000u
+
 enum cli_exit {
     CLI_DONE = 0,
     CLI_FAILED = 1,    /* refused, or tried and failed */
@@ -54,6 +56,7 @@ struct cli {
     char *config_path;
     char *log_level;
     bool json;
+    uint32_t lease_ms; /* of the command's session, and of the store's patience */
     struct cli_setting *settings; /* of the file */
     size_t n_settings, cap_settings;
     bool over;  /* cli_parse has answered already (--help, an error) ... */

@@ -44,7 +44,7 @@ int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
     if (reactor_new(&run->reactor, &e) != ST_OK)
         return cli_failed(&e);
     run->env = reactor_env(run->reactor);
-    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0, CLI_LEASE_MS,
+    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0, cli->lease_ms,
                                 &run->store, &e);
     if (st != ST_OK) {
         cli_failed(&e);
@@ -125,7 +125,7 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
 {
     struct err *e = &run->op.err;
     memset(owned, 0, sizeof *owned);
-    enum status st = session_begin(&owned->session, run->store, run->env, reactor_run_once, CLI_LEASE_MS,
+    enum status st = session_begin(&owned->session, run->store, run->env, reactor_run_once, run->cli->lease_ms,
                                    run->cli->command->name, e);
     if (st != ST_OK) {
         owned->session.store = NULL;

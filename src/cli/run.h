@@ -11,8 +11,6 @@
 #include "volume/catalog.h"
 #include "volume/session.h"
 
-#define CLI_LEASE_MS 10000u
-
 struct reactor;
 struct shard;
 struct volume;

@@ -99,6 +99,7 @@ static struct gen *must_commit_first(struct volume *vol, uint64_t first, uint64_
 /* --- the way of cached blocks -------------------------------------------------------- */
 
 static void ahead_hit(struct volume *vol, struct blk *e);
+static void ahead_miss(struct volume *vol, uint64_t offset, uint64_t length);
 
 /* Fills io->segs from the cache; false at the first byte that is not there. */
 static bool segs_from_cache(struct volume *vol, struct vol_io *io)
@@ -145,9 +146,16 @@ bool volume_read(struct volume *vol, struct vol_io *io)
     io->n_segs = 0;
     vol->stats.cache_misses++;
     volume_begin_io(vol, io);
-    if (owner_ready(vol, io))
-        read_begin(vol, io);
-    return false;
+    if (!owner_ready(vol, io))
+        return false;
+    uint64_t offset = io->offset, length = io->length;
+    io->stage = IO_STARTING;
+    read_begin(vol, io);
+    bool finished = io->stage == IO_FINISHED;
+    if (io->stage == IO_STARTING)
+        io->stage = IO_IDLE;
+    ahead_miss(vol, offset, length);
+    return finished;
 }
 
 /* --- misses -------------------------------------------------------------------------- */
@@ -179,7 +187,8 @@ bool fetch_try_grant(struct volume *vol, struct vol_io *io)
         return false;
     if (io->stage == IO_WAITING)
         list_remove(&io->link);
-    io->stage = IO_GRANTED;
+    if (io->stage != IO_STARTING)
+        io->stage = IO_GRANTED;
     fetch_run(fetch_new(vol, io, first, end));
     return true;
 }
@@ -262,7 +271,7 @@ static void fetch_read(struct store_read *read, enum status st)
             continue;
         b->ok = b->ok && st == ST_OK;
         e->fetching = false;
-        if (!b->ok) {
+        if (!b->ok && !e->full) {
             vol->stats.hash_errors++;
             log_error("volume %s: block %llu can't be read: %s", vol->name,
                       (unsigned long long)(f->first + i),
@@ -379,10 +388,17 @@ static void fetch_finish(struct fetch *f)
     vol->fetches--;
     free(f->gets);
     free(f);
-    if (io)
+    if (io && io->stage == IO_STARTING) {
+        /* Nothing had to be loaded after all: volume_read gives the answer itself. */
+        io->stage = IO_FINISHED;
+        io->st = st;
+        io->vol = NULL;
+        vol->busy--;
+    } else if (io) {
         volume_end_io(vol, io, st);
-    else
+    } else {
         volume_progress(vol);
+    }
     if (!list_empty(&s->read_waiters))
         shard_wake_readers(s);
 }
@@ -407,11 +423,11 @@ static void ahead_start(struct volume *vol, uint64_t offset, uint64_t length)
 }
 
 /* A miss: where it goes on from an earlier one, load more than was asked for. */
-static void ahead_miss(struct volume *vol, const struct vol_io *io)
+static void ahead_miss(struct volume *vol, uint64_t offset, uint64_t length)
 {
-    uint64_t end = io->offset + io->length;
+    uint64_t end = offset + length;
     for (unsigned i = 0; i < 4; i++) {
-        if (vol->streams[i].next != io->offset || !io->offset)
+        if (vol->streams[i].next != offset || !offset)
             continue;
         uint64_t window = min_u64(max_u64(vol->streams[i].window * 2, AHEAD_MIN), AHEAD_MAX);
         vol->streams[i].window = window;
@@ -495,7 +511,7 @@ static void status_step(struct row_wait *wait)
         w->at = end;
     }
     free(w);
-    volume_end_io(vol, io, vol->lost ? ST_PERM : ST_OK);
+    io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_OK);
 }
 
 static void status_begin(struct volume *vol, struct vol_io *io)
@@ -527,7 +543,6 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
     }
     switch (io->kind) {
     case IO_READ:
-        ahead_miss(vol, io);
         read_begin(vol, io);
         break;
     case IO_PREFETCH:

@@ -158,7 +158,7 @@ static int by_block(const void *a, const void *b)
 void gen_seal(struct volume *vol, bool force)
 {
     struct gen *g = vol->open;
-    if (vol->lost || (gen_empty(g) && !force))
+    if (vol->lost || !g || (gen_empty(g) && !force))
         return;
     size_t i = 0;
     g->items = g->n_dirty ? mem_alloc(g->n_dirty * sizeof *g->items) : NULL;

@@ -45,7 +45,15 @@ enum io_kind {
     IO_STATUS,
     IO_PREFETCH,
 };
-enum io_stage { IO_IDLE, IO_PARKED, IO_WAITING, IO_GRANTED, IO_LOGGED };
+enum io_stage {
+    IO_IDLE,
+    IO_PARKED,   /* until the volume is owned */
+    IO_WAITING,  /* for memory, log room or space; or for a commit */
+    IO_GRANTED,
+    IO_LOGGED,
+    IO_STARTING, /* inside volume_read */
+    IO_FINISHED, /* and answered there */
+};
 
 enum { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_TRIM = 3 };
 
@@ -229,8 +237,9 @@ void shard_age_start(struct shard *s);
 /* The lowest log record that a generation other than `done` (and older ones of its volume)
  * still needs. */
 uint64_t shard_log_keep(struct shard *s, const struct gen *done);
-/* Seals every generation that holds something, because room is needed. */
-void shard_seal_all(struct shard *s);
+/* Somebody waits for what commits give back: seals where nothing is on its way already (more
+ * would only make generations small), unless the wait is for the store to make room. */
+void shard_seal_for_room(struct shard *s);
 /* The log can't be trusted any more: from here on writes are answered at their commit. */
 void shard_log_gave_up(struct shard *s);
 static inline bool shard_uses_log(const struct shard *s)

@@ -555,7 +555,7 @@ static void mail_idle_check(struct env_timer *timer)
 {
     struct mailbox *m = container_of(timer, struct mailbox, timer);
     struct volume *vol = m->vol;
-    char text[256];
+    char text[512];
     m->inflight--;
     if (vol->ownership != VOL_OWNED) {
         mailbox_answer(m, ST_OK, "given back");

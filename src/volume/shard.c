@@ -161,12 +161,14 @@ uint64_t shard_log_keep(struct shard *s, const struct gen *done)
     return keep;
 }
 
-void shard_seal_all(struct shard *s)
+void shard_seal_for_room(struct shard *s)
 {
+    if (s->space_waiting)
+        return;
     list_for_each_safe(l, next, &s->volumes)
     {
         struct volume *vol = container_of(l, struct volume, link);
-        if (vol->ownership == VOL_OWNED && !gen_empty(vol->open))
+        if (vol->ownership == VOL_OWNED && !vol->gens_queued)
             gen_seal(vol, false);
     }
 }
@@ -176,8 +178,7 @@ void shard_wake_writers(struct shard *s)
     while (!list_empty(&s->write_waiters)) {
         struct vol_io *io = container_of(s->write_waiters.next, struct vol_io, link);
         if (!write_try_grant(io->vol, io)) {
-            /* What it waits for comes with commits. */
-            shard_seal_all(s);
+            shard_seal_for_room(s);
             return;
         }
         list_remove(&io->link);

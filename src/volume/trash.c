@@ -42,6 +42,7 @@ static void batch_read(struct store_read *read, enum status st)
         return;
     }
     struct gen *g = vol->open;
+    size_t had = g->n_clears;
     uint64_t last = 0;
     for (uint32_t i = 0; i < c->range.n_pairs; i++) {
         uint64_t branch, no = 0, epoch = 0;
@@ -66,13 +67,13 @@ static void batch_read(struct store_read *read, enum status st)
     } else if (c->level == 0) {
         c->level = 1;
         c->next = c->rec.first_block >> INDEX_SHIFT;
-        if (!g->n_clears) {
-            clean_step(c);
-            return;
-        }
     } else {
         g->trash_done = c->n;
         c->have = false;
+    }
+    if (g->n_clears == had && c->have) {
+        clean_step(c);
+        return;
     }
     c->waiting = true;
     if (!g->opened_ns)
@@ -108,6 +109,8 @@ static void record_read(struct store_read *read, enum status st)
     store_read_release(read);
     if (c->have && vol->ownership == VOL_OWNED)
         clean_step(c);
+    else
+        shard_wake_writers(vol->shard); /* who waited for space need not wait for trash */
     volume_progress(vol);
 }
 

@@ -293,9 +293,9 @@ void volume_progress(struct volume *vol)
     vol->in_progress = true;
     if (vol->lost && !list_empty(&vol->gens) && gen_all_quiet(vol))
         gen_free_all(vol);
-    owner_progress(vol);
     if (vol->closing && vol->ownership == VOL_OWNED && !vol->busy)
         owner_release(vol, NULL, NULL);
+    owner_progress(vol);
     vol->in_progress = false;
     /* Freed from the loop, because whoever called may still look at it. */
     if (may_free(vol) && !vol->free_posted) {

@@ -192,7 +192,7 @@ static bool admit(struct volume *vol, struct vol_io *io)
         list_add_head(&s->write_waiters, &io->link);
     else
         list_add_tail(&s->write_waiters, &io->link);
-    shard_seal_all(s);
+    shard_seal_for_room(s);
     return false;
 }
 

@@ -13,6 +13,7 @@ Written from the NBD protocol document alone.
 """
 
 import itertools
+import select
 import socket
 import struct
 import time
@@ -192,6 +193,7 @@ class Client:
         self.pending = {}               # cookie -> Request
         self.partial = {}               # cookie -> Result still collecting chunks
         self.finished = {}              # cookie -> Result nobody asked for yet
+        self._early = bytearray()       # came while we were sending
         self._cookies = itertools.count(0x1122334400000001)
 
     def close(self):
@@ -206,13 +208,37 @@ class Client:
     # -- bytes -------------------------------------------------------------
 
     def send(self, data):
-        self.sock.sendall(data)
+        """All of data. Takes in replies meanwhile, as a server may stop reading requests
+        while its replies are not being read."""
+        view = memoryview(data)
+        limit_s = self.sock.gettimeout()
+        self.sock.setblocking(False)
+        try:
+            while len(view):
+                try:
+                    view = view[self.sock.send(view):]
+                    continue
+                except BlockingIOError:
+                    pass
+                readable, writable, _ = select.select([self.sock], [self.sock], [], limit_s)
+                if not readable and not writable:
+                    raise TimeoutError("the server reads nothing")
+                if readable and not writable:
+                    more = self.sock.recv(1 << 20)
+                    if not more:
+                        raise ConnectionResetError("closed by the server")
+                    self._early += more
+        finally:
+            self.sock.settimeout(limit_s)
 
     def recv(self, count):
         """Exactly count bytes; Closed if the server ends the connection first."""
         out = bytearray(count)
         view = memoryview(out)
-        have = 0
+        have = min(count, len(self._early))
+        if have:
+            out[:have] = self._early[:have]
+            del self._early[:have]
         while have < count:
             try:
                 got = self.sock.recv_into(view[have:])
@@ -417,10 +443,12 @@ class Client:
         return next(self._cookies)
 
     def header(self, kind, offset=0, length=0, flags=0, cookie=0, magic=None):
+        if magic is None:
+            magic = EXT_REQUEST_MAGIC if self.extended else REQUEST_MAGIC
         if self.extended:
-            return struct.pack(">LHHQQQ", magic or EXT_REQUEST_MAGIC, flags, kind, cookie,
+            return struct.pack(">LHHQQQ", magic, flags, kind, cookie,
                                offset, length)
-        return struct.pack(">LHHQQL", magic or REQUEST_MAGIC, flags, kind, cookie, offset, length)
+        return struct.pack(">LHHQQL", magic, flags, kind, cookie, offset, length)
 
     def request(self, kind, offset=0, length=None, flags=0, payload=b"", cookie=None,
                 send=True, effect_length=None):

@@ -1,12 +1,7 @@
 /* Blocks to their stored form and back, and refusal of anything else (G5). */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#include <cmocka.h>
 #include <pthread.h>
+
+#include "test.h"
 
 #include "chance.h"
 #include "base/hash.h"

@@ -1,11 +1,5 @@
 /* Keys: the bytes of the tuple encoding, its order, and parsing of what is not a key. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#include <cmocka.h>
+#include "test.h"
 
 #include "chance.h"
 #include "volume/keys.h"

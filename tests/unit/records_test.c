@@ -1,11 +1,5 @@
 /* Records: round trips, and refusal of everything that was cut, flipped or moved (G5). */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#include <cmocka.h>
+#include "test.h"
 
 #include "chance.h"
 #include "base/hash.h"

@@ -1,11 +1,5 @@
 /* Index rows against a plain array, and refusal of everything that is not one (G5). */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#include <cmocka.h>
+#include "test.h"
 
 #include "chance.h"
 #include "base/hash.h"

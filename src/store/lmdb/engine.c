@@ -470,7 +470,7 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     if (lm->session_fd < 0 || lm->log_fd < 0 || lm->bell_fd < 0)
         return fail(e, ST_UNAVAIL, "cannot write in the folder %s: %s", lm->dir, strerror(errno));
     struct stat sb;
-    if (fstat(lm->bell_fd, &sb) == 0 && sb.st_uid != lm->uid)
+    if (fstat(lm->bell_fd, &sb) == 0 && (sb.st_mode & 0777) != lm->mode)
         lm_file_adopt(lm, lm->bell_fd);
     return lm_processes_open(lm, e);
 }

@@ -29,6 +29,7 @@
 #define INDEX_STEP_BYTES_MIN (64ull << 10)
 #define CLAIM_AHEAD_UNITS ((int64_t)(256ull << 20) / SPACE_UNIT_BYTES)
 #define CLAIM_AHEAD_INDEX ((int64_t)(32ull << 20))
+#define INDEX_TIGHT_BYTES ((int64_t)(1ull << 20))
 #define GROW_STEPS_MAX 4096
 
 uint64_t lm_body_cost(const struct store *store, uint64_t body_len)
@@ -143,6 +144,8 @@ static void index_back(struct lm *lm, uint64_t end)
     }
 }
 
+/* What of data.mdb all claims of this process may come to. Where the part ahead of the last
+ * page is not `enough`, LMDB's free list counts as well. */
 static int64_t index_max(struct lm *lm, MDB_txn *txn, int64_t others, int64_t enough)
 {
     uint64_t used = index_used_bytes(lm);
@@ -176,7 +179,7 @@ int64_t lm_spare_units(struct lm *lm, const struct space *sp)
 int64_t lm_spare_index(struct lm *lm, MDB_txn *txn)
 {
     int64_t reserved = atomic_load(&lm->reserved_index);
-    return index_max(lm, txn, lm_claims_of_others(lm).index, reserved + CLAIM_AHEAD_INDEX) - reserved;
+    return index_max(lm, txn, lm_claims_of_others(lm).index, reserved) - reserved;
 }
 
 /* Gives a hole its space back, or lengthens the file, by about `step` bytes. */
@@ -263,7 +266,7 @@ void lm_claims_prepare(struct lm *lm, const struct space *sp, MDB_txn *txn,
     lm->claims_before = old;
     int64_t units_max = (int64_t)sp->free_units - others.units;
     int64_t reserved_index = atomic_load(&lm->reserved_index);
-    int64_t idx_max = index_max(lm, txn, others.index, reserved_index + CLAIM_AHEAD_INDEX);
+    int64_t idx_max = index_max(lm, txn, others.index, reserved_index + INDEX_TIGHT_BYTES);
     claims->units = claim_of(units_max, atomic_load(&lm->reserved_units), CLAIM_AHEAD_UNITS);
     claims->index = claim_of(idx_max, reserved_index, CLAIM_AHEAD_INDEX);
     atomic_store(&lm->claim_units, min_i64(old.units, claims->units));

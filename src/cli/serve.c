@@ -1,0 +1,252 @@
+/*
+ * fdb-nbd serve: checks what is asked for, makes the volumes that are to be made, and
+ * runs the server.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "cli/run.h"
+#include "server/server.h"
+#include "volume/volume.h"
+
+#define CREATES_MAX 1000u
+#define CACHE_BYTES_DEFAULT (256ull << 20)
+#define CACHE_BYTES_MAX (1ull << 50)
+/* The lease is also how long a process that holds the store's writer lock and does nothing
+ * is borne before it is killed. A healthy one may stand for most of a second in one
+ * fdatasync of a busy disk; under that, servers would kill each other. */
+#define LEASE_MS_MIN 1000u
+#define LEASE_MS_MAX 600000u
+#define VOLUMES_SHOWN_MAX 10u
+
+enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
+
+static const struct cli_option options[] = {
+    {LISTEN, "listen", "ADDRESS", "HOST:PORT, [V6]:PORT, :PORT or unix:PATH; repeatable (default: localhost:10809)"},
+    {CREATE, "create", "NAME:SIZE", "make this volume if there is none of that name; repeatable"},
+    {DEFAULT, "default", "NAME", "the volume of clients that name none (default: the only one, if it is)"},
+    {READ_ONLY, "read-only", NULL, "let nobody write (default: clients may)"},
+    {CACHE_SIZE, "cache-size", "SIZE", "memory for blocks, at least 32M for each thread (default: 256M)"},
+    {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
+    {LEASE_MS, "lease-ms", "N", "silence after which others may take over, 1000 to 600000 (default: 10000)"},
+    {SHARED, "shared", NULL, "let clients at several addresses write one volume (default: the first)"},
+    {0, NULL, NULL, NULL},
+};
+
+struct serve_options {
+    const char *listen[SERVER_LISTEN_MAX];
+    size_t n_listen;
+    struct volume_spec *creates;
+    size_t n_creates, cap_creates;
+    const char *default_export;
+    bool read_only, shared;
+    uint64_t cache_bytes, threads, lease_ms;
+};
+
+static enum status take_create(struct serve_options *o, const char *value, struct err *e)
+{
+    struct volume_spec spec = {.codec = -1};
+    const char *colon = strchr(value, ':');
+    size_t len = colon ? (size_t)(colon - value) : 0;
+    if (!colon || len > NAME_BYTES_MAX)
+        return fail(e, ST_INVAL, "\"%.160s\" is not NAME:SIZE", value);
+    memcpy(spec.name, value, len);
+    if (cli_parse_size(colon + 1, &spec.size, e) != ST_OK || volume_spec_check(&spec, e) != ST_OK)
+        return ST_INVAL;
+    if (o->n_creates == CREATES_MAX)
+        return fail(e, ST_INVAL, "at most %u times", CREATES_MAX);
+    mem_grow(&o->creates, &o->cap_creates, o->n_creates + 1, sizeof *o->creates);
+    o->creates[o->n_creates++] = spec;
+    return ST_OK;
+}
+
+static enum status take(void *arg, int code, const char *value, struct err *e)
+{
+    struct serve_options *o = arg;
+    switch (code) {
+    case LISTEN:
+        if (o->n_listen == SERVER_LISTEN_MAX)
+            return fail(e, ST_INVAL, "at most %u times", SERVER_LISTEN_MAX);
+        o->listen[o->n_listen++] = value;
+        return ST_OK;
+    case CREATE:
+        return take_create(o, value, e);
+    case DEFAULT:
+        if (!name_valid(value))
+            return fail(e, ST_INVAL, "\"%.140s\" is not a volume name", value);
+        o->default_export = value;
+        return ST_OK;
+    case READ_ONLY:
+        o->read_only = true;
+        return ST_OK;
+    case CACHE_SIZE:
+        if (cli_parse_size(value, &o->cache_bytes, e) != ST_OK)
+            return ST_INVAL;
+        if (o->cache_bytes < VOLUME_CACHE_BYTES_MIN || o->cache_bytes > CACHE_BYTES_MAX)
+            return fail(e, ST_INVAL, "from 32M to 1024T, not %.64s", value);
+        return ST_OK;
+    case THREADS:
+        return cli_parse_number(value, 1, SERVER_THREADS_MAX, &o->threads, e);
+    case LEASE_MS:
+        return cli_parse_number(value, LEASE_MS_MIN, LEASE_MS_MAX, &o->lease_ms, e);
+    default:
+        o->shared = true;
+        return ST_OK;
+    }
+}
+
+static int create_volumes(struct run *run, const struct serve_options *o)
+{
+    for (size_t i = 0; i < o->n_creates; i++) {
+        const struct volume_spec *spec = &o->creates[i];
+        char size[24];
+        catalog_create(run_op(run), run->store, run->env, spec);
+        enum status st = run_wait(run);
+        if (st == ST_EXISTS)
+            printf("volume \"%s\" is there already: not made, and left as it is\n", spec->name);
+        else if (st == ST_OK)
+            printf("created volume \"%s\" of %s\n", spec->name, cli_size(spec->size, size));
+        else
+            return cli_failed(&run->op.err);
+    }
+    fflush(stdout);
+    return CLI_DONE;
+}
+
+/* --- what to type next --------------------------------------------------------------- */
+
+/* Splits "HOST:PORT" or "[V6]:PORT"; an address that means all of this machine's is named
+ * as people call this machine. */
+static void split_address(const char *address, char host[128], const char **port)
+{
+    const char *colon = strrchr(address, ':');
+    size_t len = colon ? (size_t)(colon - address) : strlen(address);
+    *port = colon ? colon + 1 : "10809";
+    if (len >= 2 && address[0] == '[' && address[len - 1] == ']') {
+        address++;
+        len -= 2;
+    }
+    snprintf(host, 128, "%.*s", len < 127 ? (int)len : 127, address);
+    static const char *const local[] = {"0.0.0.0", "::", "127.0.0.1", "::1", ""};
+    for (size_t i = 0; i < sizeof local / sizeof *local; i++)
+        if (strcmp(host, local[i]) == 0)
+            snprintf(host, 128, "localhost");
+}
+
+static void print_examples(const char *address, const char *name)
+{
+    puts("\nIn another terminal, for example:");
+    if (strncmp(address, "unix:", 5) == 0) {
+        const char *path = address + 5;
+        printf("  sudo nbd-client -unix %s -N %s /dev/nbd0\n", path, name);
+        printf("  nbdinfo 'nbd+unix:///%s?socket=%s'\n", name, path);
+        printf("  qemu-img info 'nbd+unix:///%s?socket=%s'\n", name, path);
+    } else {
+        char host[128];
+        const char *port;
+        split_address(address, host, &port);
+        bool bare_v6 = strchr(host, ':');
+        const char *l = bare_v6 ? "[" : "", *r = bare_v6 ? "]" : "";
+        printf("  sudo nbd-client -N %s %s %s /dev/nbd0\n", name, host, port);
+        printf("  nbdinfo nbd://%s%s%s:%s/%s\n", l, host, r, port, name);
+        printf("  qemu-img info nbd://%s%s%s:%s/%s\n", l, host, r, port, name);
+    }
+}
+
+static void print_ready(void *arg, const char *const *addresses, size_t n)
+{
+    struct run *run = arg;
+    const struct catalog_entry *entries = run->op.entries;
+    size_t n_volumes = run->op.n_entries;
+    char size[24];
+    printf("fdb-nbd " FDB_NBD_VERSION " serves %s on", run->cli->store_uri);
+    for (size_t i = 0; i < n; i++)
+        printf(" %s", addresses[i]);
+    puts("");
+    for (size_t i = 0; i < n_volumes && i < VOLUMES_SHOWN_MAX; i++)
+        printf("  %s  %s\n", entries[i].name, cli_size(entries[i].header.size, size));
+    if (n_volumes > VOLUMES_SHOWN_MAX)
+        printf("  and %zu more: fdb-nbd list\n", n_volumes - VOLUMES_SHOWN_MAX);
+    if (n_volumes == 0)
+        puts("  no volumes yet; make one: fdb-nbd create NAME SIZE");
+    else if (n > 0)
+        print_examples(addresses[0], entries[0].name);
+    puts("Ctrl-C ends it cleanly.");
+    fflush(stdout);
+}
+
+static int serve(struct run *run, const struct serve_options *o)
+{
+    int status = create_volumes(run, o);
+    if (status == CLI_DONE && o->default_export) {
+        struct catalog_entry entry;
+        status = run_find(run, o->default_export, &entry);
+    }
+    if (status != CLI_DONE)
+        return status;
+    /* Kept in run->op for print_ready(). */
+    catalog_list(run_op(run), run->store, run->env);
+    if (run_wait(run) != ST_OK)
+        return cli_failed(&run->op.err);
+
+    struct server_config config = {.store = run->store,
+                                   .listen = o->listen,
+                                   .n_listen = o->n_listen,
+                                   .default_export = o->default_export,
+                                   .read_only = o->read_only,
+                                   .shared = o->shared,
+                                   .cache_bytes = o->cache_bytes,
+                                   .threads = (unsigned)o->threads,
+                                   .lease_ms = (unsigned)o->lease_ms,
+                                   .ready = print_ready,
+                                   .arg = run};
+    struct err e = {0};
+    enum status st = server_run(&config, &e);
+    if (st == ST_OK)
+        return CLI_DONE;
+    status = cli_failed(&e);
+    /* An address that is taken says nothing about the store. */
+    return st == ST_UNAVAIL ? CLI_FAILED : status;
+}
+
+static int run_serve(struct cli *cli, int argc, char **argv)
+{
+    struct serve_options o = {
+        .cache_bytes = CACHE_BYTES_DEFAULT, .threads = 1, .lease_ms = CLI_LEASE_MS};
+    int status;
+    if (cli_parse(cli, argc, argv, take, &o) < 0) {
+        free(o.creates);
+        return cli->status;
+    }
+    if (o.n_listen == 0)
+        o.listen[o.n_listen++] = "localhost:10809";
+    if (o.cache_bytes / o.threads < VOLUME_CACHE_BYTES_MIN) {
+        status = cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
+                                 (unsigned long long)o.threads,
+                                 (unsigned long long)(o.threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
+    } else {
+        struct run run;
+        cli->lease_ms = (uint32_t)o.lease_ms;
+        status = run_begin(&run, cli,
+                           o.n_creates ? RUN_CREATE : o.read_only ? RUN_READ : RUN_WRITE);
+        if (status == CLI_DONE)
+            status = serve(&run, &o);
+        run_end(&run);
+    }
+    free(o.creates);
+    return status;
+}
+
+const struct cli_command serve_command = {
+    .name = "serve",
+    .args = "",
+    .summary = "serve all volumes to NBD clients",
+    .details = "All volumes of the store are served, also those made later. With --config FILE each\n"
+               "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
+               "line); what the command line says comes before what the file says. The store is made\n"
+               "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.",
+    .options = options,
+    .run = run_serve,
+};

@@ -1,0 +1,781 @@
+/*
+ * The life of a connection: accepted, negotiated, moved to the reactor of its volume,
+ * served, closed. connection.h has the rules on what a client may make the server hold.
+ */
+#include "server/connection.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/mem.h"
+
+#define TICK_MS 500u
+#define TICK_STOPPING_MS 20u
+#define RECEIVE_PIECES 256
+
+uint64_t lane_now_ms(struct lane *lane)
+{
+    return env_now_ns(lane->env) / 1000000;
+}
+
+static void settle(struct conn *c);
+
+/* --- the end ------------------------------------------------------------------------------ */
+
+static void lane_check_stopped(struct lane *lane)
+{
+    if (!lane->stopping || lane->stopped || lane->n_conns || lane->n_closing)
+        return;
+    lane->stopped = true;
+    env_timer_stop(lane->env, &lane->tick);
+    server_lane_stopped(lane);
+}
+
+static void volume_closed(void *arg)
+{
+    struct lane *lane = arg;
+    lane->n_closing--;
+    lane_check_stopped(lane);
+}
+
+static void close_volume(struct lane *lane, struct volume *vol)
+{
+    lane->n_closing++;
+    volume_close(vol, volume_closed, lane);
+}
+
+static void lane_remove_conn(struct lane *lane, struct conn *c)
+{
+    list_remove(&c->link);
+    lane->n_conns--;
+}
+
+static void opened_given_back(struct env_task *task)
+{
+    struct conn *c = container_of(task, struct conn, task);
+    c->opened = NULL;
+    conn_try_free(c);
+}
+
+static void give_opened_back(struct env_task *task)
+{
+    struct conn *c = container_of(task, struct conn, task);
+    close_volume(c->opened_lane, c->opened);
+    c->task.run = opened_given_back;
+    env_post(c->lane->env, &c->task);
+}
+
+void conn_try_free(struct conn *c)
+{
+    struct lane *lane = c->lane;
+    if (c->phase != CONN_DEAD || c->has_poll || c->n_requests || c->lookup)
+        return;
+    if (c->opened) {
+        /* It had opened a volume for an export it never entered. */
+        if (c->task.run != give_opened_back) {
+            c->task.run = give_opened_back;
+            env_post(c->opened_lane->env, &c->task);
+        }
+        return;
+    }
+    lane_remove_conn(lane, c);
+    if (c->handshake) {
+        handshake_free(c->handshake);
+        free(c->handshake);
+        lane->server->n_handshakes--;
+    }
+    if (c->export)
+        export_leave(c->export, c->is_writer);
+    if (c->vol)
+        close_volume(lane, c->vol);
+    __atomic_sub_fetch(&lane->server->n_conns, 1, __ATOMIC_RELAXED);
+    free(c);
+    server_conn_gone(lane);
+    lane_check_stopped(lane);
+}
+
+static void on_poll_closed(uv_handle_t *handle)
+{
+    struct conn *c = handle->data;
+    c->has_poll = false;
+    close(c->fd);
+    c->fd = -1;
+    conn_try_free(c);
+}
+
+void conn_die(struct conn *c, const char *why)
+{
+    if (c->phase == CONN_DEAD)
+        return;
+    bool serving = c->phase == CONN_SERVING;
+    CHECK(c->phase != CONN_MOVING);
+    c->phase = CONN_DEAD;
+    log_debug("client %s: connection closed: %s", c->address, why);
+    list_remove(&c->ready_link);
+    list_remove(&c->flush_link);
+    if (serving) {
+        transmission_abandon(c);
+        volume_unwatch_loss(&c->watcher);
+        out_drop(c);
+    }
+    free(c->stash);
+    c->stash = NULL;
+    c->stash_len = 0;
+    uv_close((uv_handle_t *)&c->poll, on_poll_closed);
+}
+
+void conn_wake(struct conn *c)
+{
+    if (c->phase != CONN_DEAD && list_empty(&c->ready_link))
+        list_add_tail(&c->lane->ready, &c->ready_link);
+}
+
+/* --- sockets --------------------------------------------------------------------------------- */
+
+static void on_poll(uv_poll_t *handle, int status, int events);
+
+static void poll_begin(struct conn *c)
+{
+    CHECK(uv_poll_init(reactor_loop(c->lane->reactor), &c->poll, c->fd) == 0);
+    c->poll.data = c;
+    c->has_poll = true;
+    c->events = 0;
+}
+
+static void poll_for(struct conn *c, int events)
+{
+    if (events == c->events)
+        return;
+    c->events = events;
+    if (events)
+        CHECK(uv_poll_start(&c->poll, events, on_poll) == 0);
+    else
+        uv_poll_stop(&c->poll);
+}
+
+/* The one place that reads from a client. As recvmsg: 0 at the end, -1 and errno. */
+static ssize_t receive_some(struct conn *c, struct iovec *iov, int n)
+{
+    struct msghdr m = {.msg_iov = iov, .msg_iovlen = (size_t)n};
+    ssize_t got;
+    do
+        got = recvmsg(c->fd, &m, MSG_DONTWAIT);
+    while (got < 0 && errno == EINTR);
+    return got;
+}
+
+/* Keeps what is at `data` (maybe inside the stash) for later. */
+static void stash_keep(struct conn *c, const uint8_t *data, size_t len)
+{
+    uint8_t *kept = NULL;
+    if (len) {
+        CHECK(len <= LANE_RECEIVE_BYTES);
+        kept = mem_alloc(len);
+        memcpy(kept, data, len);
+    }
+    free(c->stash);
+    c->stash = kept;
+    c->stash_len = (uint32_t)len;
+}
+
+/* --- handshake: questions ------------------------------------------------------------------------ */
+
+/* A question of the handshake that the store or another lane has to answer. The connection
+ * stays until it is back, dead or not. */
+struct lookup {
+    struct conn *conn;
+    struct export_search search;
+    struct catalog_op list;
+    bool is_list, list_there;
+    size_t list_at;
+    bool opens;
+    struct lane *target;
+    struct volume_open open;
+    uint64_t size;
+    uint32_t block_size;
+    struct env_task task;
+};
+
+static void handshake_pump(struct conn *c);
+
+static void lookup_free(struct conn *c)
+{
+    if (c->lookup->list_there)
+        catalog_op_free(&c->lookup->list);
+    free(c->lookup);
+    c->lookup = NULL;
+}
+
+static struct lookup *lookup_new(struct conn *c)
+{
+    struct lookup *l = mem_zalloc(sizeof *l);
+    l->conn = c;
+    c->lookup = l;
+    return l;
+}
+
+/* True where the connection died meanwhile; the lookup is gone then. */
+static bool lookup_is_orphan(struct conn *c)
+{
+    if (c->phase != CONN_DEAD)
+        return false;
+    lookup_free(c);
+    conn_try_free(c);
+    return true;
+}
+
+static void list_came(struct catalog_op *op)
+{
+    struct lookup *l = container_of(op, struct lookup, list);
+    struct conn *c = l->conn;
+    l->list_there = true;
+    if (!lookup_is_orphan(c))
+        handshake_pump(c);
+}
+
+static void answer_list(struct conn *c)
+{
+    struct lookup *l = c->lookup;
+    struct handshake *h = c->handshake;
+    for (; l->list.st == ST_OK && l->list_at < l->list.n_entries; l->list_at++) {
+        const struct catalog_entry *e = &l->list.entries[l->list_at];
+        if (!handshake_list_item(h, e->name, e->header.description))
+            return;
+    }
+    handshake_list_done(h, l->list.st, l->list.err.text);
+    lookup_free(c);
+}
+
+static void answer_export(struct conn *c)
+{
+    static const char *const contexts[] = {NBD_CONTEXT_ALLOCATION};
+    struct lookup *l = c->lookup;
+    const struct catalog_entry *e = &l->search.entry;
+    struct nbd_export x = {.name = e->name,
+                           .description = e->header.description,
+                           .size = l->size,
+                           .block_size = l->block_size,
+                           .read_only = c->lane->server->config->read_only,
+                           .contexts = contexts,
+                           .n_contexts = sizeof contexts / sizeof contexts[0]};
+    enum status st = l->search.st;
+    if (st != ST_OK)
+        log_info("client %s: no export for it: %s", c->address, l->search.err.text);
+    handshake_export(c->handshake, st, &x, l->search.err.text);
+    lookup_free(c);
+    handshake_pump(c);
+}
+
+static void open_came_back(struct env_task *task)
+{
+    struct lookup *l = container_of(task, struct lookup, task);
+    struct conn *c = l->conn;
+    c->opened = l->open.vol;
+    c->opened_lane = l->target;
+    if (l->open.st != ST_OK) {
+        l->search.st = l->open.st;
+        l->search.err = l->open.err;
+    }
+    if (!lookup_is_orphan(c))
+        answer_export(c);
+}
+
+static void open_done(struct volume_open *op)
+{
+    struct lookup *l = container_of(op, struct lookup, open);
+    if (op->st == ST_OK) {
+        l->size = volume_size(op->vol);
+        l->block_size = volume_block_size(op->vol);
+    }
+    l->task.run = open_came_back;
+    env_post(l->conn->lane->env, &l->task);
+}
+
+static void open_there(struct env_task *task)
+{
+    struct lookup *l = container_of(task, struct lookup, task);
+    volume_open(l->target->shard, &l->open);
+}
+
+static void search_came(struct export_search *search)
+{
+    struct lookup *l = container_of(search, struct lookup, search);
+    struct conn *c = l->conn;
+    if (lookup_is_orphan(c))
+        return;
+    if (search->st != ST_OK || !l->opens) {
+        l->size = search->entry.header.size;
+        l->block_size = search->entry.header.block_size;
+        answer_export(c);
+        return;
+    }
+    struct server *server = c->lane->server;
+    uint64_t branch = search->entry.branch;
+    l->target = &server->lanes[branch % server->n_lanes];
+    l->open.branch = branch;
+    memcpy(l->open.name, search->entry.name, sizeof l->open.name);
+    l->open.read_only = server->config->read_only;
+    l->open.done = open_done;
+    l->task.run = open_there;
+    env_post(l->target->env, &l->task);
+}
+
+static void ask_list(struct conn *c)
+{
+    struct lookup *l = lookup_new(c);
+    l->is_list = true;
+    l->list.done = list_came;
+    catalog_list(&l->list, c->lane->server->store, c->lane->env);
+}
+
+static void ask_export(struct conn *c)
+{
+    struct lookup *l = lookup_new(c);
+    l->search.done = search_came;
+    const char *name = handshake_export_name(c->handshake, &l->opens);
+    export_find(&l->search, c->lane->server->store, c->lane->env, name,
+                c->lane->server->config->default_export);
+}
+
+/* --- moving to the volume's lane ----------------------------------------------------------------- */
+
+static void on_lost(struct volume_watcher *w, const char *why)
+{
+    conn_die(container_of(w, struct conn, watcher), why);
+}
+
+static void arrive(struct env_task *task)
+{
+    struct conn *c = container_of(task, struct conn, task);
+    struct lane *lane = c->lane;
+    list_add_tail(&lane->conns, &c->link);
+    lane->n_conns++;
+    c->phase = CONN_SERVING;
+    c->since_ms = 0;
+    poll_begin(c);
+    c->export = export_join(&lane->exports, volume_branch(c->vol));
+    c->watcher.lost = on_lost;
+    volume_watch_loss(c->vol, &c->watcher);
+    if (lane->stopping)
+        c->stopping = true;
+    conn_wake(c);
+}
+
+static void depart(uv_handle_t *handle)
+{
+    struct conn *c = handle->data;
+    struct lane *from = c->lane;
+    c->has_poll = false;
+    lane_remove_conn(from, c);
+    c->lane = c->opened_lane;
+    c->vol = c->opened;
+    c->opened = NULL;
+    c->opened_lane = NULL;
+    c->task.run = arrive;
+    env_post(c->lane->env, &c->task);
+    from->server->n_handshakes--;
+    server_conn_gone(from);
+    lane_check_stopped(from);
+}
+
+static void enter_transmission(struct conn *c)
+{
+    struct handshake_result *r = &c->handshake->result;
+    struct nbd_session *s = &c->session;
+    s->structured = r->structured;
+    s->extended = r->extended;
+    s->read_only = r->flags & NBD_FLAG_READ_ONLY;
+    s->n_contexts = r->n_contexts;
+    for (uint32_t i = 0; i < r->n_contexts; i++)
+        c->context_ids[i] = r->contexts[i].id;
+    s->context_ids = c->context_ids;
+    log_info("client %s entered export %s%s", c->address, r->name,
+             s->read_only ? " (read-only)" : "");
+    handshake_free(c->handshake);
+    free(c->handshake);
+    c->handshake = NULL;
+    c->phase = CONN_MOVING;
+    uv_close((uv_handle_t *)&c->poll, depart);
+}
+
+/* --- handshake ------------------------------------------------------------------------------------ */
+
+/* Sends what there is; true when all was sent. */
+static bool handshake_flush(struct conn *c)
+{
+    for (;;) {
+        size_t len;
+        const uint8_t *p = handshake_output(c->handshake, &len);
+        if (!len)
+            return true;
+        ssize_t n = send(c->fd, p, len, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n >= 0) {
+            handshake_sent(c->handshake, (size_t)n);
+        } else if (errno != EINTR) {
+            /* Whoever is told to go need not hear it. */
+            if (errno != EAGAIN || c->handshake->want == HANDSHAKE_CLOSE)
+                conn_die(c, "its handshake could not be answered");
+            return false;
+        }
+    }
+}
+
+static void handshake_pump(struct conn *c)
+{
+    struct handshake *h = c->handshake;
+    while (c->phase == CONN_HANDSHAKE) {
+        if (!handshake_flush(c))
+            break;
+        if (h->want == HANDSHAKE_BYTES) {
+            if (!c->stash_len)
+                break;
+            size_t used = handshake_feed(h, c->stash, c->stash_len);
+            stash_keep(c, c->stash + used, c->stash_len - used);
+        } else if (h->want == HANDSHAKE_LIST) {
+            if (!c->lookup)
+                ask_list(c);
+            if (!c->lookup->list_there)
+                break;
+            answer_list(c);
+        } else if (h->want == HANDSHAKE_EXPORT) {
+            if (!c->lookup)
+                ask_export(c);
+            break;
+        } else if (h->want == HANDSHAKE_READY) {
+            enter_transmission(c);
+        } else {
+            conn_die(c, "the handshake ended without an export");
+        }
+    }
+    if (c->phase == CONN_HANDSHAKE)
+        settle(c);
+}
+
+static void handshake_read(struct conn *c)
+{
+    struct lane *lane = c->lane;
+    /* Fed only while nothing is stashed: see settle(). */
+    struct iovec iov = {lane->receive, LANE_RECEIVE_BYTES};
+    ssize_t n = receive_some(c, &iov, 1);
+    if (n < 0 && errno == EAGAIN)
+        return;
+    if (n <= 0) {
+        conn_die(c, n ? strerror(errno) : "the client closed it during the handshake");
+        return;
+    }
+    size_t used = handshake_feed(c->handshake, lane->receive, (size_t)n);
+    stash_keep(c, lane->receive + used, (size_t)n - used);
+}
+
+/* --- transmission ---------------------------------------------------------------------------------- */
+
+static bool may_read(const struct conn *c)
+{
+    return !c->at_end && !c->stopping && transmission_may_take(c);
+}
+
+/* Nothing more will be taken from this client: what is half received is undone, what is
+ * under way is answered, then the connection ends. */
+static void take_no_more(struct conn *c)
+{
+    c->at_end = true;
+    transmission_abort_receive(c);
+    stash_keep(c, NULL, 0);
+}
+
+/* One read from the socket and all it brings. False: the socket had nothing, or the
+ * connection takes no more. */
+static bool serve_once(struct conn *c)
+{
+    struct lane *lane = c->lane;
+    struct iovec iov[RECEIVE_PIECES + 1];
+    size_t payload;
+    int n_iov = transmission_receive_iov(c, iov, RECEIVE_PIECES, &payload);
+    uint32_t kept = c->stash_len;
+    if (kept)
+        memcpy(lane->receive, c->stash, kept);
+    /* Where the payload takes all pieces there is no more of them for what follows it. */
+    iov[n_iov++] = (struct iovec){lane->receive + kept, LANE_RECEIVE_BYTES - kept};
+
+    ssize_t got = receive_some(c, iov, n_iov == RECEIVE_PIECES + 1 ? RECEIVE_PIECES : n_iov);
+    if (got < 0) {
+        if (errno != EAGAIN)
+            conn_die(c, strerror(errno));
+        return false;
+    }
+    if (got == 0) {
+        take_no_more(c);
+        return false;
+    }
+    size_t n = (size_t)got, direct = min_u64(n, payload);
+    if (direct) {
+        transmission_received(c, direct);
+        n -= direct;
+    }
+    size_t len = kept + n;
+    size_t used = transmission_take(c, lane->receive, len);
+    if (c->phase != CONN_DEAD) {
+        /* Before the buffer is used again: the log takes in the payloads that lie in it. */
+        stash_keep(c, lane->receive + used, len - used);
+    }
+    shard_submit(lane->shard);
+    return c->phase == CONN_SERVING && may_read(c);
+}
+
+/* Goes on with what was put aside. */
+static void resume(struct conn *c)
+{
+    struct lane *lane = c->lane;
+    transmission_go_on(c);
+    if (c->phase != CONN_SERVING || !c->stash_len || c->at_end || c->stopping)
+        return;
+    /* Payloads are used where they lie until the submit, so the old stash stays until then. */
+    uint8_t *data = c->stash;
+    size_t len = c->stash_len;
+    c->stash = NULL;
+    c->stash_len = 0;
+    size_t used = transmission_take(c, data, len);
+    shard_submit(lane->shard);
+    if (c->phase != CONN_DEAD && used < len)
+        stash_keep(c, data + used, len - used);
+    free(data);
+}
+
+/* The peer closed its side. What it sent before is still worth taking, at once and in one go,
+ * so that nothing newer can come before it; but not what a paused connection left unread. */
+static void hang_up(struct conn *c)
+{
+    c->hung_up = true;
+    while (c->phase == CONN_SERVING && may_read(c) && serve_once(c))
+        continue;
+    if (c->phase == CONN_SERVING && !c->at_end && !may_read(c))
+        take_no_more(c);
+}
+
+/* What to wait for next, or the end. */
+static void settle(struct conn *c)
+{
+    if (c->phase == CONN_HANDSHAKE) {
+        size_t unsent;
+        handshake_output(c->handshake, &unsent);
+        bool hears = c->handshake->want == HANDSHAKE_BYTES && !unsent;
+        poll_for(c, (hears ? UV_READABLE : 0) | (unsent ? UV_WRITABLE : 0) | UV_DISCONNECT);
+        return;
+    }
+    if (c->phase != CONN_SERVING)
+        return;
+    if (c->stopping && (c->receive != RECEIVE_NOTHING || c->stash_len))
+        take_no_more(c);
+    if ((c->at_end || c->stopping) && c->n_requests == 0 && !c->out_first) {
+        conn_die(c, c->at_end ? "the client is done" : "the server is stopping");
+        return;
+    }
+    bool reads = may_read(c);
+    poll_for(c, (reads ? UV_READABLE : 0) | (c->blocked ? UV_WRITABLE : 0) |
+                    (c->hung_up ? 0 : UV_DISCONNECT));
+    if (reads || c->at_end || c->stopping)
+        c->since_ms = 0;
+    else if (!c->since_ms)
+        c->since_ms = lane_now_ms(c->lane);
+}
+
+static void on_poll(uv_poll_t *handle, int status, int events)
+{
+    struct conn *c = handle->data;
+    if (c->phase == CONN_DEAD || c->phase == CONN_MOVING)
+        return;
+    if (status < 0) {
+        /* libuv has stopped watching it. */
+        c->events = 0;
+        conn_die(c, "the connection broke");
+        return;
+    }
+    if (c->phase == CONN_HANDSHAKE) {
+        if (events & UV_READABLE)
+            handshake_read(c);
+        else if (events & UV_DISCONNECT && !(events & UV_WRITABLE))
+            conn_die(c, "the client closed it during the handshake");
+        if (c->phase == CONN_HANDSHAKE)
+            handshake_pump(c);
+        return;
+    }
+    if (events & UV_WRITABLE) {
+        c->blocked = false;
+        if (list_empty(&c->flush_link))
+            list_add_tail(&c->lane->flush, &c->flush_link);
+    }
+    if (events & UV_READABLE && may_read(c))
+        serve_once(c);
+    if (c->phase == CONN_SERVING && events & UV_DISCONNECT && !c->hung_up)
+        hang_up(c);
+    if (c->phase == CONN_SERVING)
+        settle(c);
+}
+
+/* --- the turn of a lane --------------------------------------------------------------------------- */
+
+static void lane_turn(struct reactor_hook *hook)
+{
+    struct lane *lane = container_of(hook, struct lane, hook);
+    struct list *l;
+    do {
+        while ((l = list_pop(&lane->ready))) {
+            struct conn *c = container_of(l, struct conn, ready_link);
+            resume(c);
+            settle(c);
+        }
+        shard_submit(lane->shard);
+        while ((l = list_pop(&lane->flush))) {
+            struct conn *c = container_of(l, struct conn, flush_link);
+            if (c->blocked)
+                continue; /* settled: WRITABLE comes */
+            if (!out_flush(c)) {
+                conn_die(c, "its replies could not be sent");
+                continue;
+            }
+            if (!c->blocked && (c->stash_len || !list_empty(&c->stalled)) &&
+                (transmission_may_take(c) || !list_empty(&c->stalled)))
+                conn_wake(c);
+            settle(c);
+        }
+    } while (!list_empty(&lane->ready) || !list_empty(&lane->flush));
+}
+
+static void lane_tick(struct env_timer *timer)
+{
+    struct lane *lane = container_of(timer, struct lane, tick);
+    const struct server_config *limits = &lane->server->limits;
+    uint64_t now = lane_now_ms(lane);
+    bool give_up = lane->stopping && now >= lane->drain_until_ms;
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase == CONN_HANDSHAKE) {
+            if (now - c->since_ms >= limits->handshake_timeout_ms)
+                conn_die(c, "the handshake took too long");
+        } else if (c->phase == CONN_SERVING) {
+            bool stale = c->is_tcp && c->since_ms && volume_refs(c->vol) > 1 &&
+                         now - c->since_ms >= limits->pause_close_ms;
+            if (stale)
+                log_warning("client %s: closed after it had to wait for %u ms: its volume has "
+                            "another connection, where it may have sent the same again",
+                            c->address, limits->pause_close_ms);
+            if (stale || give_up)
+                conn_die(c, stale ? "paused for too long" : "the server stopped waiting for it");
+        }
+    }
+    if (lane->no == 0 && lane->server->listeners)
+        listeners_resume(lane->server->listeners);
+    if (!lane->stopped)
+        env_timer_start(lane->env, &lane->tick, lane->stopping ? TICK_STOPPING_MS : TICK_MS);
+}
+
+void lane_init(struct lane *lane)
+{
+    lane->env = reactor_env(lane->reactor);
+    lane->receive = mem_alloc(LANE_RECEIVE_BYTES);
+    list_init(&lane->conns);
+    list_init(&lane->ready);
+    list_init(&lane->flush);
+    list_init(&lane->exports);
+    lane->hook.run = lane_turn;
+    reactor_hook_add(lane->reactor, &lane->hook);
+    lane->tick.fire = lane_tick;
+    env_timer_start(lane->env, &lane->tick, TICK_MS);
+}
+
+void lane_stop(struct lane *lane)
+{
+    if (!lane->stopping) {
+        lane->stopping = true;
+        lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
+    }
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase == CONN_SERVING) {
+            c->stopping = true;
+            conn_wake(c);
+        }
+    }
+    env_timer_start(lane->env, &lane->tick, TICK_STOPPING_MS);
+    lane_check_stopped(lane);
+}
+
+void lane_destroy(struct lane *lane)
+{
+    CHECK(list_empty(&lane->conns) && list_empty(&lane->exports));
+    env_timer_stop(lane->env, &lane->tick);
+    reactor_hook_remove(&lane->hook);
+    transmission_free_kept(lane);
+    out_free_kept(lane);
+    free(lane->receive);
+}
+
+/* --- accepting -------------------------------------------------------------------------------------- */
+
+/* Past the limit the handshake that takes longest makes room: an honest one is over in
+ * milliseconds, so silent connections cannot keep others out. */
+static void make_room_for_handshake(struct lane *lane)
+{
+    struct conn *oldest = NULL;
+    if (lane->server->n_handshakes < lane->server->limits.handshakes_max)
+        return;
+    list_for_each (l, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase == CONN_HANDSHAKE && (!oldest || c->since_ms < oldest->since_ms))
+            oldest = c;
+    }
+    if (oldest)
+        conn_die(oldest, "too many handshakes at once");
+}
+
+void conn_accept(struct lane *lane, const struct accepted *a)
+{
+    struct server *server = lane->server;
+    unsigned n = __atomic_load_n(&server->n_conns, __ATOMIC_RELAXED);
+    if (server->stopping || n >= server->limits.connections_max) {
+        if (!server->stopping)
+            log_warning("client %s turned away: there are %u connections already", a->address, n);
+        close(a->fd);
+        return;
+    }
+    make_room_for_handshake(lane);
+
+    struct conn *c = mem_zalloc(sizeof *c);
+    c->lane = lane;
+    c->fd = a->fd;
+    c->is_tcp = a->is_tcp;
+    memcpy(c->host, a->host, sizeof c->host);
+    memcpy(c->address, a->address, sizeof c->address);
+    c->phase = CONN_HANDSHAKE;
+    c->since_ms = lane_now_ms(lane);
+    list_init(&c->ready_link);
+    list_init(&c->flush_link);
+    list_init(&c->stalled);
+    list_add_tail(&lane->conns, &c->link);
+    lane->n_conns++;
+    server->n_handshakes++;
+    __atomic_add_fetch(&server->n_conns, 1, __ATOMIC_RELAXED);
+    poll_begin(c);
+    c->handshake = mem_alloc(sizeof *c->handshake);
+    handshake_init(c->handshake, NBD_TLS_OFF);
+    handshake_pump(c);
+}
+
+void lane_stop_handshakes(struct lane *lane)
+{
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase != CONN_HANDSHAKE)
+            continue;
+        handshake_shutdown(c->handshake);
+        handshake_flush(c);
+        conn_die(c, "the server is stopping");
+    }
+}

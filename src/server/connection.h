@@ -1,0 +1,287 @@
+/*
+ * Connections: the life of one, and the part of the server that each reactor has.
+ *
+ * A connection negotiates on reactor 0, moves to the reactor of its volume, and
+ * is served there. All sockets are raw and non-blocking, watched with uv_poll:
+ * one read takes in many requests, all are parsed and looked up in place, and
+ * what they are answered with leaves in one write.
+ *
+ * A client can make the server hold: one receive buffer per reactor (shared),
+ * what was read and cannot be parsed yet (up to LANE_RECEIVE_BYTES), replies
+ * that it does not take (CONN_REPLY_BYTES_MAX, beyond which nothing more of it
+ * is parsed), CONN_REQUESTS_MAX requests, and the block buffers the volume
+ * grants.
+ *
+ * A connection is paused (not read) while the volume grants no memory or the
+ * client takes no replies. If it is paused for longer than pause_close_ms and
+ * its volume has another connection, it is closed with what is unread: its
+ * client may have given up and sent the same writes again elsewhere, and over TCP
+ * the end of such a connection cannot be seen behind a closed window (G8). A
+ * Unix socket's end is always seen.
+ */
+#ifndef SERVER_CONNECTION_H
+#define SERVER_CONNECTION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include <uv.h>
+
+#include "base/buf.h"
+#include "base/list.h"
+#include "nbd/handshake.h"
+#include "nbd/reply.h"
+#include "nbd/request.h"
+#include "server/exports.h"
+#include "server/listener.h"
+#include "server/reactor.h"
+#include "server/server.h"
+#include "volume/volume.h"
+
+#define LANE_RECEIVE_BYTES (64u << 10)
+/* A write of up to this many bytes is waited for and taken where it was received; a longer one
+ * gets block buffers to be received into. */
+#define CONN_IN_PLACE_BYTES_MAX (32u << 10)
+#define CONN_REQUESTS_MAX 256u
+#define CONN_REPLY_BYTES_MAX (4u << 20)
+#define CONN_STATUS_EXTENTS_MAX 4096u
+
+#define OUT_PIECES 512u
+#define OUT_HEAD_BYTES (16u << 10)
+#define OUT_KEPT_MAX 8u
+#define REQUESTS_KEPT_MAX 1024u
+
+/* Bytes on their way to a client: headers lie here, payloads are referred to. */
+struct out {
+    struct out *next;
+    uint32_t first, n;   /* pieces [first, n) are unsent */
+    uint32_t head_bytes; /* used */
+    struct iovec pieces[OUT_PIECES];
+    uintptr_t owners[OUT_PIECES]; /* what to give back: a struct buf, or a malloc with bit 0 set */
+    uint8_t heads[OUT_HEAD_BYTES];
+};
+
+enum { SEGS_INLINE = VOL_SEGS(65536, 4096) };
+
+/* One request to the volume: all of an NBD request, or a piece of a long one. */
+struct piece {
+    struct vol_io io;
+    struct request *request;
+    bool on_heap;
+    struct vol_seg inline_segs[SEGS_INLINE];
+};
+
+/* One NBD request from its parsing to its reply. */
+struct request {
+    struct request *next_free;
+    struct conn *conn;
+    struct nbd_reply_to to;
+    uint16_t command, flags;
+    uint32_t wanted;       /* BLOCK_STATUS: a bit for each context */
+    uint32_t n_pieces;     /* unanswered */
+    bool more;             /* WRITE: not all pieces have begun */
+    bool head_sent;        /* READ: part of the reply is out already */
+    struct list stalled;   /* conn->stalled: READ that goes on when replies were sent */
+    uint64_t next, end;    /* READ, WRITE: what no piece was made for yet */
+    enum status st;        /* first failure */
+    struct piece piece;    /* the first, and for most the only one */
+};
+
+enum receive_state {
+    RECEIVE_NOTHING,
+    RECEIVE_WAITS,   /* the volume has not granted memory yet */
+    RECEIVE_GRANTED, /* it has; where the payload goes is decided when some is there */
+    RECEIVE_BUFFERS, /* into block buffers */
+};
+
+enum conn_phase {
+    CONN_HANDSHAKE,
+    CONN_MOVING, /* between two reactors */
+    CONN_SERVING,
+    CONN_DEAD, /* waits for its last requests and its handle */
+};
+
+struct lane;
+struct server;
+
+struct conn {
+    struct list link;        /* lane->conns */
+    struct list ready_link;  /* lane->ready */
+    struct list flush_link;  /* lane->flush */
+    struct lane *lane;
+    int fd;
+    uv_poll_t poll;
+    bool has_poll;
+    int events; /* polled for */
+    bool is_tcp, is_writer, told_not_writer;
+    bool hung_up;  /* the peer closed its side: seen by the poll */
+    bool at_end;   /* nothing more comes: end of the stream, or DISC */
+    bool stopping; /* finish what is under way, then close */
+    bool blocked;  /* the socket takes no more */
+    enum conn_phase phase;
+    char host[64], address[96];
+    uint64_t since_ms; /* begin of the handshake, or of the pause (0: not paused) */
+
+    /* Handshake. */
+    struct handshake *handshake;
+    struct lookup *lookup; /* a question under way */
+    struct volume *opened; /* for the export it is about to enter; lives on opened_lane */
+    struct lane *opened_lane;
+
+    /* Transmission. */
+    struct nbd_session session;
+    uint32_t context_ids[HANDSHAKE_CONTEXTS_MAX];
+    struct volume *vol;
+    struct export *export;
+    struct volume_watcher watcher;
+    bool watching;
+    uint8_t *stash; /* received and not parsed */
+    uint32_t stash_len;
+    uint64_t discard; /* payload bytes to be thrown away */
+    enum receive_state receive;
+    struct piece *receiving;
+    uint32_t receive_seg, receive_at; /* RECEIVE_BUFFERS: position */
+    uint32_t n_requests;              /* under way */
+    uint64_t reading_bytes;           /* reads under way */
+    struct list stalled;              /* reads that wait until replies were sent */
+    /* A long READ with simple replies: its data must not be interrupted by other replies, so
+     * it waits for those under way, and nothing is parsed until it is answered. */
+    struct request *alone;
+    struct out *out_first, *out_last;
+    uint64_t out_bytes;
+
+    struct env_task task; /* on its way to another lane */
+};
+
+/* One reactor's part of the server. */
+struct lane {
+    struct server *server;
+    unsigned no;
+    struct reactor *reactor;
+    struct env *env;
+    struct shard *shard;
+    struct reactor_hook hook;
+    struct env_timer tick;
+    struct list conns;
+    unsigned n_conns;
+    struct list ready; /* conns that may go on parsing */
+    struct list flush; /* conns with replies to send */
+    struct list exports;
+    unsigned n_closing; /* volumes being closed */
+    bool stopping, stopped;
+    uint64_t drain_until_ms;
+    struct env_task task;
+    struct request *free_requests;
+    unsigned n_free_requests;
+    struct out *free_outs;
+    unsigned n_free_outs;
+    uint8_t *receive; /* LANE_RECEIVE_BYTES */
+};
+
+struct server {
+    const struct server_config *config;
+    struct server_config limits; /* config with its defaults filled in */
+    struct store *store;
+    struct session *session;
+    struct lane *lanes;
+    unsigned n_lanes;
+    struct listeners *listeners;
+    unsigned n_handshakes; /* lane 0 only */
+    unsigned n_conns;      /* all lanes; atomic */
+    bool stopping;
+};
+
+/* --- connection.c ----------------------------------------------------------------------- */
+
+/* Prepares a lane whose reactor and shard exist. */
+void lane_init(struct lane *lane);
+
+/* Ends the handshakes under way, all of which are on lane 0. */
+void lane_stop_handshakes(struct lane *lane);
+
+/* Begins to close all connections and volumes of the lane; it tells by `lane->stopped` and
+ * server_lane_stopped() when all are gone. Reactor thread. */
+void lane_stop(struct lane *lane);
+
+/* Frees what a stopped lane holds. */
+void lane_destroy(struct lane *lane);
+
+/* Takes an accepted connection on lane 0. */
+void conn_accept(struct lane *lane, const struct accepted *a);
+
+/* Ends a connection now: what is unread or unsent is dropped, a half-received write undone. */
+void conn_die(struct conn *c, const char *why);
+
+/* Something changed (a request ended, a grant came): looks at it again in this turn of the
+ * loop, or the next. */
+void conn_wake(struct conn *c);
+
+/* A request of a dead connection ended; frees the connection with the last one. */
+void conn_try_free(struct conn *c);
+
+/* Milliseconds of the environment's clock. */
+uint64_t lane_now_ms(struct lane *lane);
+
+/* --- out.c ------------------------------------------------------------------------------- */
+
+/* Room for a header of up to NBD_REPLY_HEAD_MAX bytes, to be finished with out_head_done(). */
+uint8_t *out_head(struct conn *c);
+void out_head_done(struct conn *c, size_t len);
+
+/* `len` bytes at `data` behind what is there; `owner` is given back when they were sent (0:
+ * nobody's). */
+void out_data(struct conn *c, const void *data, size_t len, uintptr_t owner);
+void out_zeros(struct conn *c, uint64_t len);
+static inline uintptr_t out_owner_malloc(void *p)
+{
+    return (uintptr_t)p | 1;
+}
+
+/* Sends what the socket takes. False: the connection is broken. Sets c->blocked. */
+bool out_flush(struct conn *c);
+
+/* Throws all away. */
+void out_drop(struct conn *c);
+void out_free_kept(struct lane *lane);
+
+/* --- transmission.c ------------------------------------------------------------------------ */
+
+/* Parses and carries out what `data` holds; returns the bytes used. */
+size_t transmission_take(struct conn *c, uint8_t *data, size_t len);
+
+/* Whether more requests may be parsed now. */
+static inline bool transmission_may_take(const struct conn *c)
+{
+    return c->receive != RECEIVE_WAITS && !c->alone && c->n_requests < CONN_REQUESTS_MAX &&
+           c->out_bytes + c->reading_bytes < CONN_REPLY_BYTES_MAX;
+}
+
+/* Where the rest of a payload being received goes: fills `iov` (up to `max`) and returns how
+ * many. 0: there is none. */
+int transmission_receive_iov(struct conn *c, struct iovec *iov, int max, size_t *bytes);
+
+/* `n` bytes were received into these. */
+void transmission_received(struct conn *c, size_t n);
+
+/* Goes on with reads that waited for replies to leave. */
+void transmission_go_on(struct conn *c);
+
+/* Undoes a write that is being received. */
+void transmission_abort_receive(struct conn *c);
+
+/* The connection is dead: ends the requests that the volume does not know of. */
+void transmission_abandon(struct conn *c);
+
+void transmission_free_kept(struct lane *lane);
+
+/* --- server.c ---------------------------------------------------------------------------- */
+
+/* A connection has left the lane. Its reactor thread. */
+void server_conn_gone(struct lane *lane);
+
+/* A lane has closed everything. Its reactor thread. */
+void server_lane_stopped(struct lane *lane);
+
+#endif

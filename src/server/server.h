@@ -1,0 +1,48 @@
+/*
+ * The NBD server: listeners, reactors, connections, from start to a clean end.
+ *
+ * Reactor 0 runs on the calling thread: it accepts, negotiates, and does the
+ * housekeeping. Each volume lives on one of the reactors (by its branch number),
+ * and a connection moves there when its handshake is over.
+ */
+#ifndef SERVER_SERVER_H
+#define SERVER_SERVER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "store/store.h"
+
+#define SERVER_LISTEN_MAX 16u
+#define SERVER_THREADS_MAX 64u
+
+struct server_config {
+    struct store *store;       /* open; stays the caller's */
+    const char *const *listen; /* "HOST:PORT", "[V6]:PORT", ":PORT" (any address), "unix:PATH" */
+    size_t n_listen;           /* 1 .. SERVER_LISTEN_MAX */
+    const char *default_export; /* volume an empty name means; NULL: the only one, if it is */
+    bool read_only;
+    bool shared;          /* writes from several client addresses are let through */
+    uint64_t cache_bytes; /* all reactors together; at least VOLUME_CACHE_BYTES_MIN for each */
+    unsigned threads;     /* reactors; 1 .. SERVER_THREADS_MAX */
+    unsigned lease_ms;
+    unsigned connections_max;      /* 0: 1024 */
+    unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
+    unsigned handshake_timeout_ms; /* 0: 10000 */
+    unsigned pause_close_ms;       /* 0: 5000; see connection.h */
+    unsigned drain_ms;             /* 0: 10000; how long a stop waits for requests under way */
+    /* Called once when clients can connect, with the addresses listened on ("127.0.0.1:10809",
+     * "unix:/run/nbd.sock"), n of them. May be NULL. */
+    void (*ready)(void *arg, const char *const *addresses, size_t n);
+    void *arg;
+};
+
+/* Serves until SIGTERM or SIGINT, then commits everything, gives all volumes back and returns
+ * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
+ * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
+ * ST_UNAVAIL: one that can't be listened on; what session_begin and shard_new give). */
+enum status server_run(const struct server_config *config, struct err *e);
+
+#endif

@@ -1,0 +1,665 @@
+/*
+ * The transmission phase: requests to the volume, and its answers to replies.
+ *
+ * The way of a cached read is straight through transmission_take(): parsed where it was
+ * received, looked up at once, its header written and its blocks referred to in the
+ * connection's output. Everything slower leaves a struct request behind, which its answer
+ * finds again.
+ *
+ * A write is received whole before it takes effect (G3). A short one is used where it was
+ * received; for a longer one the volume gives the buffers that will be its cache, and the
+ * connection reads the socket straight into these.
+ *
+ * Volume callbacks may come in the middle of another connection's turn, so they only queue
+ * replies and wake connections; they never parse.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "server/connection.h"
+
+/* --- requests and pieces -------------------------------------------------------------- */
+
+static struct request *request_new(struct conn *c, const struct nbd_request *r)
+{
+    struct lane *lane = c->lane;
+    struct request *q = lane->free_requests;
+    if (q) {
+        lane->free_requests = q->next_free;
+        lane->n_free_requests--;
+    } else {
+        q = mem_alloc(sizeof *q);
+    }
+    q->conn = c;
+    q->to = (struct nbd_reply_to){.cookie = r->cookie,
+                                  .offset = r->offset,
+                                  .structured = c->session.structured,
+                                  .extended = c->session.extended};
+    q->command = r->command;
+    q->flags = r->flags;
+    q->wanted = 0;
+    q->n_pieces = 0;
+    q->more = q->head_sent = false;
+    list_init(&q->stalled);
+    q->next = r->offset;
+    q->end = r->offset + r->length;
+    q->st = ST_OK;
+    c->n_requests++;
+    return q;
+}
+
+static void request_free(struct request *q)
+{
+    struct conn *c = q->conn;
+    struct lane *lane = c->lane;
+    CHECK(q->n_pieces == 0 && c->n_requests > 0);
+    list_remove(&q->stalled);
+    if (c->alone == q)
+        c->alone = NULL;
+    c->n_requests--;
+    if (lane->n_free_requests < REQUESTS_KEPT_MAX) {
+        q->next_free = lane->free_requests;
+        lane->free_requests = q;
+        lane->n_free_requests++;
+    } else {
+        free(q);
+    }
+}
+
+/* A request was answered, or its connection is gone: the connection may go on or go. */
+static void request_over(struct request *q)
+{
+    struct conn *c = q->conn;
+    request_free(q);
+    if (c->phase == CONN_DEAD)
+        conn_try_free(c);
+    else
+        conn_wake(c);
+}
+
+void transmission_free_kept(struct lane *lane)
+{
+    while (lane->free_requests) {
+        struct request *q = lane->free_requests;
+        lane->free_requests = q->next_free;
+        free(q);
+    }
+    lane->n_free_requests = 0;
+}
+
+static void piece_init(struct piece *p, struct request *q, uint64_t offset, uint64_t length,
+                       void (*done)(struct vol_io *io))
+{
+    memset(&p->io, 0, sizeof p->io);
+    p->request = q;
+    p->on_heap = p != &q->piece;
+    p->io.done = done;
+    p->io.offset = offset;
+    p->io.length = length;
+    if (q->flags & NBD_CMD_FLAG_FUA)
+        p->io.flags = VOL_FUA;
+    q->n_pieces++;
+}
+
+static void piece_give_segs(struct piece *p)
+{
+    uint32_t n = VOL_SEGS(p->io.length, volume_block_size(p->request->conn->vol));
+    p->io.segs = n <= SEGS_INLINE ? p->inline_segs : mem_alloc(n * sizeof *p->io.segs);
+    p->io.segs_cap = n;
+}
+
+static void piece_over(struct piece *p)
+{
+    struct request *q = p->request;
+    if (p->io.segs != p->inline_segs)
+        free(p->io.segs);
+    p->io.segs = NULL;
+    free(p->io.extents);
+    p->io.extents = NULL;
+    q->n_pieces--;
+    if (p->on_heap)
+        free(p);
+}
+
+/* --- replies without data ----------------------------------------------------------------- */
+
+static void reply_error_to(struct conn *c, const struct nbd_reply_to *to, uint32_t error)
+{
+    out_head_done(c, nbd_put_error(out_head(c), to, error));
+}
+
+/* Refuses a request that no struct request was made for. */
+static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error)
+{
+    struct nbd_reply_to to = {.cookie = r->cookie,
+                              .offset = r->offset,
+                              .structured = c->session.structured,
+                              .extended = c->session.extended};
+    reply_error_to(c, &to, error);
+}
+
+static void succeed(struct conn *c, const struct nbd_request *r)
+{
+    struct nbd_reply_to to = {.cookie = r->cookie,
+                              .offset = r->offset,
+                              .structured = c->session.structured,
+                              .extended = c->session.extended};
+    out_head_done(c, nbd_put_success(out_head(c), &to, r->command == NBD_CMD_READ));
+}
+
+/* The request's last piece was answered. */
+static void reply_outcome(struct request *q)
+{
+    struct conn *c = q->conn;
+    if (c->phase == CONN_SERVING) {
+        if (q->st == ST_OK)
+            out_head_done(c, nbd_put_success(out_head(c), &q->to, false));
+        else
+            reply_error_to(c, &q->to, nbd_error_of(q->st));
+    }
+    request_over(q);
+}
+
+/* --- reads -------------------------------------------------------------------------------- */
+
+static bool is_all_zeros(const struct vol_io *io)
+{
+    for (uint32_t i = 0; i < io->n_segs; i++) {
+        if (io->segs[i].buf)
+            return false;
+    }
+    return true;
+}
+
+/* Puts the blocks of an answered piece into the output, which takes the references over. */
+static void send_segs(struct conn *c, struct vol_io *io)
+{
+    for (uint32_t i = 0; i < io->n_segs; i++) {
+        const struct vol_seg *s = &io->segs[i];
+        if (s->buf)
+            out_data(c, s->buf->data + s->offset, s->len, (uintptr_t)s->buf);
+        else
+            out_zeros(c, s->len);
+    }
+    io->n_segs = 0;
+}
+
+static void reply_piece(struct request *q, struct vol_io *io)
+{
+    struct conn *c = q->conn;
+    bool chunks = q->to.structured || q->to.extended;
+    uint32_t len = (uint32_t)io->length;
+    if (!chunks) {
+        if (!q->head_sent)
+            out_head_done(c, nbd_put_simple(out_head(c), q->to.cookie, NBD_SUCCESS));
+    } else {
+        /* All of the chunk is there already, so it can't fail and may be the last. */
+        uint16_t flags = io->offset + len == q->end ? NBD_REPLY_FLAG_DONE : 0;
+        if (is_all_zeros(io)) {
+            out_head_done(c, nbd_put_hole(out_head(c), &q->to, flags, io->offset, len));
+            io->n_segs = 0;
+        } else {
+            out_head_done(c, nbd_put_data(out_head(c), &q->to, flags, io->offset, len));
+        }
+    }
+    q->head_sent = true;
+    send_segs(c, io);
+}
+
+/* A piece failed. False: the connection had to be closed. */
+static bool reply_read_error(struct request *q, enum status st)
+{
+    struct conn *c = q->conn;
+    uint32_t error = nbd_error_of(st);
+    if (!q->head_sent) {
+        reply_error_to(c, &q->to, error);
+        return true;
+    }
+    if (q->to.structured || q->to.extended) {
+        out_head_done(c, nbd_put_error_offset(out_head(c), &q->to, error, q->next));
+        return true;
+    }
+    conn_die(c, "a read failed after part of its data was sent, which a simple reply cannot tell");
+    return false;
+}
+
+/* Takes an answered piece into account; true when the request is over. */
+static bool read_answered(struct request *q)
+{
+    struct conn *c = q->conn;
+    struct piece *p = &q->piece;
+    enum status st = p->io.st;
+    bool over = true;
+    if (c->phase != CONN_SERVING) {
+        volume_release_segs(&p->io);
+    } else if (st != ST_OK) {
+        reply_read_error(q, st);
+    } else {
+        reply_piece(q, &p->io);
+        q->next += p->io.length;
+        over = q->next == q->end;
+    }
+    piece_over(p);
+    return over;
+}
+
+static void read_done(struct vol_io *io);
+
+/* Reads on from q->next; true when the request is over, false when an answer will come. */
+static bool read_on(struct request *q)
+{
+    struct conn *c = q->conn;
+    struct piece *p = &q->piece;
+    for (;;) {
+        if (q->head_sent && c->out_bytes >= CONN_REPLY_BYTES_MAX) {
+            list_add_tail(&c->stalled, &q->stalled);
+            return false;
+        }
+        uint64_t len = min_u64(q->end - q->next, VOLUME_READ_BYTES_MAX);
+        piece_init(p, q, q->next, len, read_done);
+        piece_give_segs(p);
+        if (!volume_read(c->vol, &p->io)) {
+            c->reading_bytes += len;
+            return false;
+        }
+        if (read_answered(q))
+            return true;
+    }
+}
+
+static void read_done(struct vol_io *io)
+{
+    struct request *q = container_of(io, struct piece, io)->request;
+    q->conn->reading_bytes -= io->length;
+    if (read_answered(q) || read_on(q))
+        request_over(q);
+}
+
+static void take_read(struct conn *c, const struct nbd_request *r)
+{
+    bool chunks = c->session.structured || c->session.extended;
+    if (r->length > VOLUME_READ_BYTES_MAX && (r->flags & NBD_CMD_FLAG_DF)) {
+        refuse(c, r, NBD_EOVERFLOW);
+        return;
+    }
+    struct request *q = request_new(c, r);
+    if (r->length > VOLUME_READ_BYTES_MAX && !chunks) {
+        c->alone = q;
+        if (c->n_requests > 1) {
+            list_add_tail(&c->stalled, &q->stalled);
+            return;
+        }
+    }
+    if (read_on(q))
+        request_free(q);
+}
+
+void transmission_go_on(struct conn *c)
+{
+    struct list now = LIST_INIT(now);
+    list_splice_tail(&now, &c->stalled);
+    for (struct list *l; (l = list_pop(&now));) {
+        struct request *q = container_of(l, struct request, stalled);
+        if (c->out_bytes >= CONN_REPLY_BYTES_MAX || (q == c->alone && c->n_requests > 1))
+            list_add_tail(&c->stalled, &q->stalled);
+        else if (read_on(q))
+            request_free(q);
+    }
+}
+
+/* --- block status ---------------------------------------------------------------------------- */
+
+static void status_done(struct vol_io *io)
+{
+    struct piece *p = container_of(io, struct piece, io);
+    struct request *q = p->request;
+    struct conn *c = q->conn;
+    c->reading_bytes -= io->extents_cap * sizeof *io->extents;
+    if (c->phase == CONN_SERVING && io->st != ST_OK) {
+        reply_error_to(c, &q->to, nbd_error_of(io->st));
+    } else if (c->phase == CONN_SERVING) {
+        CHECK(io->n_extents > 0);
+        bool extended = q->to.extended;
+        for (uint32_t i = 0; i < c->session.n_contexts; i++) {
+            if (!(q->wanted & (1u << i)))
+                continue;
+            bool last = q->wanted >> i == 1;
+            uint8_t *out = mem_alloc(io->n_extents * nbd_extent_bytes(extended)), *at = out;
+            for (uint32_t k = 0; k < io->n_extents; k++)
+                at += nbd_put_extent(at, extended, io->extents[k].length, io->extents[k].flags);
+            out_head_done(c, nbd_put_status(out_head(c), &q->to, last ? NBD_REPLY_FLAG_DONE : 0,
+                                            c->context_ids[i], io->n_extents));
+            out_data(c, out, (size_t)(at - out), out_owner_malloc(out));
+        }
+    }
+    piece_over(p);
+    request_over(q);
+}
+
+static void take_status(struct conn *c, const struct nbd_request *r, uint32_t wanted)
+{
+    struct request *q = request_new(c, r);
+    struct piece *p = &q->piece;
+    bool one = r->flags & NBD_CMD_FLAG_REQ_ONE;
+    piece_init(p, q, r->offset, r->length, status_done);
+    q->wanted = wanted;
+    p->io.flags = one ? VOL_REQ_ONE : 0;
+    p->io.extents_cap = one ? 1 : CONN_STATUS_EXTENTS_MAX;
+    p->io.extents = mem_alloc(p->io.extents_cap * sizeof *p->io.extents);
+    c->reading_bytes += p->io.extents_cap * sizeof *p->io.extents;
+    volume_status(c->vol, &p->io);
+}
+
+/* --- writes ------------------------------------------------------------------------------------ */
+
+static bool may_write(struct conn *c)
+{
+    if (c->is_writer || c->lane->server->config->shared)
+        return true;
+    c->is_writer = export_claim(c->export, c->host);
+    if (!c->is_writer && !c->told_not_writer) {
+        c->told_not_writer = true;
+        log_warning("client %s may not write: the volume is being written by %s (serve it with "
+                    "--shared where clients coordinate their writes)",
+                    c->address, c->export->writer);
+    }
+    return c->is_writer;
+}
+
+static void change_done(struct vol_io *io)
+{
+    struct piece *p = container_of(io, struct piece, io);
+    struct request *q = p->request;
+    if (q->st == ST_OK)
+        q->st = io->st;
+    piece_over(p);
+    if (q->n_pieces == 0 && !q->more)
+        reply_outcome(q);
+}
+
+/* The volume has decided on a piece: its payload may come, or is to be thrown away. */
+static void write_begun(struct conn *c, struct piece *p)
+{
+    struct request *q = p->request;
+    if (p->io.st == ST_OK) {
+        c->receive = RECEIVE_GRANTED;
+        c->receiving = p;
+        return;
+    }
+    c->receive = RECEIVE_NOTHING;
+    c->receiving = NULL;
+    /* The rest of the request is not tried: consecutive pieces are a prefix (G2). */
+    c->discard += p->io.length + (q->end - q->next);
+    q->more = false;
+    if (q->st == ST_OK)
+        q->st = p->io.st;
+    piece_over(p);
+    if (q->n_pieces == 0)
+        reply_outcome(q);
+}
+
+static void write_granted(struct vol_io *io)
+{
+    struct piece *p = container_of(io, struct piece, io);
+    struct conn *c = p->request->conn;
+    write_begun(c, p);
+    conn_wake(c);
+}
+
+static void write_next_piece(struct request *q)
+{
+    struct conn *c = q->conn;
+    uint64_t len = min_u64(q->end - q->next, VOLUME_PIECE_BYTES);
+    struct piece *p = q->piece.request ? mem_zalloc(sizeof *p) : &q->piece;
+    piece_init(p, q, q->next, len, change_done);
+    p->io.granted = write_granted;
+    q->next += len;
+    q->more = q->next < q->end;
+    if (volume_write_begin(c->vol, &p->io)) {
+        write_begun(c, p);
+    } else {
+        c->receive = RECEIVE_WAITS;
+        c->receiving = p;
+    }
+}
+
+static void write_received(struct conn *c, const void *data)
+{
+    struct piece *p = c->receiving;
+    struct request *q = p->request;
+    c->receive = RECEIVE_NOTHING;
+    c->receiving = NULL;
+    bool more = q->more;
+    volume_write_commit(c->vol, &p->io, data);
+    if (more && c->phase == CONN_SERVING)
+        write_next_piece(q);
+}
+
+int transmission_receive_iov(struct conn *c, struct iovec *iov, int max, size_t *bytes)
+{
+    *bytes = 0;
+    if (c->receive != RECEIVE_BUFFERS)
+        return 0;
+    const struct vol_io *io = &c->receiving->io;
+    int n = 0;
+    uint32_t at = c->receive_at;
+    for (uint32_t i = c->receive_seg; i < io->n_segs && n < max; i++) {
+        const struct vol_seg *s = &io->segs[i];
+        iov[n++] = (struct iovec){s->buf->data + s->offset + at, s->len - at};
+        *bytes += s->len - at;
+        at = 0;
+    }
+    return n;
+}
+
+void transmission_received(struct conn *c, size_t n)
+{
+    const struct vol_io *io = &c->receiving->io;
+    while (n) {
+        const struct vol_seg *s = &io->segs[c->receive_seg];
+        uint32_t k = (uint32_t)min_u64(n, s->len - c->receive_at);
+        n -= k;
+        c->receive_at += k;
+        if (c->receive_at == s->len) {
+            c->receive_seg++;
+            c->receive_at = 0;
+        }
+    }
+    if (c->receive_seg == io->n_segs)
+        write_received(c, NULL);
+}
+
+/* Uses payload that lies in memory; returns the bytes used. */
+static size_t receive_payload(struct conn *c, const uint8_t *data, size_t len)
+{
+    struct vol_io *io = &c->receiving->io;
+    if (c->receive == RECEIVE_GRANTED) {
+        if (len >= io->length) {
+            size_t used = io->length;
+            write_received(c, data);
+            return used;
+        }
+        piece_give_segs(c->receiving);
+        volume_write_buffers(c->vol, io);
+        c->receive = RECEIVE_BUFFERS;
+        c->receive_seg = c->receive_at = 0;
+    }
+    size_t used = 0;
+    while (used < len && c->receive == RECEIVE_BUFFERS) {
+        const struct vol_seg *s = &io->segs[c->receive_seg];
+        size_t n = min_u64(len - used, s->len - c->receive_at);
+        memcpy(s->buf->data + s->offset + c->receive_at, data + used, n);
+        used += n;
+        transmission_received(c, n);
+    }
+    return used;
+}
+
+void transmission_abort_receive(struct conn *c)
+{
+    if (c->receive == RECEIVE_NOTHING)
+        return;
+    struct piece *p = c->receiving;
+    struct request *q = p->request;
+    c->receive = RECEIVE_NOTHING;
+    c->receiving = NULL;
+    volume_write_abort(c->vol, &p->io);
+    piece_over(p);
+    q->more = false;
+    /* Not answered: the client has not sent all of it. Earlier pieces are under way. */
+    if (q->n_pieces == 0)
+        request_free(q);
+}
+
+void transmission_abandon(struct conn *c)
+{
+    transmission_abort_receive(c);
+    for (struct list *l; (l = list_pop(&c->stalled));)
+        request_free(container_of(l, struct request, stalled));
+    c->discard = 0;
+}
+
+/* --- all others ----------------------------------------------------------------------------------- */
+
+static void take_change(struct conn *c, const struct nbd_request *r)
+{
+    if (!may_write(c)) {
+        refuse(c, r, NBD_EPERM);
+        c->discard = r->payload_len;
+        return;
+    }
+    if (r->length == 0) {
+        succeed(c, r);
+        return;
+    }
+    struct request *q = request_new(c, r);
+    if (r->command == NBD_CMD_WRITE) {
+        q->piece.request = NULL; /* the first piece is the request's own */
+        write_next_piece(q);
+        return;
+    }
+    struct piece *p = &q->piece;
+    piece_init(p, q, r->offset, r->length, change_done);
+    if (r->command == NBD_CMD_TRIM) {
+        volume_trim(c->vol, &p->io);
+        return;
+    }
+    /* FAST_ZERO needs nothing: zeroing only marks blocks, which is always faster than a write. */
+    if (r->flags & NBD_CMD_FLAG_NO_HOLE)
+        p->io.flags |= VOL_NO_HOLE;
+    volume_zero(c->vol, &p->io);
+}
+
+static void take_flush(struct conn *c, const struct nbd_request *r)
+{
+    struct request *q = request_new(c, r);
+    piece_init(&q->piece, q, 0, 0, change_done);
+    volume_flush(c->vol, &q->piece.io);
+}
+
+static void take_cache(struct conn *c, const struct nbd_request *r)
+{
+    struct request *q = request_new(c, r);
+    piece_init(&q->piece, q, r->offset, r->length, change_done);
+    volume_prefetch(c->vol, &q->piece.io);
+}
+
+static void carry_out(struct conn *c, const struct nbd_request *r)
+{
+    switch (r->command) {
+    case NBD_CMD_READ:
+        if (r->length)
+            take_read(c, r);
+        else
+            succeed(c, r);
+        break;
+    case NBD_CMD_WRITE:
+    case NBD_CMD_TRIM:
+    case NBD_CMD_WRITE_ZEROES:
+        take_change(c, r);
+        break;
+    case NBD_CMD_FLUSH:
+        take_flush(c, r);
+        break;
+    case NBD_CMD_CACHE:
+        if (r->length)
+            take_cache(c, r);
+        else
+            succeed(c, r);
+        break;
+    case NBD_CMD_BLOCK_STATUS:
+        take_status(c, r, (1u << c->session.n_contexts) - 1);
+        break;
+    case NBD_CMD_DISC:
+        c->at_end = true;
+        break;
+    default:
+        CHECK(!"a command nbd_request_parse() does not let through");
+    }
+}
+
+size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
+{
+    const size_t head_bytes = nbd_request_bytes(&c->session);
+    size_t at = 0;
+    /* The volume may have been resized. */
+    c->session.size = volume_size(c->vol);
+    while (c->phase == CONN_SERVING && !c->at_end) {
+        if (c->discard) {
+            size_t n = min_u64(c->discard, len - at);
+            c->discard -= n;
+            at += n;
+            if (c->discard)
+                break;
+        }
+        if (c->receive == RECEIVE_WAITS)
+            break;
+        if (c->receive != RECEIVE_NOTHING) {
+            if (at == len)
+                break;
+            at += receive_payload(c, data + at, len - at);
+            continue;
+        }
+        if (len - at < head_bytes || !transmission_may_take(c))
+            break;
+
+        struct nbd_request r;
+        switch (nbd_request_parse(&c->session, data + at, &r)) {
+        case NBD_REQUEST_OK:
+            break;
+        case NBD_REQUEST_REFUSE:
+            at += head_bytes;
+            c->discard = r.payload_len;
+            refuse(c, &r, r.error);
+            continue;
+        case NBD_REQUEST_DISCONNECT:
+            conn_die(c, "the client sent what is no request, or one beyond all limits");
+            return len;
+        }
+
+        if (r.payload_len) {
+            size_t have = len - at - head_bytes;
+            if (nbd_request_has_status_payload(&r)) {
+                uint32_t wanted;
+                if (have < r.payload_len)
+                    break;
+                at += head_bytes + r.payload_len;
+                if (nbd_request_parse_status(&c->session, data + at - r.payload_len, &r,
+                                             &wanted) == NBD_REQUEST_OK)
+                    take_status(c, &r, wanted);
+                else
+                    refuse(c, &r, r.error);
+                continue;
+            }
+            /* A short write whose end is still to come is worth waiting for. */
+            if (have < r.payload_len && r.payload_len <= CONN_IN_PLACE_BYTES_MAX)
+                break;
+        }
+        at += head_bytes;
+        carry_out(c, &r);
+    }
+    return at;
+}

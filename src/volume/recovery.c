@@ -1,0 +1,205 @@
+#include "volume/recovery.h"
+
+#include <stdlib.h>
+
+#include "volume/catalog.h"
+#include "volume/internal.h"
+
+#define SESSIONS_MAX 4096u
+
+struct recover {
+    struct recovery *op;
+    struct shard *shard;
+    struct catalog_op list;
+    struct catalog_entry *entries;
+    size_t n_entries, at;
+    struct volume_open open;
+    struct volume *vol;
+    struct vol_io sync;
+    struct key begin, end;
+    struct store_range range;
+    struct store_read read;
+    struct store_mutation *clears;
+    struct key *keys;
+    size_t n_clears;
+    struct store_commit commit;
+    uint64_t *needed;
+    size_t n_needed, cap_needed;
+    struct env_work work;
+    struct err err;
+    enum status st;
+};
+
+static void next_volume(struct recover *r);
+
+static void finish(struct recover *r, enum status st)
+{
+    struct recovery *op = r->op;
+    op->st = st;
+    op->err = r->err;
+    free(r->entries);
+    free(r->clears);
+    free(r->keys);
+    free(r->needed);
+    free(r);
+    op->done(op);
+}
+
+static bool owner_dead(const struct recover *r, const struct owner_record *o)
+{
+    static const uint8_t none[SESSION_ID_BYTES];
+    const struct shard *s = r->shard;
+    return memcmp(o->session, none, sizeof none) != 0 &&
+           memcmp(o->session, s->session->id, SESSION_ID_BYTES) != 0 &&
+           store_session_probe(s->store, o->session) == STORE_SESSION_DEAD;
+}
+
+static void logs_removed(struct env_work *work)
+{
+    struct recover *r = container_of(work, struct recover, work);
+    if (r->st != ST_OK)
+        log_warning("write logs of ended servers stay: %s", r->err.text);
+    finish(r, ST_OK);
+}
+
+static void remove_logs(struct env_work *work)
+{
+    struct recover *r = container_of(work, struct recover, work);
+    r->st = store_log_remove_unused(r->shard->store, r->needed, r->n_needed, &r->err);
+}
+
+static void needed_listed(struct catalog_op *op)
+{
+    struct recover *r = container_of(op, struct recover, list);
+    if (op->st != ST_OK || !r->shard->store->limits.has_log) {
+        enum status st = op->st;
+        r->err = op->err;
+        catalog_op_free(op);
+        finish(r, st);
+        return;
+    }
+    for (size_t i = 0; i < op->n_entries; i++) {
+        const struct state_record *st = &op->entries[i].state;
+        for (uint32_t k = 0; k < st->n_logs; k++) {
+            mem_grow(&r->needed, &r->cap_needed, r->n_needed + 1, sizeof *r->needed);
+            r->needed[r->n_needed++] = st->logs[k].log_id;
+        }
+    }
+    catalog_op_free(op);
+    r->work.work = remove_logs;
+    r->work.done = logs_removed;
+    env_work(r->shard->env, &r->work);
+}
+
+static void sessions_cleared(struct store_commit *commit, enum status st)
+{
+    struct recover *r = container_of(commit, struct recover, commit);
+    if (st == ST_OK)
+        r->op->sessions = (unsigned)r->n_clears;
+    /* Which logs are still needed must be asked after the sessions were found dead: dead ones
+     * add none. */
+    r->list = (struct catalog_op){.done = needed_listed};
+    catalog_list(&r->list, r->shard->store, r->shard->env);
+}
+
+static void sessions_read(struct store_read *read, enum status st)
+{
+    struct recover *r = container_of(read, struct recover, read);
+    struct shard *s = r->shard;
+    uint32_t n = st == ST_OK ? r->range.n_pairs : 0;
+    r->clears = mem_zalloc((n + 1) * sizeof *r->clears);
+    r->keys = mem_zalloc((n + 1) * sizeof *r->keys);
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t id[SESSION_ID_BYTES];
+        struct slice key = r->range.pairs[i].key;
+        if (!key_parse_session(key, id) || !memcmp(id, s->session->id, sizeof id) ||
+            store_session_probe(s->store, id) != STORE_SESSION_DEAD)
+            continue;
+        key_session(&r->keys[r->n_clears], id);
+        r->clears[r->n_clears] = (struct store_mutation){
+            .kind = STORE_CLEAR, .key = key_slice(&r->keys[r->n_clears])};
+        r->n_clears++;
+    }
+    store_read_release(read);
+    r->commit = (struct store_commit){
+        .mutations = r->clears, .n_mutations = r->n_clears, .done = sessions_cleared};
+    store_commit(s->store, s->env, &r->commit);
+}
+
+static void clear_sessions(struct recover *r)
+{
+    key_prefix(&r->begin, 's');
+    r->end = r->begin;
+    key_prefix_end(&r->end);
+    r->range = (struct store_range){
+        .begin = key_slice(&r->begin), .end = key_slice(&r->end), .limit = SESSIONS_MAX};
+    r->read = (struct store_read){.ranges = &r->range, .n_ranges = 1, .done = sessions_read};
+    store_read(r->shard->store, r->shard->env, &r->read);
+}
+
+static void volume_closed(void *arg)
+{
+    next_volume(arg);
+}
+
+static void volume_taken(struct vol_io *io)
+{
+    struct recover *r = container_of(io, struct recover, sync);
+    if (io->st == ST_OK)
+        r->op->volumes++;
+    volume_close(r->vol, volume_closed, r);
+}
+
+static void volume_opened(struct volume_open *open)
+{
+    struct recover *r = container_of(open, struct recover, open);
+    if (open->st != ST_OK) {
+        log_error("%s", open->err.text);
+        next_volume(r);
+        return;
+    }
+    r->vol = open->vol;
+    r->sync = (struct vol_io){.done = volume_taken};
+    volume_sync(r->vol, &r->sync);
+}
+
+static void next_volume(struct recover *r)
+{
+    while (r->at < r->n_entries) {
+        const struct catalog_entry *e = &r->entries[r->at++];
+        if (!owner_dead(r, &e->owner))
+            continue;
+        r->open = (struct volume_open){.branch = e->branch, .done = volume_opened};
+        memcpy(r->open.name, e->name, sizeof r->open.name);
+        volume_open(r->shard, &r->open);
+        return;
+    }
+    clear_sessions(r);
+}
+
+static void volumes_listed(struct catalog_op *op)
+{
+    struct recover *r = container_of(op, struct recover, list);
+    enum status st = op->st;
+    r->err = op->err;
+    r->entries = op->entries;
+    r->n_entries = op->n_entries;
+    op->entries = NULL;
+    op->n_entries = 0;
+    catalog_op_free(op);
+    if (st != ST_OK)
+        finish(r, st);
+    else
+        next_volume(r);
+}
+
+void recover_dead_sessions(struct recovery *op, struct shard *shard)
+{
+    struct recover *r = mem_zalloc(sizeof *r);
+    op->volumes = op->sessions = 0;
+    op->err.text[0] = 0;
+    r->op = op;
+    r->shard = shard;
+    r->list = (struct catalog_op){.done = volumes_listed};
+    catalog_list(&r->list, shard->store, shard->env);
+}

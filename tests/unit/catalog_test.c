@@ -1,0 +1,600 @@
+/* The catalog and the session over a store in memory: what they leave in it, races, refusals. */
+#include "test.h"
+
+#include "memory_store.h"
+#include "volume/catalog.h"
+#include "volume/session.h"
+
+struct waited {
+    struct catalog_op op;
+    bool done;
+};
+
+static void op_done(struct catalog_op *op)
+{
+    container_of(op, struct waited, op)->done = true;
+}
+
+static struct catalog_op *fresh(struct waited *w)
+{
+    *w = (struct waited){.op = {.done = op_done}};
+    return &w->op;
+}
+
+static enum status wait_for(struct memory_store *m, struct waited *w)
+{
+    while (!w->done)
+        assert_true(memory_turn_once(m));
+    if (w->op.st != ST_OK)
+        assert_true(w->op.err.text[0] != '\0');
+    assert_null(w->op.state);
+    return w->op.st;
+}
+
+static struct volume_spec spec_of(const char *name, uint64_t size)
+{
+    struct volume_spec spec = {.size = size, .codec = -1};
+    snprintf(spec.name, sizeof spec.name, "%s", name);
+    return spec;
+}
+
+static enum status create(struct memory_store *m, const char *name)
+{
+    struct waited w;
+    struct volume_spec spec = spec_of(name, 1 << 20);
+    catalog_create(fresh(&w), &m->store, &m->env, &spec);
+    return wait_for(m, &w);
+}
+
+static struct catalog_entry find(struct memory_store *m, const char *name)
+{
+    struct waited w;
+    catalog_find(fresh(&w), &m->store, &m->env, name);
+    assert_int_equal(wait_for(m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 1);
+    struct catalog_entry entry = w.op.entries[0];
+    catalog_op_free(&w.op);
+    return entry;
+}
+
+static struct err find_fails(struct memory_store *m, const char *name)
+{
+    struct waited w;
+    catalog_find(fresh(&w), &m->store, &m->env, name);
+    assert_int_equal(wait_for(m, &w), ST_NOTFOUND);
+    assert_non_null(strstr(w.op.err.text, "memory:test"));
+    return w.op.err;
+}
+
+static void preparing(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    memory_store_init(&m, "prepare");
+    catalog_prepare(fresh(&w), &m.store, &m.env, false);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    assert_int_equal(m.n_pairs, 0);
+
+    /* Two at once: both find it prepared, by one of them. */
+    struct waited w2;
+    catalog_prepare(fresh(&w), &m.store, &m.env, true);
+    catalog_prepare(fresh(&w2), &m.store, &m.env, true);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(wait_for(&m, &w2), ST_OK);
+    assert_int_equal(m.commits, 1);
+    assert_memory_equal(w.op.meta.uuid, w2.op.meta.uuid, 16);
+    catalog_prepare(fresh(&w), &m.store, &m.env, false);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_true(catalog_may_write(&w.op.meta));
+
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    key_store_meta(&key);
+    struct meta_record meta = w.op.meta;
+    meta.features.compat = 1ull << 63;
+    size_t len = meta_encode(&meta, key_slice(&key), bytes);
+    memory_set(&m, key_slice(&key), (struct slice){bytes, len});
+    catalog_prepare(fresh(&w), &m.store, &m.env, false);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    meta.features.ro_compat = 1ull << 63;
+    len = meta_encode(&meta, key_slice(&key), bytes);
+    memory_set(&m, key_slice(&key), (struct slice){bytes, len});
+    catalog_prepare(fresh(&w), &m.store, &m.env, false);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_false(catalog_may_write(&w.op.meta));
+    meta.features.incompat = 1ull << 63;
+    len = meta_encode(&meta, key_slice(&key), bytes);
+    memory_set(&m, key_slice(&key), (struct slice){bytes, len});
+    catalog_prepare(fresh(&w), &m.store, &m.env, false);
+    assert_int_equal(wait_for(&m, &w), ST_FORMAT);
+    bytes[len - 1] ^= 1;
+    memory_set(&m, key_slice(&key), (struct slice){bytes, len});
+    catalog_prepare(fresh(&w), &m.store, &m.env, true);
+    assert_int_equal(wait_for(&m, &w), ST_IO);
+    memory_store_free(&m);
+}
+
+static void creating(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    memory_store_init(&m, "create");
+    assert_int_equal(create(&m, "one"), ST_OK);
+    assert_int_equal(create(&m, "one"), ST_EXISTS);
+    m.conflicts = 5;
+    assert_int_equal(create(&m, "two"), ST_OK);
+    m.conflicts = 1000000;
+    assert_int_equal(create(&m, "three"), ST_BUSY);
+    m.conflicts = 0;
+    struct catalog_entry one = find(&m, "one"), two = find(&m, "two");
+    assert_int_equal(one.branch, 1);
+    assert_int_equal(two.branch, 2);
+    assert_string_equal(two.name, "two");
+    assert_int_equal(two.header.size, 1 << 20);
+    assert_int_equal(two.header.block_size, 16384);
+    assert_int_equal(two.header.codec, CODEC_LZ4);
+    assert_int_equal(two.header.epoch, 1);
+    assert_int_equal(two.owner.token, 0);
+
+    /* At once: of one name one gets through, of two names both, with two branches. */
+    struct waited w[4];
+    struct volume_spec a = spec_of("a", 512), b = spec_of("b", 512);
+    for (int i = 0; i < 4; i++)
+        catalog_create(fresh(&w[i]), &m.store, &m.env, i % 2 ? &a : &b);
+    int made = 0;
+    for (int i = 0; i < 4; i++) {
+        enum status st = wait_for(&m, &w[i]);
+        assert_true(st == ST_OK || st == ST_EXISTS);
+        made += st == ST_OK;
+    }
+    assert_int_equal(made, 2);
+    assert_true(find(&m, "a").branch != find(&m, "b").branch);
+    m.read_status = ST_UNAVAIL;
+    assert_int_equal(create(&m, "c"), ST_UNAVAIL);
+    memory_store_free(&m);
+}
+
+static void bad_specifications_are_refused(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    memory_store_init(&m, "specifications");
+    for (int wrong = 0; wrong < 14; wrong++) {
+        struct volume_spec spec = spec_of("good", 1ull << 62);
+        switch (wrong) {
+        case 0:
+            break;
+        case 1:
+            spec.name[0] = '.';
+            break;
+        case 2:
+            spec.name[0] = '\0';
+            break;
+        case 3:
+            spec.size = 0;
+            break;
+        case 4:
+            spec.size = 1000;
+            break;
+        case 5:
+            spec.size += 512;
+            break;
+        case 6:
+            spec.block_size = 2048;
+            break;
+        case 7:
+            spec.block_size = 12288;
+            break;
+        case 8:
+            spec.block_size = 131072;
+            break;
+        case 9:
+            spec.codec = 3;
+            break;
+        case 10:
+            spec.codec_level = 3;
+            break;
+        case 11:
+            spec.codec = CODEC_ZSTD;
+            spec.codec_level = 20;
+            break;
+        case 12:
+            strcpy(spec.description, "\x1b[2J");
+            break;
+        default:
+            strcpy(spec.description, "\xc0\xaf");
+        }
+        struct waited w;
+        catalog_create(fresh(&w), &m.store, &m.env, &spec);
+        assert_false(w.done);
+        assert_int_equal(wait_for(&m, &w), wrong ? ST_INVAL : ST_OK);
+    }
+    struct volume_spec spec = spec_of("utf-8", 512);
+    strcpy(spec.description, "h\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80");
+    struct waited w;
+    catalog_create(fresh(&w), &m.store, &m.env, &spec);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_string_equal(find(&m, "utf-8").header.description, spec.description);
+    memory_store_free(&m);
+}
+
+static void near_names_are_suggested(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    memory_store_init(&m, "find");
+    assert_non_null(strstr(find_fails(&m, "x").text, "no volumes"));
+    static const char *const names[] = {"example", "Backup", "database-1", "database-2", "zz"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        assert_int_equal(create(&m, names[i]), ST_OK);
+    assert_non_null(strstr(find_fails(&m, "exmaple").text, "did you mean \"example\"?"));
+    assert_non_null(strstr(find_fails(&m, "backup").text, "\"Backup\""));
+    struct err e = find_fails(&m, "database");
+    assert_non_null(strstr(e.text, "\"database-1\" or \"database-2\"?"));
+    assert_null(strstr(find_fails(&m, "qqqq").text, "mean"));
+    assert_non_null(strstr(find_fails(&m, "not a name").text, "not a name"));
+    char long_name[1000];
+    memset(long_name, 'e', sizeof long_name);
+    long_name[sizeof long_name - 1] = '\0';
+    find_fails(&m, long_name);
+    memory_store_free(&m);
+}
+
+static void listing_many(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    enum { N = 2345 };
+    memory_store_init(&m, "list");
+    catalog_list(fresh(&w), &m.store, &m.env);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 0);
+    for (int i = 0; i < N; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "v%05d", (i * 11) % N);
+        assert_int_equal(create(&m, name), ST_OK);
+    }
+    catalog_list(fresh(&w), &m.store, &m.env);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, N);
+    for (int i = 0; i < N; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "v%05d", i);
+        assert_string_equal(w.op.entries[i].name, name);
+        assert_int_equal(w.op.entries[i].header.size, 1 << 20);
+    }
+
+    /* One damaged header hides itself only; looking it up says so. */
+    struct key key;
+    key_header(&key, w.op.entries[1500].branch);
+    memory_find(&m, key_slice(&key))->value[20] ^= 1;
+    catalog_op_free(&w.op);
+    catalog_list(fresh(&w), &m.store, &m.env);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, N - 1);
+    assert_string_equal(w.op.entries[1500].name, "v01501");
+    catalog_op_free(&w.op);
+    catalog_find(fresh(&w), &m.store, &m.env, "v01500");
+    assert_int_equal(wait_for(&m, &w), ST_IO);
+    memory_store_free(&m);
+}
+
+static void renaming(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    memory_store_init(&m, "rename");
+    create(&m, "a");
+    create(&m, "b");
+    uint64_t branch = find(&m, "a").branch;
+    static const struct {
+        const char *from, *to;
+        enum status st;
+    } tries[] = {{"a", "b", ST_EXISTS},  {"a", "a", ST_EXISTS}, {"x", "y", ST_NOTFOUND},
+                 {"a", "-", ST_INVAL},   {"a", "", ST_INVAL},   {"/", "y", ST_NOTFOUND},
+                 {"a", "c", ST_OK},      {"a", "d", ST_NOTFOUND}};
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        m.conflicts = 2;
+        catalog_rename(fresh(&w), &m.store, &m.env, tries[i].from, tries[i].to);
+        assert_int_equal(wait_for(&m, &w), tries[i].st);
+    }
+    assert_int_equal(find(&m, "c").branch, branch);
+    memory_store_free(&m);
+}
+
+static void own(struct memory_store *m, uint64_t branch, uint64_t token, uint8_t who)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct owner_record owner = {.token = token, .pid = 7, .host = "elsewhere"};
+    owner.session[0] = who;
+    key_owner(&key, branch);
+    size_t len = owner_encode(&owner, key_slice(&key), bytes);
+    memory_set(m, key_slice(&key), (struct slice){bytes, len});
+}
+
+static void taken_at_last_moment(struct memory_store *m)
+{
+    own(m, 1, 1, 9);
+}
+
+static void removing(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    memory_store_init(&m, "remove");
+    create(&m, "a");
+    create(&m, "keep");
+    size_t before = m.n_pairs;
+    create(&m, "b");
+    struct catalog_entry a = find(&m, "a"), b = find(&m, "b"), old = a;
+
+    m.before_commit = taken_at_last_moment;
+    catalog_remove(fresh(&w), &m.store, &m.env, &a);
+    assert_int_equal(wait_for(&m, &w), ST_BUSY);
+    assert_non_null(strstr(w.op.err.text, "elsewhere"));
+    a = find(&m, "a");
+    catalog_remove(fresh(&w), &m.store, &m.env, &old);
+    assert_int_equal(wait_for(&m, &w), ST_BUSY);
+
+    /* Its blocks, rows and trash, more than one batch, and neighbours that must stay. */
+    struct key key;
+    for (uint64_t i = 0; i < 5000; i++) {
+        key_block(&key, b.branch, 1 + i % 3, i);
+        memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+    }
+    for (uint64_t i = 0; i < 50; i++) {
+        key_row(&key, b.branch, 1, i, 1);
+        memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+        key_trash(&key, b.branch, i);
+        memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+    }
+    key_block(&key, b.branch + 1, 1, 1);
+    memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+    key_block(&key, b.branch - 1, UINT64_MAX, UINT64_MAX);
+    memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+    m.conflicts = 1;
+    catalog_remove(fresh(&w), &m.store, &m.env, &b);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    find_fails(&m, "b");
+    catalog_remove(fresh(&w), &m.store, &m.env, &b);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    int rounds = 0;
+    for (bool more = true; more; rounds++) {
+        catalog_clear_removed(fresh(&w), &m.store, &m.env, &more);
+        assert_int_equal(wait_for(&m, &w), ST_OK);
+        assert_true(rounds < 10);
+    }
+    assert_true(rounds >= 3);
+    assert_int_equal(m.n_pairs, before + 2);
+    bool more = true;
+    catalog_clear_removed(fresh(&w), &m.store, &m.env, &more);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_false(more);
+    assert_int_equal(find(&m, "keep").branch, 2);
+    create(&m, "later");
+    assert_int_equal(find(&m, "later").branch, 4);
+    memory_store_free(&m);
+}
+
+/* The other end of the mailbox. */
+struct server {
+    struct memory_store *m;
+    uint64_t branch;
+    uint64_t seen_id;
+};
+
+static bool take_mail(struct server *s, struct mail_record *mail)
+{
+    struct key key;
+    key_mailbox(&key, s->branch);
+    const struct memory_pair *p = memory_find(s->m, key_slice(&key));
+    return p && mail_decode(key_slice(&key), (struct slice){p->value, p->value_len}, mail);
+}
+
+static void answer(struct server *s, uint64_t id, enum status st, const char *text)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct answer_record rec = {.id = id, .status = (uint8_t)st};
+    snprintf(rec.text, sizeof rec.text, "%s", text);
+    key_answer(&key, s->branch);
+    size_t len = answer_encode(&rec, key_slice(&key), bytes);
+    memory_set(s->m, key_slice(&key), (struct slice){bytes, len});
+    memory_wake(s->m, key_slice(&key));
+}
+
+static void assert_mailbox_empty(struct server *s)
+{
+    struct key key;
+    key_mailbox(&key, s->branch);
+    assert_null(memory_find(s->m, key_slice(&key)));
+    key_answer(&key, s->branch);
+    assert_null(memory_find(s->m, key_slice(&key)));
+}
+
+static void asking(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    struct mail_record mail = {.kind = MAIL_RESIZE, .size = 4096}, got;
+    memory_store_init(&m, "ask");
+    create(&m, "a");
+    struct catalog_entry a = find(&m, "a");
+    struct server s = {&m, a.branch, 0};
+
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    own(&m, a.branch, 1, 9);
+    a = find(&m, "a");
+    m.probe = STORE_SESSION_DEAD;
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    assert_mailbox_empty(&s);
+    m.probe = STORE_SESSION_ALIVE;
+
+    /* Answered, well and badly, with an old answer still lying there. */
+    static const enum status said[] = {ST_OK, ST_BUSY, ST_INVAL, ST_NOTFOUND};
+    for (size_t i = 0; i < sizeof said / sizeof *said; i++) {
+        answer(&s, 1234, ST_OK, "to somebody else");
+        uint64_t began = m.now_ns;
+        catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000);
+        while (!take_mail(&s, &got))
+            assert_true(memory_turn_once(&m));
+        assert_int_equal(got.size, 4096);
+        answer(&s, got.id ^ 1, ST_OK, "to somebody else");
+        for (int n = 0; n < 20; n++)
+            assert_true(memory_turn_once(&m));
+        assert_false(w.done);
+        answer(&s, got.id, said[i], "so it is");
+        assert_int_equal(wait_for(&m, &w), said[i] == ST_NOTFOUND ? ST_BUSY : said[i]);
+        assert_string_equal(w.op.err.text, "so it is");
+        assert_true(m.now_ns - began < 5000000000ull);
+        assert_mailbox_empty(&s);
+    }
+
+    /* Nobody answers: the request is taken back. */
+    uint64_t began = m.now_ns;
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000);
+    assert_int_equal(wait_for(&m, &w), ST_UNAVAIL);
+    assert_true(m.now_ns - began >= 5000000000ull && m.now_ns - began < 7000000000ull);
+    assert_mailbox_empty(&s);
+
+    /* The owner dies, or gives the volume up, while we wait. */
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000);
+    while (!take_mail(&s, &got))
+        assert_true(memory_turn_once(&m));
+    m.probe = STORE_SESSION_DEAD;
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    assert_mailbox_empty(&s);
+    m.probe = STORE_SESSION_ALIVE;
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000);
+    while (!take_mail(&s, &got))
+        assert_true(memory_turn_once(&m));
+    own(&m, a.branch, 2, 0);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+    assert_mailbox_empty(&s);
+    memory_store_free(&m);
+}
+
+static struct server *late_server;
+
+/* The answer comes between the look that found none and the withdrawal. */
+static void answers_at_last_moment(struct memory_store *m)
+{
+    struct mail_record got;
+    (void)m;
+    assert_true(take_mail(late_server, &got));
+    answer(late_server, got.id, ST_OK, "just in time");
+}
+
+static void asking_at_the_limits(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w, w2;
+    struct mail_record mail = {.kind = MAIL_EVICT}, got;
+    memory_store_init(&m, "ask at the limits");
+    create(&m, "a");
+    own(&m, 1, 1, 9);
+    struct catalog_entry a = find(&m, "a");
+    struct server s = {&m, a.branch, 0};
+    m.probe = STORE_SESSION_ALIVE;
+
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 2000);
+    while (!take_mail(&s, &got))
+        assert_true(memory_turn_once(&m));
+    for (int i = 0; i < 10; i++)
+        assert_true(memory_turn_once(&m));
+    late_server = &s;
+    m.before_commit = answers_at_last_moment;
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_string_equal(w.op.err.text, "just in time");
+    assert_mailbox_empty(&s);
+
+    /* Two at once: one after the other. */
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 20000);
+    catalog_ask_owner(fresh(&w2), &m.store, &m.env, &a, &mail, 20000);
+    uint64_t last = 0;
+    while (!w.done || !w2.done) {
+        assert_true(memory_turn_once(&m));
+        if (take_mail(&s, &got) && got.id != last) {
+            last = got.id;
+            answer(&s, got.id, ST_OK, "done");
+        }
+    }
+    assert_int_equal(w.op.st, ST_OK);
+    assert_int_equal(w2.op.st, ST_OK);
+    assert_mailbox_empty(&s);
+
+    /* A request that a dead command left is in nobody's way for long. */
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct mail_record left = {.id = 1, .kind = MAIL_SYNC};
+    key_mailbox(&key, a.branch);
+    size_t len = mail_encode(&left, key_slice(&key), bytes);
+    memory_set(&m, key_slice(&key), (struct slice){bytes, len});
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000);
+    assert_int_equal(wait_for(&m, &w), ST_BUSY);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 30000);
+    while (!take_mail(&s, &got) || got.id == 1)
+        assert_true(memory_turn_once(&m));
+    answer(&s, got.id, ST_OK, "done");
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_mailbox_empty(&s);
+    memory_store_free(&m);
+}
+
+static struct memory_store *session_store;
+
+static void turn(struct env *env)
+{
+    (void)env;
+    assert_true(memory_turn_once(session_store));
+}
+
+static void sessions(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    memory_store_init(&m, "session");
+    session_store = &m;
+    struct session s;
+    struct err e = {0};
+    assert_int_equal(session_begin(&s, &m.store, &m.env, turn, 10000, "here", &e), ST_OK);
+    assert_int_equal(m.n_pairs, 1);
+    struct session_record rec;
+    uint8_t id[16];
+    struct slice key = {m.pairs[0].key, m.pairs[0].key_len};
+    assert_true(key_parse_session(key, id));
+    assert_memory_equal(id, s.id, 16);
+    assert_true(session_decode(key, (struct slice){m.pairs[0].value, m.pairs[0].value_len}, &rec));
+    assert_int_equal(rec.state, SESSION_LIVE);
+    assert_int_equal(rec.lease_ms, 10000);
+    assert_string_equal(rec.address, "here");
+    assert_true(rec.host[0] != '\0');
+    session_end(&s, &m.env, turn);
+    assert_int_equal(m.n_pairs, 0);
+    m.conflicts = 1;
+    assert_int_equal(session_begin(&s, &m.store, &m.env, turn, 10000, "here", &e), ST_CONFLICT);
+    assert_non_null(strstr(e.text, "memory:test"));
+    memory_store_free(&m);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(preparing),       cmocka_unit_test(creating),
+        cmocka_unit_test(bad_specifications_are_refused),
+        cmocka_unit_test(near_names_are_suggested),
+        cmocka_unit_test(listing_many),    cmocka_unit_test(renaming),
+        cmocka_unit_test(removing),        cmocka_unit_test(asking),
+        cmocka_unit_test(asking_at_the_limits), cmocka_unit_test(sessions),
+    };
+    return cmocka_run_group_tests_name("catalog", tests, NULL, NULL);
+}
