@@ -44,13 +44,17 @@ const struct cli_command *const cli_commands[] = {
 
 void cli_error(const char *format, ...)
 {
+    char text[2048];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fputs("fdb-nbd: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    /* What was typed may stand in the sentence: it stays one line and moves no cursor. */
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
+    fflush(stdout);
+    fprintf(stderr, "fdb-nbd: %s\n", text);
 }
 
 int cli_failed(const struct err *e)
@@ -191,8 +195,8 @@ static void print_help(void)
 
 static void print_command_help(const struct cli_command *command)
 {
-    printf("usage: fdb-nbd %s %s%s\n\n%s\n", command->name, command->args,
-           command->options ? " [options]" : "", command->summary);
+    printf("usage: fdb-nbd %s%s%s%s\n\n%s\n", command->name, command->args[0] ? " " : "",
+           command->args, command->options ? " [options]" : "", command->summary);
     if (command->details)
         printf("\n%s\n", command->details);
     if (command->options) {
@@ -473,10 +477,10 @@ int cli_parse(struct cli *cli, int argc, char **argv,
         return -1;
     int n = argc - optind;
     if (n < cli->command->args_min || n > cli->command->args_max)
-        return over(cli, cli_usage_error(cli, "%s, usage: fdb-nbd %s %s",
-                                         n < cli->command->args_min ? "something is missing"
-                                                                    : "that is too much",
-                                         cli->command->name, cli->command->args));
+        return over(cli, cli_usage_error(cli, "too %s arguments, usage: fdb-nbd %s%s%s",
+                                         n < cli->command->args_min ? "few" : "many",
+                                         cli->command->name, cli->command->args[0] ? " " : "",
+                                         cli->command->args));
     int first = optind;
     if (cli->config_path &&
         (!read_settings(cli, &e) || !apply_settings(cli, take, options, given, &e)))

@@ -27,18 +27,6 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     return ST_OK;
 }
 
-/* Gives the space of removed volumes back. */
-static int clear_removed(struct run *run)
-{
-    bool more = true;
-    while (more) {
-        catalog_clear_removed(run_op(run), run->store, run->env, &more);
-        if (run_wait(run) != ST_OK)
-            return cli_failed(&run->op.err);
-    }
-    return CLI_DONE;
-}
-
 static int remove_volume(struct run *run, const char *name, bool yes)
 {
     struct catalog_entry entry;
@@ -70,7 +58,7 @@ static int remove_volume(struct run *run, const char *name, bool yes)
         if (st == ST_OK) {
             printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
             fflush(stdout);
-            return clear_removed(run);
+            return run_clear_removed(run, 0);
         }
         if (st != ST_BUSY)
             return cli_failed(&run->op.err);

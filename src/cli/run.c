@@ -83,6 +83,18 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry)
     return CLI_DONE;
 }
 
+int run_clear_removed(struct run *run, uint32_t limit_ms)
+{
+    uint64_t began = env_now_ns(run->env);
+    bool more = true;
+    while (more && (limit_ms == 0 || env_now_ns(run->env) - began < limit_ms * 1000000ull)) {
+        catalog_clear_removed(run_op(run), run->store, run->env, &more);
+        if (run_wait(run) != ST_OK)
+            return cli_failed(&run->op.err);
+    }
+    return CLI_DONE;
+}
+
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner)
 {
     static const uint8_t nobody[SESSION_ID_BYTES];
@@ -137,7 +149,7 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
                                   .cache_bytes = VOLUME_CACHE_BYTES_MIN,
                                   .no_log = true};
     st = shard_new(&config, &owned->shard, e);
-    if (st == ST_OK) {
+    if (st == ST_OK && entry) {
         struct opening opening = {.open = {.branch = entry->branch, .done = opened}};
         memcpy(opening.open.name, entry->name, sizeof opening.open.name);
         volume_open(owned->shard, &opening.open);

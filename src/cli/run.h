@@ -46,6 +46,11 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry);
 /* Lets the loop turn until *done. */
 void run_until(struct run *run, const bool *done);
 
+/* Gives the space of removed volumes back, for up to `limit_ms` (0: until it is done).
+ * Interrupted anywhere, a later call goes on. On failure prints why and returns the exit
+ * status. */
+int run_clear_removed(struct run *run, uint32_t limit_ms);
+
 /* What is known of the session in an owner record. */
 enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner);
@@ -54,15 +59,19 @@ enum run_owner run_owner_state(struct run *run, const struct owner_record *owner
 enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
                     uint64_t size, bool shrink);
 
-/* For a volume that nobody has in use: registers this process as a session, opens the volume
- * (run_disown() closes and deregisters, and returns the exit status of that). On failure
- * prints nothing and leaves why in run->op.err. */
+/* A command that changes volumes itself: a session, a shard without a log, and the volume
+ * that is open on it, or NULL. */
 struct run_owned {
     struct session session;
     struct shard *shard;
     struct volume *vol;
 };
+
+/* Registers this process as a session and opens the volume, which nobody has in use (NULL:
+ * none). On failure prints nothing, leaves why in run->op.err, and nothing to be undone. */
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
+
+/* Closes what is open and takes the session away. */
 void run_disown(struct run *run, struct run_owned *owned);
 
 #endif

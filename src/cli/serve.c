@@ -6,10 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/log.h"
 #include "base/mem.h"
 #include "cli/run.h"
 #include "server/server.h"
-#include "volume/volume.h"
+#include "volume/recovery.h"
 
 #define CREATES_MAX 1000u
 #define CACHE_BYTES_DEFAULT (256ull << 20)
@@ -20,6 +21,8 @@
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
 #define VOLUMES_SHOWN_MAX 10u
+/* Clients wait while a start cleans up; what takes longer is left to the next one. */
+#define CLEAR_LIMIT_MS 2000u
 
 enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
 
@@ -115,6 +118,36 @@ static int create_volumes(struct run *run, const struct serve_options *o)
     return CLI_DONE;
 }
 
+struct recovering {
+    struct recovery recovery;
+    bool done;
+};
+
+static void recovered(struct recovery *r)
+{
+    container_of(r, struct recovering, recovery)->done = true;
+}
+
+/* Commits what servers that died left in their logs. What fails here is tried again when
+ * the volume is used. */
+static void recover(struct run *run)
+{
+    struct run_owned owned;
+    struct recovering r = {.recovery = {.done = recovered}};
+    if (run_own(run, NULL, &owned) != ST_OK) {
+        log_warning("no clean-up after servers that died: %s", run->op.err.text);
+        return;
+    }
+    recover_dead_sessions(&r.recovery, owned.shard);
+    run_until(run, &r.done);
+    run_disown(run, &owned);
+    if (r.recovery.st != ST_OK)
+        log_warning("no clean-up after servers that died: %s", r.recovery.err.text);
+    else if (r.recovery.sessions > 0)
+        log_info("cleaned up after %u servers that died: %u volumes taken over",
+                 r.recovery.sessions, r.recovery.volumes);
+}
+
 /* --- what to type next --------------------------------------------------------------- */
 
 /* Splits "HOST:PORT" or "[V6]:PORT"; an address that means all of this machine's is named
@@ -186,6 +219,12 @@ static int serve(struct run *run, const struct serve_options *o)
     }
     if (status != CLI_DONE)
         return status;
+    if (!o->read_only) {
+        recover(run);
+        status = run_clear_removed(run, CLEAR_LIMIT_MS);
+        if (status != CLI_DONE)
+            return status;
+    }
     /* Kept in run->op for print_ready(). */
     catalog_list(run_op(run), run->store, run->env);
     if (run_wait(run) != ST_OK)

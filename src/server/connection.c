@@ -5,8 +5,6 @@
 #include "server/connection.h"
 
 #include <errno.h>
-#include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -31,23 +29,32 @@ static void settle(struct conn *c);
 
 static void lane_check_stopped(struct lane *lane)
 {
-    if (!lane->stopping || lane->stopped || lane->n_conns || lane->n_closing)
+    if (!lane->stopping || lane->stopped || lane->n_conns || lane->n_works)
         return;
     lane->stopped = true;
     env_timer_stop(lane->env, &lane->tick);
     server_lane_stopped(lane);
 }
 
+void lane_work_begun(struct lane *lane)
+{
+    lane->n_works++;
+}
+
+void lane_work_ended(struct lane *lane)
+{
+    lane->n_works--;
+    lane_check_stopped(lane);
+}
+
 static void volume_closed(void *arg)
 {
-    struct lane *lane = arg;
-    lane->n_closing--;
-    lane_check_stopped(lane);
+    lane_work_ended(arg);
 }
 
 static void close_volume(struct lane *lane, struct volume *vol)
 {
-    lane->n_closing++;
+    lane_work_begun(lane);
     volume_close(vol, volume_closed, lane);
 }
 
@@ -67,6 +74,7 @@ static void opened_given_back(struct env_task *task)
 static void give_opened_back(struct env_task *task)
 {
     struct conn *c = container_of(task, struct conn, task);
+    volume_unwatch_loss(&c->watcher);
     close_volume(c->opened_lane, c->opened);
     c->task.run = opened_given_back;
     env_post(c->lane->env, &c->task);
@@ -95,7 +103,7 @@ void conn_try_free(struct conn *c)
         export_leave(c->export, c->is_writer);
     if (c->vol)
         close_volume(lane, c->vol);
-    __atomic_sub_fetch(&lane->server->n_conns, 1, __ATOMIC_RELAXED);
+    atomic_fetch_sub(&lane->server->n_conns, 1);
     free(c);
     server_conn_gone(lane);
     lane_check_stopped(lane);
@@ -160,15 +168,24 @@ static void poll_for(struct conn *c, int events)
         uv_poll_stop(&c->poll);
 }
 
-/* The one place that reads from a client. As recvmsg: 0 at the end, -1 and errno. */
-static ssize_t receive_some(struct conn *c, struct iovec *iov, int n)
+ssize_t conn_receive(struct conn *c, struct iovec *iov, size_t n)
 {
-    struct msghdr m = {.msg_iov = iov, .msg_iovlen = (size_t)n};
+    struct msghdr m = {.msg_iov = iov, .msg_iovlen = n};
     ssize_t got;
     do
         got = recvmsg(c->fd, &m, MSG_DONTWAIT);
     while (got < 0 && errno == EINTR);
     return got;
+}
+
+ssize_t conn_send(struct conn *c, struct iovec *iov, size_t n)
+{
+    struct msghdr m = {.msg_iov = iov, .msg_iovlen = n};
+    ssize_t sent;
+    do
+        sent = sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (sent < 0 && errno == EINTR);
+    return sent;
 }
 
 /* Keeps what is at `data` (maybe inside the stash) for later. */
@@ -287,12 +304,25 @@ static void open_came_back(struct env_task *task)
         answer_export(c);
 }
 
+static void on_lost(struct volume_watcher *w, const char *why)
+{
+    conn_die(container_of(w, struct conn, watcher), why);
+}
+
+static void on_early_loss(struct volume_watcher *w, const char *why)
+{
+    (void)why;
+    container_of(w, struct conn, watcher)->lost = true;
+}
+
 static void open_done(struct volume_open *op)
 {
     struct lookup *l = container_of(op, struct lookup, open);
     if (op->st == ST_OK) {
         l->size = volume_size(op->vol);
         l->block_size = volume_block_size(op->vol);
+        l->conn->watcher.lost = on_early_loss;
+        volume_watch_loss(op->vol, &l->conn->watcher);
     }
     l->task.run = open_came_back;
     env_post(l->conn->lane->env, &l->task);
@@ -346,11 +376,6 @@ static void ask_export(struct conn *c)
 
 /* --- moving to the volume's lane ----------------------------------------------------------------- */
 
-static void on_lost(struct volume_watcher *w, const char *why)
-{
-    conn_die(container_of(w, struct conn, watcher), why);
-}
-
 static void arrive(struct env_task *task)
 {
     struct conn *c = container_of(task, struct conn, task);
@@ -362,7 +387,10 @@ static void arrive(struct env_task *task)
     poll_begin(c);
     c->export = export_join(&lane->exports, volume_branch(c->vol));
     c->watcher.lost = on_lost;
-    volume_watch_loss(c->vol, &c->watcher);
+    if (c->lost) {
+        conn_die(c, "its volume was lost");
+        return;
+    }
     if (lane->stopping)
         c->stopping = true;
     conn_wake(c);
@@ -415,10 +443,15 @@ static bool handshake_flush(struct conn *c)
         const uint8_t *p = handshake_output(c->handshake, &len);
         if (!len)
             return true;
-        ssize_t n = send(c->fd, p, len, MSG_NOSIGNAL | MSG_DONTWAIT);
+        union {
+            const void *in;
+            void *base;
+        } out = {p};
+        struct iovec iov = {out.base, len};
+        ssize_t n = conn_send(c, &iov, 1);
         if (n >= 0) {
             handshake_sent(c->handshake, (size_t)n);
-        } else if (errno != EINTR) {
+        } else {
             /* Whoever is told to go need not hear it. */
             if (errno != EAGAIN || c->handshake->want == HANDSHAKE_CLOSE)
                 conn_die(c, "its handshake could not be answered");
@@ -463,7 +496,7 @@ static void handshake_read(struct conn *c)
     struct lane *lane = c->lane;
     /* Fed only while nothing is stashed: see settle(). */
     struct iovec iov = {lane->receive, LANE_RECEIVE_BYTES};
-    ssize_t n = receive_some(c, &iov, 1);
+    ssize_t n = conn_receive(c, &iov, 1);
     if (n < 0 && errno == EAGAIN)
         return;
     if (n <= 0) {
@@ -495,16 +528,17 @@ static void take_no_more(struct conn *c)
 static bool serve_once(struct conn *c)
 {
     struct lane *lane = c->lane;
-    struct iovec iov[RECEIVE_PIECES + 1];
+    struct iovec iov[RECEIVE_PIECES];
     size_t payload;
-    int n_iov = transmission_receive_iov(c, iov, RECEIVE_PIECES, &payload);
+    size_t n_iov = (size_t)transmission_receive_iov(c, iov, RECEIVE_PIECES, &payload);
     uint32_t kept = c->stash_len;
     if (kept)
         memcpy(lane->receive, c->stash, kept);
-    /* Where the payload takes all pieces there is no more of them for what follows it. */
-    iov[n_iov++] = (struct iovec){lane->receive + kept, LANE_RECEIVE_BYTES - kept};
+    /* What follows the payload comes along, unless there may be more of it than pieces. */
+    if (n_iov < RECEIVE_PIECES)
+        iov[n_iov++] = (struct iovec){lane->receive + kept, LANE_RECEIVE_BYTES - kept};
 
-    ssize_t got = receive_some(c, iov, n_iov == RECEIVE_PIECES + 1 ? RECEIVE_PIECES : n_iov);
+    ssize_t got = conn_receive(c, iov, n_iov);
     if (got < 0) {
         if (errno != EAGAIN)
             conn_die(c, strerror(errno));
@@ -653,7 +687,8 @@ static void lane_tick(struct env_timer *timer)
     struct lane *lane = container_of(timer, struct lane, tick);
     const struct server_config *limits = &lane->server->limits;
     uint64_t now = lane_now_ms(lane);
-    bool give_up = lane->stopping && now >= lane->drain_until_ms;
+    bool give_up =
+        lane->stopping && (now >= lane->drain_until_ms || lane->server->drain_now);
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         if (c->phase == CONN_HANDSHAKE) {
@@ -738,7 +773,7 @@ static void make_room_for_handshake(struct lane *lane)
 void conn_accept(struct lane *lane, const struct accepted *a)
 {
     struct server *server = lane->server;
-    unsigned n = __atomic_load_n(&server->n_conns, __ATOMIC_RELAXED);
+    unsigned n = atomic_load(&server->n_conns);
     if (server->stopping || n >= server->limits.connections_max) {
         if (!server->stopping)
             log_warning("client %s turned away: there are %u connections already", a->address, n);
@@ -761,7 +796,7 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     list_add_tail(&lane->conns, &c->link);
     lane->n_conns++;
     server->n_handshakes++;
-    __atomic_add_fetch(&server->n_conns, 1, __ATOMIC_RELAXED);
+    atomic_fetch_add(&server->n_conns, 1);
     poll_begin(c);
     c->handshake = mem_alloc(sizeof *c->handshake);
     handshake_init(c->handshake, NBD_TLS_OFF);

@@ -22,6 +22,7 @@
 #ifndef SERVER_CONNECTION_H
 #define SERVER_CONNECTION_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -69,7 +70,7 @@ enum { SEGS_INLINE = VOL_SEGS(65536, 4096) };
 struct piece {
     struct vol_io io;
     struct request *request;
-    bool on_heap;
+    void *heap; /* itself, where it is not part of its request */
     struct vol_seg inline_segs[SEGS_INLINE];
 };
 
@@ -136,7 +137,7 @@ struct conn {
     struct volume *vol;
     struct export *export;
     struct volume_watcher watcher;
-    bool watching;
+    bool lost; /* the volume was, before the connection arrived at its lane */
     uint8_t *stash; /* received and not parsed */
     uint32_t stash_len;
     uint64_t discard; /* payload bytes to be thrown away */
@@ -169,7 +170,7 @@ struct lane {
     struct list ready; /* conns that may go on parsing */
     struct list flush; /* conns with replies to send */
     struct list exports;
-    unsigned n_closing; /* volumes being closed */
+    unsigned n_works; /* volumes being closed, and other work that has to end first */
     bool stopping, stopped;
     uint64_t drain_until_ms;
     struct env_task task;
@@ -189,8 +190,9 @@ struct server {
     unsigned n_lanes;
     struct listeners *listeners;
     unsigned n_handshakes; /* lane 0 only */
-    unsigned n_conns;      /* all lanes; atomic */
+    atomic_uint n_conns;   /* all lanes */
     bool stopping;
+    atomic_bool drain_now; /* stop waiting for requests under way */
 };
 
 /* --- connection.c ----------------------------------------------------------------------- */
@@ -208,11 +210,19 @@ void lane_stop(struct lane *lane);
 /* Frees what a stopped lane holds. */
 void lane_destroy(struct lane *lane);
 
+/* Work under way that a lane waits for before it is stopped. */
+void lane_work_begun(struct lane *lane);
+void lane_work_ended(struct lane *lane);
+
 /* Takes an accepted connection on lane 0. */
 void conn_accept(struct lane *lane, const struct accepted *a);
 
 /* Ends a connection now: what is unread or unsent is dropped, a half-received write undone. */
 void conn_die(struct conn *c, const char *why);
+
+/* Write and read a client's socket, all that does: as sendmsg and recvmsg, never waiting. */
+ssize_t conn_send(struct conn *c, struct iovec *iov, size_t n);
+ssize_t conn_receive(struct conn *c, struct iovec *iov, size_t n);
 
 /* Something changed (a request ended, a grant came): looks at it again in this turn of the
  * loop, or the next. */
@@ -224,7 +234,7 @@ void conn_try_free(struct conn *c);
 /* Milliseconds of the environment's clock. */
 uint64_t lane_now_ms(struct lane *lane);
 
-/* --- out.c ------------------------------------------------------------------------------- */
+/* --- output.c ----------------------------------------------------------------------------- */
 
 /* Room for a header of up to NBD_REPLY_HEAD_MAX bytes, to be finished with out_head_done(). */
 uint8_t *out_head(struct conn *c);

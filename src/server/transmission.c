@@ -95,7 +95,7 @@ static void piece_init(struct piece *p, struct request *q, uint64_t offset, uint
 {
     memset(&p->io, 0, sizeof p->io);
     p->request = q;
-    p->on_heap = p != &q->piece;
+    p->heap = p == &q->piece ? NULL : p;
     p->io.done = done;
     p->io.offset = offset;
     p->io.length = length;
@@ -120,8 +120,7 @@ static void piece_over(struct piece *p)
     free(p->io.extents);
     p->io.extents = NULL;
     q->n_pieces--;
-    if (p->on_heap)
-        free(p);
+    free(p->heap);
 }
 
 /* --- replies without data ----------------------------------------------------------------- */

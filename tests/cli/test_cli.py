@@ -199,7 +199,7 @@ def test_sizes(run, size, bytes):
 @pytest.mark.parametrize("size", ["0", "1", "511", "513", "1000", "-1", "", "G", "1.5", "10X", "1 G",
                                   "5E", "8E", "99999999999999999999", "0x200", "1G "])
 def test_bad_sizes(run, folder, size):
-    assert "size" in run("create", "a", size, status=USAGE).stderr
+    assert "size" in run("create", "--", "a", size, status=USAGE).stderr
     assert not (folder / "store").exists()
 
 

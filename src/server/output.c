@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 
 #include "base/check.h"
 #include "base/mem.h"
@@ -121,13 +120,6 @@ static void pop_out(struct conn *c)
     put_out(c->lane, o);
 }
 
-/* The one place that writes to a client in the transmission phase. */
-static ssize_t send_some(struct conn *c, struct iovec *iov, size_t n)
-{
-    struct msghdr m = {.msg_iov = iov, .msg_iovlen = n};
-    return sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
-}
-
 bool out_flush(struct conn *c)
 {
     while (c->out_first) {
@@ -136,10 +128,8 @@ bool out_flush(struct conn *c)
             pop_out(c);
             continue;
         }
-        ssize_t sent = send_some(c, o->pieces + o->first, o->n - o->first);
+        ssize_t sent = conn_send(c, o->pieces + o->first, o->n - o->first);
         if (sent < 0) {
-            if (errno == EINTR)
-                continue;
             c->blocked = errno == EAGAIN;
             return c->blocked;
         }

@@ -1,0 +1,314 @@
+/*
+ * The simulated environment; sim_env.h says what it is for.
+ *
+ * Posts, work and store requests are events in a heap. Timers are few and often moved, so
+ * they stay in a list per reactor that is searched for the earliest.
+ */
+#include "sim_env.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/mem.h"
+
+struct event {
+    uint64_t at_ns, seq;
+    void (*fn)(void *arg);
+    void *arg;
+    struct sim_env *env;
+};
+
+struct sim {
+    uint64_t now_ns, next_seq, chance;
+    struct event *heap;
+    size_t n, cap;
+    struct list envs;
+};
+
+static bool before(const struct event *a, const struct event *b)
+{
+    return a->at_ns != b->at_ns ? a->at_ns < b->at_ns : a->seq < b->seq;
+}
+
+static void heap_put(struct sim *sim, struct event e)
+{
+    mem_grow(&sim->heap, &sim->cap, sim->n + 1, sizeof *sim->heap);
+    size_t i = sim->n++;
+    while (i > 0 && before(&e, &sim->heap[(i - 1) / 2])) {
+        sim->heap[i] = sim->heap[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    sim->heap[i] = e;
+}
+
+static struct event heap_take(struct sim *sim)
+{
+    struct event top = sim->heap[0], last = sim->heap[--sim->n];
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= sim->n)
+            break;
+        if (child + 1 < sim->n && before(&sim->heap[child + 1], &sim->heap[child]))
+            child++;
+        if (!before(&sim->heap[child], &last))
+            break;
+        sim->heap[i] = sim->heap[child];
+        i = child;
+    }
+    if (sim->n)
+        sim->heap[i] = last;
+    return top;
+}
+
+struct sim *sim_new(uint64_t seed)
+{
+    struct sim *sim = mem_zalloc(sizeof *sim);
+    sim->chance = seed ^ 0x5bd1e9955bd1e995u;
+    sim->now_ns = 1000000000;
+    list_init(&sim->envs);
+    return sim;
+}
+
+void sim_free(struct sim *sim)
+{
+    CHECK(list_empty(&sim->envs));
+    free(sim->heap);
+    free(sim);
+}
+
+uint64_t sim_now_ns(const struct sim *sim)
+{
+    return sim->now_ns;
+}
+
+/* splitmix64 */
+uint64_t sim_random(struct sim *sim)
+{
+    uint64_t z = sim->chance += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+uint64_t sim_below(struct sim *sim, uint64_t n)
+{
+    return n ? sim_random(sim) % n : 0;
+}
+
+bool sim_one_in(struct sim *sim, uint64_t n)
+{
+    return sim_below(sim, n) == 0;
+}
+
+uint64_t sim_delay_ns(struct sim *sim, uint64_t max_ns)
+{
+    uint64_t kind = sim_below(sim, 32);
+    if (kind < 6)
+        return 0;
+    return sim_below(sim, max_ns + 1) * (kind == 31 ? 10 : 1);
+}
+
+void sim_at(struct sim_env *env, uint64_t delay_ns, void (*fn)(void *arg), void *arg)
+{
+    struct sim *sim = env->sim;
+    heap_put(sim, (struct event){sim->now_ns + delay_ns, sim->next_seq++, fn, arg, env});
+}
+
+/* --- env_ops ------------------------------------------------------------------------- */
+
+static struct sim_env *of(struct env *env)
+{
+    return container_of(env, struct sim_env, base);
+}
+
+static uint64_t op_now(struct env *env)
+{
+    return of(env)->sim->now_ns;
+}
+
+static uint64_t op_realtime(struct env *env)
+{
+    return of(env)->sim->now_ns + 1700000000ull * 1000000000ull;
+}
+
+static void op_timer_stop(struct env *env, struct env_timer *timer)
+{
+    (void)env;
+    if (!timer->link.next)
+        return;
+    list_remove(&timer->link);
+    timer->link.next = timer->link.prev = NULL;
+}
+
+static void op_timer_start(struct env *env, struct env_timer *timer, uint64_t delay_ms)
+{
+    op_timer_stop(env, timer);
+    timer->due_ns = of(env)->sim->now_ns + delay_ms * 1000000;
+    list_add_tail(&of(env)->timers, &timer->link);
+}
+
+static void task_run(void *arg)
+{
+    struct env_task *task = arg;
+    task->run(task);
+}
+
+static void op_post(struct env *env, struct env_task *task)
+{
+    sim_at(of(env), 0, task_run, task);
+}
+
+static void work_done(void *arg)
+{
+    struct env_work *work = arg;
+    work->done(work);
+}
+
+static void work_run(void *arg)
+{
+    struct env_work *work = arg;
+    struct sim_env *env = of(work->env);
+    work->work(work);
+    sim_at(env, sim_delay_ns(env->sim, env->work_delay_ns_max), work_done, work);
+}
+
+static void op_work(struct env *env, struct env_work *work)
+{
+    work->env = env;
+    sim_at(of(env), sim_delay_ns(of(env)->sim, of(env)->work_delay_ns_max), work_run, work);
+}
+
+static void op_random(struct env *env, void *out, size_t len)
+{
+    uint8_t *at = out;
+    for (size_t i = 0; i < len; i++)
+        at[i] = (uint8_t)sim_random(of(env)->sim);
+}
+
+static const struct env_ops ops = {
+    .now_ns = op_now,
+    .realtime_ns = op_realtime,
+    .timer_start = op_timer_start,
+    .timer_stop = op_timer_stop,
+    .post = op_post,
+    .work = op_work,
+    .random = op_random,
+};
+
+struct sim_env *sim_env_new(struct sim *sim)
+{
+    struct sim_env *env = mem_zalloc(sizeof *env);
+    env->base.ops = &ops;
+    env->sim = sim;
+    env->work_delay_ns_max = 200000;
+    list_init(&env->timers);
+    list_add_tail(&sim->envs, &env->link);
+    return env;
+}
+
+void sim_env_free(struct sim_env *env)
+{
+    struct sim *sim = env->sim;
+    size_t kept = 0;
+    for (size_t i = 0; i < sim->n; i++)
+        if (sim->heap[i].env != env)
+            sim->heap[kept++] = sim->heap[i];
+    struct event *rest = sim->heap;
+    sim->heap = NULL;
+    sim->n = sim->cap = 0;
+    for (size_t i = 0; i < kept; i++)
+        heap_put(sim, rest[i]);
+    free(rest);
+    CHECK(list_empty(&env->timers));
+    list_remove(&env->link);
+    free(env);
+}
+
+struct sim *sim_env_detach(struct sim_env *env)
+{
+    struct sim *from = env->sim, *to = sim_new(sim_random(from));
+    struct event *all = from->heap;
+    size_t n = from->n;
+    to->now_ns = from->now_ns;
+    to->next_seq = from->next_seq;
+    from->heap = NULL;
+    from->n = from->cap = 0;
+    for (size_t i = 0; i < n; i++)
+        heap_put(all[i].env == env ? to : from, all[i]);
+    free(all);
+    list_remove(&env->link);
+    list_add_tail(&to->envs, &env->link);
+    env->sim = to;
+    return to;
+}
+
+/* --- running ------------------------------------------------------------------------- */
+
+static struct env_timer *earliest_timer(struct sim *sim, struct sim_env **owner)
+{
+    struct env_timer *first = NULL;
+    list_for_each(e, &sim->envs)
+    {
+        struct sim_env *env = container_of(e, struct sim_env, link);
+        list_for_each(l, &env->timers)
+        {
+            struct env_timer *t = container_of(l, struct env_timer, link);
+            if (!first || t->due_ns < first->due_ns) {
+                first = t;
+                *owner = env;
+            }
+        }
+    }
+    return first;
+}
+
+bool sim_step(struct sim *sim)
+{
+    struct sim_env *owner = NULL;
+    struct env_timer *timer = earliest_timer(sim, &owner);
+    if (timer && (!sim->n || timer->due_ns < sim->heap[0].at_ns)) {
+        if (timer->due_ns > sim->now_ns)
+            sim->now_ns = timer->due_ns;
+        op_timer_stop(&owner->base, timer);
+        timer->fire(timer);
+        return true;
+    }
+    if (!sim->n)
+        return false;
+    struct event e = heap_take(sim);
+    CHECK(e.at_ns >= sim->now_ns);
+    sim->now_ns = e.at_ns;
+    e.fn(e.arg);
+    return true;
+}
+
+bool sim_run_until(struct sim *sim, bool (*cond)(void *arg), void *arg, uint64_t steps_max)
+{
+    for (uint64_t i = 0; i < steps_max; i++) {
+        if (cond(arg))
+            return true;
+        if (!sim_step(sim))
+            return cond(arg);
+    }
+    fprintf(stderr, "simulation: %llu steps were not enough: it hangs or runs in a circle\n",
+            (unsigned long long)steps_max);
+    return false;
+}
+
+bool sim_run_idle(struct sim *sim, uint64_t steps_max)
+{
+    for (uint64_t i = 0; i < steps_max; i++)
+        if (!sim_step(sim))
+            return true;
+    fprintf(stderr, "simulation: %llu steps did not bring it to rest\n",
+            (unsigned long long)steps_max);
+    return false;
+}
+
+void sim_run_once(struct env *env)
+{
+    CHECK(sim_step(of(env)->sim));
+}
