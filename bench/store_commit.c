@@ -18,7 +18,8 @@ static double now_s(void)
 int main(int argc, char **argv)
 {
     if (argc < 2) {
-        fprintf(stderr, "usage: %s DIRECTORY [BODY_BYTES [COMMIT_MIB [COMMITS [KEYS]]]]\n", argv[0]);
+        fprintf(stderr, "usage: %s DIRECTORY [BODY_BYTES [COMMIT_MIB [COMMITS [KEYS]]]]\n",
+                argv[0]);
         return 2;
     }
     size_t body = argc > 2 ? strtoull(argv[2], NULL, 0) : 16384;
@@ -46,7 +47,8 @@ int main(int argc, char **argv)
             uint8_t *k = names + 24 * i;
             memcpy(k, "block-of-volume-", 16);
             put_be64(k + 16, at);
-            m[i] = (struct store_mutation){STORE_SET, {k, 24}, {head, 16}, {data + body * (i % 64), body}};
+            m[i] = (struct store_mutation){
+                STORE_SET, {k, 24}, {head, 16}, {data + body * (i % 64), body}};
         }
         double t0 = now_s();
         enum status st = test_commit(&t, NULL, 0, m, per);
@@ -61,10 +63,12 @@ int main(int argc, char **argv)
     getrusage(RUSAGE_SELF, &after);
     double cpu = (double)(after.ru_utime.tv_sec + after.ru_stime.tv_sec - before.ru_utime.tv_sec -
                           before.ru_stime.tv_sec) +
-                 (double)(after.ru_utime.tv_usec + after.ru_stime.tv_usec - before.ru_utime.tv_usec -
-                          before.ru_stime.tv_usec) / 1e6;
+                 (double)(after.ru_utime.tv_usec + after.ru_stime.tv_usec -
+                          before.ru_utime.tv_usec - before.ru_stime.tv_usec) /
+                     1e6;
     double mib = (double)per * (double)body * commits / (1 << 20);
-    printf("%zu B bodies, %zu per commit: %.0f MiB/s, %.1f ms per commit (worst %.1f), %.2f CPU s per GiB\n",
+    printf("%zu B bodies, %zu per commit: %.0f MiB/s, %.1f ms per commit (worst %.1f), %.2f CPU s "
+           "per GiB\n",
            body, per, mib / total, total / commits * 1e3, worst * 1e3, cpu / (mib / 1024));
     struct store_info info;
     struct err e;

@@ -3,7 +3,7 @@
  *
  * A server that has the volume in use is asked to let go first, and does so where no
  * client is connected. Taking the name away is one commit; giving the space back comes
- * afterwards, in batches, and goes on with the next remove or serve if it is interrupted.
+ * afterwards, in batches; if it is interrupted, a server or the next remove goes on with it.
  */
 #include <stdio.h>
 
@@ -25,6 +25,18 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     (void)e;
     *(bool *)arg = true;
     return ST_OK;
+}
+
+/* Gives the space of removed volumes back. */
+static int clear_removed(struct run *run)
+{
+    bool more = true;
+    while (more) {
+        catalog_clear_removed(run_op(run), run->store, run->env, &more);
+        if (run_wait(run) != ST_OK)
+            return cli_failed(&run->op.err);
+    }
+    return CLI_DONE;
 }
 
 static int remove_volume(struct run *run, const char *name, bool yes)
@@ -58,7 +70,7 @@ static int remove_volume(struct run *run, const char *name, bool yes)
         if (st == ST_OK) {
             printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
             fflush(stdout);
-            return run_clear_removed(run, 0);
+            return clear_removed(run);
         }
         if (st != ST_BUSY)
             return cli_failed(&run->op.err);

@@ -83,18 +83,6 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry)
     return CLI_DONE;
 }
 
-int run_clear_removed(struct run *run, uint32_t limit_ms)
-{
-    uint64_t began = env_now_ns(run->env);
-    bool more = true;
-    while (more && (limit_ms == 0 || env_now_ns(run->env) - began < limit_ms * 1000000ull)) {
-        catalog_clear_removed(run_op(run), run->store, run->env, &more);
-        if (run_wait(run) != ST_OK)
-            return cli_failed(&run->op.err);
-    }
-    return CLI_DONE;
-}
-
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner)
 {
     static const uint8_t nobody[SESSION_ID_BYTES];

@@ -46,11 +46,6 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry);
 /* Lets the loop turn until *done. */
 void run_until(struct run *run, const bool *done);
 
-/* Gives the space of removed volumes back, for up to `limit_ms` (0: until it is done).
- * Interrupted anywhere, a later call goes on. On failure prints why and returns the exit
- * status. */
-int run_clear_removed(struct run *run, uint32_t limit_ms);
-
 /* What is known of the session in an owner record. */
 enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner);

@@ -21,8 +21,6 @@
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
 #define VOLUMES_SHOWN_MAX 10u
-/* Clients wait while a start cleans up; what takes longer is left to the next one. */
-#define CLEAR_LIMIT_MS 2000u
 
 enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
 
@@ -219,12 +217,8 @@ static int serve(struct run *run, const struct serve_options *o)
     }
     if (status != CLI_DONE)
         return status;
-    if (!o->read_only) {
+    if (!o->read_only)
         recover(run);
-        status = run_clear_removed(run, CLEAR_LIMIT_MS);
-        if (status != CLI_DONE)
-            return status;
-    }
     /* Kept in run->op for print_ready(). */
     catalog_list(run_op(run), run->store, run->env);
     if (run_wait(run) != ST_OK)

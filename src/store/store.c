@@ -28,8 +28,8 @@ enum status store_open(const char *uri, unsigned flags, unsigned lease_ms, struc
     size_t used = 0;
     forms[0] = '\0';
     for (size_t i = 0; i < N_ENGINES && used < sizeof forms; i++) {
-        int n = snprintf(forms + used, sizeof forms - used, "%s%s", i ? " or " : "",
-                         engines[i]->form);
+        int n =
+            snprintf(forms + used, sizeof forms - used, "%s%s", i ? " or " : "", engines[i]->form);
         if (n > 0)
             used += (size_t)n;
     }

@@ -195,7 +195,8 @@ static void test_bodies_model(void **state)
             m[i] = (struct store_mutation){.kind = STORE_CLEAR, .key = text(keys[i])};
             if (chance_below(&chance, 5) == 0)
                 continue;
-            lens[key] = (uint32_t)(1 + chance_below(&chance, chance_below(&chance, 10) ? 20000 : 1u << 20));
+            lens[key] =
+                (uint32_t)(1 + chance_below(&chance, chance_below(&chance, 10) ? 20000 : 1u << 20));
             bodies[key] = mem_alloc(lens[key]);
             chance_fill(&chance, bodies[key], lens[key] < 64 ? lens[key] : 64);
             memset(bodies[key] + (lens[key] < 64 ? lens[key] : 64), (int)chance_u64(&chance),
@@ -250,7 +251,8 @@ static void test_many_gets_at_once(void **state)
     chance_fill(&chance, bodies, N * 5000);
     for (size_t i = 0; i < N; i++) {
         snprintf(names[i], sizeof names[i], "k%03zu", i);
-        m[i] = (struct store_mutation){STORE_SET, text(names[i]), text("h"), {bodies + 5000 * i, 1 + i * 16}};
+        m[i] = (struct store_mutation){
+            STORE_SET, text(names[i]), text("h"), {bodies + 5000 * i, 1 + i * 16}};
         gets[i] = (struct store_get){.key = text(names[i]),
                                      .body = i % 7 ? got + 5000 * i : NULL,
                                      .body_cap = i == 100 ? 10 : 5000};

@@ -33,7 +33,8 @@ static int group_begin(void **state)
     if (have_mount)
         umount(mount_point);
     else
-        print_message("# no small disk: mounting a tmpfs is not allowed here (%s)\n", strerror(errno));
+        print_message("# no small disk: mounting a tmpfs is not allowed here (%s)\n",
+                      strerror(errno));
     return 0;
 }
 
@@ -86,8 +87,8 @@ static void keys_make(struct keys *k, uint64_t first, uint64_t salt)
         struct chance c = {number + salt};
         memset(k->body[i], (int)chance_u64(&c), BODY);
         put_le64(k->body[i], number + salt);
-        k->m[i] = (struct store_mutation){STORE_SET, text(k->name[i]), text("head"),
-                                          {k->body[i], body_len(number)}};
+        k->m[i] = (struct store_mutation){
+            STORE_SET, text(k->name[i]), text("head"), {k->body[i], body_len(number)}};
     }
 }
 

@@ -366,7 +366,8 @@ static void test_remove_unused(void **state)
     struct store_log *live = log_begin(t), *gone[2];
     uint64_t ids[2];
     for (int i = 0; i < 2; i++) {
-        assert_int_equal(store_log_open(t->store, &t->env.env, dead, LOG_BYTES, &gone[i], &e), ST_OK);
+        assert_int_equal(store_log_open(t->store, &t->env.env, dead, LOG_BYTES, &gone[i], &e),
+                         ST_OK);
         ids[i] = store_log_id(gone[i]);
         store_log_close(gone[i], false);
     }

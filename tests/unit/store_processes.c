@@ -107,8 +107,8 @@ static void count_up(int ready_fd)
         put_le64(old, n);
         put_le64(fresh, n + 1);
         snprintf(key, sizeof key, "body-%d-%d", (int)getpid(), done % 10);
-        struct store_check check = {there ? STORE_CHECK_VALUE : STORE_CHECK_ABSENT, text("count"),
-                                    {old, 8}};
+        struct store_check check = {
+            there ? STORE_CHECK_VALUE : STORE_CHECK_ABSENT, text("count"), {old, 8}};
         struct store_mutation m[] = {
             {.kind = STORE_SET, .key = text("count"), .head = {fresh, 8}},
             {.kind = STORE_SET, .key = text(key), .head = text("h"), .body = {body, sizeof body}},
@@ -247,9 +247,8 @@ static void watch_and_answer(int ready_fd)
         store_watch(t.store, &t.env.env, &w.watch);
         say_ready(ready_fd);
         test_env_until(&t.env, &w.fired);
-        struct store_mutation m = {.kind = STORE_SET,
-                                   .key = text(i ? "answer2" : "answer1"),
-                                   .head = text("done")};
+        struct store_mutation m = {
+            .kind = STORE_SET, .key = text(i ? "answer2" : "answer1"), .head = text("done")};
         struct test_commit c = {
             .commit = {.mutations = &m, .n_mutations = 1, .wake_watchers = i == 0}};
         test_commit_start(&t, &c);
@@ -269,9 +268,11 @@ static void test_watch_across_processes(void **state)
     store_here(&t, 5000);
     for (int i = 0; i < 2; i++) {
         wait_ready(fd);
-        struct watched w = {.watch = {.key = text(i ? "answer2" : "answer1"), .fired = watch_fired}};
+        struct watched w = {
+            .watch = {.key = text(i ? "answer2" : "answer1"), .fired = watch_fired}};
         store_watch(t.store, &t.env.env, &w.watch);
-        struct store_mutation m = {.kind = STORE_SET, .key = text("request"), .head = text("please")};
+        struct store_mutation m = {
+            .kind = STORE_SET, .key = text("request"), .head = text("please")};
         struct test_commit c = {
             .commit = {.mutations = &m, .n_mutations = 1, .wake_watchers = i == 0}};
         uint64_t t0 = test_env_now(NULL);
@@ -279,7 +280,8 @@ static void test_watch_across_processes(void **state)
         test_env_until(&t.env, &c.done);
         test_env_until(&t.env, &w.fired);
         uint64_t took_ms = (test_env_now(NULL) - t0) / 1000000u;
-        print_message("# watch %s the bell: %d ms there and back\n", i ? "without" : "with", (int)took_ms);
+        print_message("# watch %s the bell: %d ms there and back\n", i ? "without" : "with",
+                      (int)took_ms);
         assert_true(took_ms < (i ? 5000 : 800));
     }
     expect_exit_0(pid);

@@ -118,8 +118,8 @@ static enum status body_place(struct round *r, struct slice body, uint64_t *piec
         CHECK(r->run < r->runs.n && *n_pieces < 256);
         const struct space_extent *run = &r->runs.v[r->run];
         uint64_t start = run->start + r->run_used;
-        uint64_t units = min_u64((left + SPACE_UNIT_BYTES - 1) / SPACE_UNIT_BYTES,
-                                 run->units - r->run_used);
+        uint64_t units =
+            min_u64((left + SPACE_UNIT_BYTES - 1) / SPACE_UNIT_BYTES, run->units - r->run_used);
         size_t len = min_u64(left, units * SPACE_UNIT_BYTES);
         enum status st = payload_add(r, start * SPACE_UNIT_BYTES, data, len);
         if (!st && len % SPACE_UNIT_BYTES)
@@ -521,8 +521,7 @@ static void wait_cost(const struct store_reserve_wait *w, int64_t *units, int64_
 static enum status waits_try(struct round *r, struct list *waits)
 {
     bool full = false;
-    list_for_each(pos, waits)
-    {
+    list_for_each (pos, waits) {
         struct store_reserve_wait *w = container_of(pos, struct store_reserve_wait, link);
         int64_t units, index;
         wait_cost(w, &units, &index);
@@ -543,8 +542,7 @@ static enum status waits_try(struct round *r, struct list *waits)
 
 static void waits_undo(struct lm *lm, struct list *waits)
 {
-    list_for_each(pos, waits)
-    {
+    list_for_each (pos, waits) {
         struct store_reserve_wait *w = container_of(pos, struct store_reserve_wait, link);
         if (w->result != ST_OK)
             continue;
@@ -613,13 +611,12 @@ static void waits_answer(struct lm *lm, struct list *waits)
                 atomic_load(&lm->reserved_index) > 0;
     uint64_t now = lm_now_ns();
     bool refused = false;
-    list_for_each(pos, waits)
+    list_for_each (pos, waits)
         refused |= container_of(pos, struct store_reserve_wait, link)->result != ST_OK;
     if (!refused || lm->waits_refused_ns == 0)
         lm->waits_refused_ns = refused ? now : 0;
     bool give_up = !hope || now - lm->waits_refused_ns > WAIT_GIVE_UP_NS;
-    list_for_each_safe(pos, tmp, waits)
-    {
+    list_for_each_safe (pos, tmp, waits) {
         struct store_reserve_wait *w = container_of(pos, struct store_reserve_wait, link);
         if (w->result != ST_OK && !give_up)
             continue;
@@ -643,8 +640,7 @@ static enum status punch_some(struct round *r)
     enum status st;
     while (punched < PUNCH_UNITS_MAX && (st = space_hole_unpunched(&r->sp, &hole)) == ST_OK) {
         st = lm_datafile_punch(lm, hole.start, hole.units);
-        st = st ? space_hole_backed(&r->sp, &hole, hole.units)
-                : space_hole_punched(&r->sp, &hole);
+        st = st ? space_hole_backed(&r->sp, &hole, hole.units) : space_hole_punched(&r->sp, &hole);
         if (st)
             return st;
         punched += hole.units;
@@ -822,9 +818,9 @@ static void *commit_thread(void *arg)
     r->value = mem_alloc(LM_VALUE_BYTES_MAX);
     struct list commits = LIST_INIT(commits), waits = LIST_INIT(waits), jobs = LIST_INIT(jobs);
     for (;;) {
-        unsigned pause_ms = !list_empty(&waits)                       ? WAIT_AGAIN_MS
+        unsigned pause_ms = !list_empty(&waits)                      ? WAIT_AGAIN_MS
                             : lm->pending_units > 0 || lm->work_left ? IDLE_MS
-                                                                      : 0;
+                                                                     : 0;
         if (!queue_wait(lm, pause_ms, &commits, &waits, &jobs))
             break;
         jobs_run(lm, &jobs);

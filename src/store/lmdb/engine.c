@@ -129,9 +129,9 @@ static int dbis_open(struct lm *lm, MDB_txn *txn, unsigned flags)
         const char *name;
         MDB_dbi *dbi;
     } dbs[] = {
-        {"store", &lm->store_dbi},          {"keys", &lm->keys_dbi},
-        {"logs", &lm->logs_dbi},            {"free", &lm->space_dbis.free},
-        {"holes", &lm->space_dbis.holes},   {"pending", &lm->space_dbis.pending},
+        {"store", &lm->store_dbi},        {"keys", &lm->keys_dbi},
+        {"logs", &lm->logs_dbi},          {"free", &lm->space_dbis.free},
+        {"holes", &lm->space_dbis.holes}, {"pending", &lm->space_dbis.pending},
     };
     for (size_t i = 0; i < sizeof dbs / sizeof dbs[0]; i++) {
         int rc = mdb_dbi_open(txn, dbs[i].name, flags, dbs[i].dbi);
@@ -154,7 +154,8 @@ static enum status meta_read(struct lm *lm, MDB_txn *txn, struct err *e)
     memcpy(meta, v.mv_data, sizeof meta);
     if (get_le64(meta) != hash64(meta + 8, META_BYTES - 8, 0))
         return fail(e, ST_FORMAT,
-                    "the description of the store %s is damaged: restore it from a backup", lm->dir);
+                    "the description of the store %s is damaged: restore it from a backup",
+                    lm->dir);
     uint32_t version = get_le32(meta + 8);
     uint64_t ro_compat = get_le64(meta + 24) & ~FEATURES_RO_COMPAT_KNOWN;
     uint64_t incompat = get_le64(meta + 32) & ~FEATURES_INCOMPAT_KNOWN;
@@ -292,7 +293,8 @@ static enum status folder_open(struct lm *lm, unsigned flags, struct err *e)
     struct stat sb;
     if (lm->dir_fd < 0 || fstat(lm->dir_fd, &sb) < 0)
         return errno == ENOENT || errno == ENOTDIR
-                   ? fail(e, ST_NOTFOUND, "there is no store in %s: there is no such folder", lm->dir)
+                   ? fail(e, ST_NOTFOUND, "there is no store in %s: there is no such folder",
+                          lm->dir)
                    : fail(e, ST_UNAVAIL, "cannot open the folder %s: %s", lm->dir, strerror(errno));
     lm->dev = sb.st_dev;
     lm->ino = sb.st_ino;
@@ -326,8 +328,7 @@ static enum status registered(struct lm *lm, struct err *e)
 {
     enum status st = ST_OK;
     pthread_mutex_lock(&open_lock);
-    list_for_each(pos, &open_stores)
-    {
+    list_for_each (pos, &open_stores) {
         struct lm *other = container_of(pos, struct lm, open_link);
         if (other->dev == lm->dev && other->ino == lm->ino)
             st = fail(e, ST_BUSY, "this process has the store %s open already", lm->dir);
@@ -451,8 +452,7 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     if (fstatvfs(lm->dir_fd, &vfs) < 0)
         return fail(e, ST_UNAVAIL, "cannot look at the disk of %s: %s", lm->dir, strerror(errno));
     uint64_t disk = (uint64_t)vfs.f_blocks * vfs.f_frsize;
-    lm->emergency_bytes =
-        min_u64(max_u64(disk / 64, EMERGENCY_BYTES_MIN), EMERGENCY_BYTES_MAX);
+    lm->emergency_bytes = min_u64(max_u64(disk / 64, EMERGENCY_BYTES_MIN), EMERGENCY_BYTES_MAX);
     bool create = flags & STORE_CREATE;
     bool fresh = faccessat(lm->dir_fd, "data.mdb", F_OK, AT_EACCESS) < 0;
     enum status st = lm_env_open(lm, create, e);
@@ -484,7 +484,8 @@ static enum status lm_open(const char *rest, unsigned flags, unsigned lease_ms, 
         len--;
     if (len == 0 || len >= sizeof lm->dir) {
         teardown(lm);
-        return fail(e, ST_INVAL, "a store is given as lmdb:DIRECTORY, with a path of at most %zu bytes",
+        return fail(e, ST_INVAL,
+                    "a store is given as lmdb:DIRECTORY, with a path of at most %zu bytes",
                     sizeof lm->dir - 1);
     }
     memcpy(lm->dir, rest, len);

@@ -335,8 +335,8 @@ static void *sync_thread(void *arg)
                 atomic_store(&log->synced_seq, seq);
             } else {
                 atomic_store(&log->poisoned, true);
-                log_error("store %s: cannot sync the write log: %s; it takes no more",
-                          log->lm->dir, strerror(errno));
+                log_error("store %s: cannot sync the write log: %s; it takes no more", log->lm->dir,
+                          strerror(errno));
             }
         }
         struct list *pos;

@@ -207,9 +207,9 @@ enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e)
         return fail(e, ST_INVAL, "process %d is none that could be ended", (int)pid);
     int fd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (fd < 0)
-        return errno == ESRCH ? ST_NOTFOUND
-                              : fail(e, ST_UNAVAIL, "cannot reach process %d: %s", (int)pid,
-                                     strerror(errno));
+        return errno == ESRCH
+                   ? ST_NOTFOUND
+                   : fail(e, ST_UNAVAIL, "cannot reach process %d: %s", (int)pid, strerror(errno));
     /* Looked at after the descriptor is had: from here on it can be no other process. */
     char state = 0;
     if (lm_process_start_time(pid, &state) != start_time || state == 'Z') {

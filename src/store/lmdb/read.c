@@ -269,9 +269,8 @@ static void read_work(struct env_work *work)
         range->pairs = NULL;
         range->n_pairs = 0;
         range->more = false;
-        enum status st = range->reverse
-                             ? range_reverse(read, reader->cursor, range, &failed)
-                             : range_forward(read, reader->cursor, range, &failed);
+        enum status st = range->reverse ? range_reverse(read, reader->cursor, range, &failed)
+                                        : range_forward(read, reader->cursor, range, &failed);
         if (st)
             read->result = st;
     }

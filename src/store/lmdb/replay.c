@@ -49,7 +49,8 @@ static const uint8_t *scan_bytes(struct scan *s, uint64_t offset, size_t len)
         while (s->len < want) {
             uint64_t place = (offset + s->len) % s->capacity;
             size_t part = min_u64(want - s->len, s->capacity - place);
-            ssize_t n = pread(s->fd, s->window + s->len, part, (off_t)(LM_LOG_HEADER_BYTES + place));
+            ssize_t n =
+                pread(s->fd, s->window + s->len, part, (off_t)(LM_LOG_HEADER_BYTES + place));
             if (n < 0 && errno == EINTR)
                 continue;
             if (n <= 0) {
@@ -135,8 +136,8 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
     snprintf(name, sizeof name, "%016" PRIx64, log_id);
     int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return fail(e, errno == ENOENT ? ST_NOTFOUND : ST_IO, "cannot open the write log %s/log/%s: %s",
-                    lm->dir, name, strerror(errno));
+        return fail(e, errno == ENOENT ? ST_NOTFOUND : ST_IO,
+                    "cannot open the write log %s/log/%s: %s", lm->dir, name, strerror(errno));
     uint64_t id, capacity;
     uint8_t session[STORE_ID_BYTES];
     if (lm_log_header_read(fd, &id, session, &capacity) || id != log_id ||

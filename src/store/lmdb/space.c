@@ -317,7 +317,8 @@ static enum status free_insert(struct space *sp, MDB_cursor *c, uint64_t start, 
         return ST_IO;
     sp->dirty = true;
     sp->free_units += units;
-    if (have_next && next.start == start + units && (uint64_t)run.units + next.units <= RUN_UNITS_MAX) {
+    if (have_next && next.start == start + units &&
+        (uint64_t)run.units + next.units <= RUN_UNITS_MAX) {
         st = run_del(sp->txn, sp->dbis.free, next.start);
         if (st)
             return st;
@@ -554,7 +555,7 @@ enum status space_check(struct space *sp)
         return st;
     for (size_t i = 0; i < sp->freed.n; i++)
         pending += sp->freed.v[i].units;
-    bool same = free_sum == sp->free_units && hole_sum == sp->hole_units &&
-                pending == sp->pending_units;
+    bool same =
+        free_sum == sp->free_units && hole_sum == sp->hole_units && pending == sp->pending_units;
     return same ? ST_OK : ST_IO;
 }

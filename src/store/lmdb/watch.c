@@ -105,8 +105,7 @@ bool lm_watch_filter(struct lm *lm, uint64_t key_hash)
 void lm_watch_changed(struct lm *lm, uint64_t key_hash)
 {
     pthread_mutex_lock(&lm->watch_lock);
-    list_for_each_safe(pos, tmp, &lm->watches)
-    {
+    list_for_each_safe (pos, tmp, &lm->watches) {
         struct store_watch *watch = container_of(pos, struct store_watch, link);
         if (lm_key_hash(watch->key.data, watch->key.len) == key_hash)
             watch_fire(lm, watch);
@@ -123,8 +122,7 @@ static int compare(struct slice a, struct slice b)
 void lm_watch_changed_range(struct lm *lm, struct slice begin, struct slice end)
 {
     pthread_mutex_lock(&lm->watch_lock);
-    list_for_each_safe(pos, tmp, &lm->watches)
-    {
+    list_for_each_safe (pos, tmp, &lm->watches) {
         struct store_watch *watch = container_of(pos, struct store_watch, link);
         if (compare(watch->key, begin) >= 0 && compare(watch->key, end) < 0)
             watch_fire(lm, watch);
@@ -144,8 +142,7 @@ void lm_watch_recheck(struct lm *lm)
     bool moved = version != lm->watched_txn;
     lm->watched_txn = version;
     if (moved) {
-        list_for_each_safe(pos, tmp, &lm->watches)
-        {
+        list_for_each_safe (pos, tmp, &lm->watches) {
             struct store_watch *watch = container_of(pos, struct store_watch, link);
             if (value_hash(lm, reader, watch->key) != watch->seen)
                 watch_fire(lm, watch);
