@@ -272,7 +272,6 @@ static void answer_list(struct conn *c)
 
 static void answer_export(struct conn *c)
 {
-    static const char *const contexts[] = {NBD_CONTEXT_ALLOCATION};
     struct lookup *l = c->lookup;
     const struct catalog_entry *e = &l->search.entry;
     struct nbd_export x = {.name = e->name,
@@ -280,8 +279,8 @@ static void answer_export(struct conn *c)
                            .size = l->size,
                            .block_size = l->block_size,
                            .read_only = c->lane->server->config->read_only,
-                           .contexts = contexts,
-                           .n_contexts = sizeof contexts / sizeof contexts[0]};
+                           .contexts = transmission_context_names,
+                           .n_contexts = CONTEXT_KINDS};
     enum status st = l->search.st;
     if (st != ST_OK)
         log_info("client %s: no export for it: %s", c->address, l->search.err.text);
@@ -421,8 +420,11 @@ static void enter_transmission(struct conn *c)
     s->extended = r->extended;
     s->read_only = r->flags & NBD_FLAG_READ_ONLY;
     s->n_contexts = r->n_contexts;
-    for (uint32_t i = 0; i < r->n_contexts; i++)
+    for (uint32_t i = 0; i < r->n_contexts; i++) {
         c->context_ids[i] = r->contexts[i].id;
+        while (strcmp(transmission_context_names[c->context_kinds[i]], r->contexts[i].name) != 0)
+            CHECK(++c->context_kinds[i] < CONTEXT_KINDS);
+    }
     s->context_ids = c->context_ids;
     log_info("client %s entered export %s%s", c->address, r->name,
              s->read_only ? " (read-only)" : "");

@@ -134,6 +134,7 @@ struct conn {
     /* Transmission. */
     struct nbd_session session;
     uint32_t context_ids[HANDSHAKE_CONTEXTS_MAX];
+    uint8_t context_kinds[HANDSHAKE_CONTEXTS_MAX]; /* enum context_kind */
     struct volume *vol;
     struct export *export;
     struct volume_watcher watcher;
@@ -257,6 +258,10 @@ void out_drop(struct conn *c);
 void out_free_kept(struct lane *lane);
 
 /* --- transmission.c ------------------------------------------------------------------------ */
+
+/* Metadata contexts that every export has, and their names. */
+enum context_kind { CONTEXT_ALLOCATION, CONTEXT_DEPTH, CONTEXT_KINDS };
+extern const char *const transmission_context_names[CONTEXT_KINDS];
 
 /* Parses and carries out what `data` holds; returns the bytes used. */
 size_t transmission_take(struct conn *c, uint8_t *data, size_t len);

@@ -311,6 +311,42 @@ void transmission_go_on(struct conn *c)
 
 /* --- block status ---------------------------------------------------------------------------- */
 
+const char *const transmission_context_names[CONTEXT_KINDS] = {
+    [CONTEXT_ALLOCATION] = NBD_CONTEXT_ALLOCATION,
+    [CONTEXT_DEPTH] = "qemu:allocation-depth",
+};
+
+/* An extent's flags as a context shows them. */
+static uint32_t context_flags(enum context_kind kind, uint32_t flags)
+{
+    switch (kind) {
+    case CONTEXT_ALLOCATION:
+        return flags; /* VOL_EXTENT_* are its bits */
+    case CONTEXT_DEPTH:
+        return flags & VOL_EXTENT_HOLE ? 0 : 1; /* 1: in the volume itself */
+    case CONTEXT_KINDS:
+        break;
+    }
+    CHECK(!"a context");
+    return 0;
+}
+
+/* Writes the descriptors of a context; neighbours that look the same to it become one. */
+static uint32_t put_extents(uint8_t *out, bool extended, enum context_kind kind,
+                            const struct vol_io *io)
+{
+    uint32_t n = 0;
+    size_t size = nbd_extent_bytes(extended);
+    for (uint32_t i = 0; i < io->n_extents;) {
+        uint32_t flags = context_flags(kind, io->extents[i].flags);
+        uint64_t length = 0;
+        while (i < io->n_extents && context_flags(kind, io->extents[i].flags) == flags)
+            length += io->extents[i++].length;
+        nbd_put_extent(out + n++ * size, extended, length, flags);
+    }
+    return n;
+}
+
 static void status_done(struct vol_io *io)
 {
     struct piece *p = container_of(io, struct piece, io);
@@ -326,12 +362,12 @@ static void status_done(struct vol_io *io)
             if (!(q->wanted & (1u << i)))
                 continue;
             bool last = q->wanted >> i == 1;
-            uint8_t *out = mem_alloc(io->n_extents * nbd_extent_bytes(extended)), *at = out;
-            for (uint32_t k = 0; k < io->n_extents; k++)
-                at += nbd_put_extent(at, extended, io->extents[k].length, io->extents[k].flags);
+            size_t size = nbd_extent_bytes(extended);
+            uint8_t *out = mem_alloc(io->n_extents * size);
+            uint32_t n = put_extents(out, extended, (enum context_kind)c->context_kinds[i], io);
             out_head_done(c, nbd_put_status(out_head(c), &q->to, last ? NBD_REPLY_FLAG_DONE : 0,
-                                            c->context_ids[i], io->n_extents));
-            out_data(c, out, (size_t)(at - out), out_owner_malloc(out));
+                                            c->context_ids[i], n));
+            out_data(c, out, n * size, out_owner_malloc(out));
         }
     }
     piece_over(p);

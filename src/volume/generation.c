@@ -971,7 +971,7 @@ static void answer_waiters(struct volume *vol, struct list *waiters, enum status
     struct list *l;
     while ((l = list_pop(waiters))) {
         struct vol_io *io = container_of(l, struct vol_io, link);
-        if (io->kind == IO_READ)
+        if (io->kind == IO_READ || io->kind == IO_STATUS)
             fetch_resume(vol, io);
         else
             volume_end_io(vol, io, st);

@@ -209,19 +209,28 @@ struct sim_env *sim_env_new(struct sim *sim)
     return env;
 }
 
-void sim_env_free(struct sim_env *env)
+/* Takes out the events of `env`, all or those with `arg`. */
+static void forget(struct sim_env *env, const void *arg)
 {
     struct sim *sim = env->sim;
-    size_t kept = 0;
-    for (size_t i = 0; i < sim->n; i++)
-        if (sim->heap[i].env != env)
-            sim->heap[kept++] = sim->heap[i];
-    struct event *rest = sim->heap;
+    struct event *all = sim->heap;
+    size_t n = sim->n;
     sim->heap = NULL;
     sim->n = sim->cap = 0;
-    for (size_t i = 0; i < kept; i++)
-        heap_put(sim, rest[i]);
-    free(rest);
+    for (size_t i = 0; i < n; i++)
+        if (all[i].env != env || (arg && all[i].arg != arg))
+            heap_put(sim, all[i]);
+    free(all);
+}
+
+void sim_forget(struct sim_env *env, const void *arg)
+{
+    forget(env, arg);
+}
+
+void sim_env_free(struct sim_env *env)
+{
+    forget(env, NULL);
     CHECK(list_empty(&env->timers));
     list_remove(&env->link);
     free(env);

@@ -47,6 +47,9 @@ uint64_t sim_delay_ns(struct sim *sim, uint64_t max_ns);
 /* Runs `fn(arg)` on the reactor of `env`, `delay_ns` from now. */
 void sim_at(struct sim_env *env, uint64_t delay_ns, void (*fn)(void *arg), void *arg);
 
+/* Takes the events of `env` with this `arg` out of the queue. */
+void sim_forget(struct sim_env *env, const void *arg);
+
 /* Runs the next event; false where there is none. */
 bool sim_step(struct sim *sim);
 

@@ -91,7 +91,7 @@ static void test_group_order_and_isolation(void **state)
     static struct test_commit c[N];
     static struct store_check checks[N];
     static struct store_mutation m[N];
-    static char from[N][8], to[N][8];
+    static char from[N][16], to[N][16];
     assert_int_equal(test_set(t, "n", "0"), ST_OK);
     int value = 0;
     for (int i = 0; i < N; i++) {
@@ -111,7 +111,7 @@ static void test_group_order_and_isolation(void **state)
         test_env_until(&t->env, &c[i].done);
         assert_int_equal(c[i].st, i % 3 == 1 ? ST_CONFLICT : ST_OK);
     }
-    char last[8];
+    char last[16];
     snprintf(last, sizeof last, "%d", value);
     test_expect(t, "n", last);
 }
