@@ -26,13 +26,21 @@
 #define SETTING_BYTES_MAX 4096
 #define ANSWER_BYTES_MAX 64
 
-enum { GLOBAL_STORE = 1001, GLOBAL_CONFIG, GLOBAL_JSON, GLOBAL_LOG_LEVEL, GLOBAL_HELP, GLOBAL_VERSION };
+enum {
+    GLOBAL_STORE = 1001,
+    GLOBAL_CONFIG,
+    GLOBAL_JSON,
+    GLOBAL_LOG_LEVEL,
+    GLOBAL_HELP,
+    GLOBAL_VERSION
+};
 
 static const struct cli_option global_options[] = {
     {GLOBAL_STORE, "store", "URI", "the store, lmdb:DIRECTORY (default: see below)"},
     {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
     {GLOBAL_JSON, "json", NULL, "answers for programs: list, info, owner show, store info"},
-    {GLOBAL_LOG_LEVEL, "log-level", "LEVEL", "debug, info, warning or error (default: info for serve)"},
+    {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",
+     "debug, info, warning or error (default: info for serve)"},
     {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},
     {GLOBAL_VERSION, "version", NULL, "show the version"},
     {0, NULL, NULL, NULL},
@@ -110,7 +118,8 @@ bool cli_confirm(bool yes, const char *what)
 enum status cli_parse_size(const char *text, uint64_t *bytes, struct err *e)
 {
     if (!size_parse(text, bytes))
-        return fail(e, ST_INVAL, "\"%.64s\" is not a size (10G, 512M, 1.5T, or a number of bytes)", text);
+        return fail(e, ST_INVAL, "\"%.64s\" is not a size (10G, 512M, 1.5T, or a number of bytes)",
+                    text);
     return ST_OK;
 }
 
@@ -477,10 +486,10 @@ int cli_parse(struct cli *cli, int argc, char **argv,
         return -1;
     int n = argc - optind;
     if (n < cli->command->args_min || n > cli->command->args_max)
-        return over(cli, cli_usage_error(cli, "too %s arguments, usage: fdb-nbd %s%s%s",
-                                         n < cli->command->args_min ? "few" : "many",
-                                         cli->command->name, cli->command->args[0] ? " " : "",
-                                         cli->command->args));
+        return over(cli,
+                    cli_usage_error(cli, "too %s arguments, usage: fdb-nbd %s%s%s",
+                                    n < cli->command->args_min ? "few" : "many", cli->command->name,
+                                    cli->command->args[0] ? " " : "", cli->command->args));
     int first = optind;
     if (cli->config_path &&
         (!read_settings(cli, &e) || !apply_settings(cli, take, options, given, &e)))

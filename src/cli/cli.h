@@ -19,10 +19,10 @@
 
 enum cli_exit {
     CLI_DONE = 0,
-    CLI_FAILED = 1,    /* refused, or tried and failed */
-    CLI_USAGE = 2,     /* not a command line this program knows */
-    CLI_NOTFOUND = 3,  /* no such volume */
-    CLI_STORE = 4,     /* the store is not there, or not to be worked with */
+    CLI_FAILED = 1,   /* refused, or tried and failed */
+    CLI_USAGE = 2,    /* not a command line this program knows */
+    CLI_NOTFOUND = 3, /* no such volume */
+    CLI_STORE = 4,    /* the store is not there, or not to be worked with */
 };
 
 struct cli_option {
@@ -36,9 +36,9 @@ struct cli;
 
 struct cli_command {
     const char *name;
-    const char *args;    /* "NAME SIZE" */
-    const char *summary; /* one line */
-    const char *details; /* more lines for its own --help, or NULL */
+    const char *args;                 /* "NAME SIZE" */
+    const char *summary;              /* one line */
+    const char *details;              /* more lines for its own --help, or NULL */
     const struct cli_option *options; /* ends with a NULL name; NULL: none */
     int args_min, args_max;
     /* argv[0] is the command's name. Returns an enum cli_exit. */
@@ -56,7 +56,7 @@ struct cli {
     char *config_path;
     char *log_level;
     bool json;
-    uint32_t lease_ms; /* of the command's session, and of the store's patience */
+    uint32_t lease_ms;            /* of the command's session, and of the store's patience */
     struct cli_setting *settings; /* of the file */
     size_t n_settings, cap_settings;
     bool over;  /* cli_parse has answered already (--help, an error) ... */

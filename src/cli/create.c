@@ -90,9 +90,10 @@ const struct cli_command create_command = {
     .name = "create",
     .args = "NAME SIZE",
     .summary = "make a volume",
-    .details = "NAME has 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit. SIZE is like\n"
-               "10G, 512M, 1.5T (powers of 1024) or a number of bytes, a multiple of 512. A volume\n"
-               "takes space for what is written to it only. The store is made if it is not there.",
+    .details =
+        "NAME has 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit. SIZE is like\n"
+        "10G, 512M, 1.5T (powers of 1024) or a number of bytes, a multiple of 512. A volume\n"
+        "takes space for what is written to it only. The store is made if it is not there.",
     .options = options,
     .args_min = 2,
     .args_max = 2,

@@ -31,13 +31,13 @@ json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry)
 {
     const struct header_record *h = &entry->header;
     char codec[24], created[32];
-    return json_pack(
-        "{s:s, s:I, s:I, s:i, s:s, s:s, s:s, s:o}", "name", entry->name, "size_bytes",
-        (json_int_t)h->size, "used_bytes", (json_int_t)(entry->state.data_blocks * h->block_size),
-        "block_size_bytes", (int)h->block_size, "compression",
-        cli_codec(h->codec, h->codec_level, codec), "description", h->description, "created",
-        cli_time(h->created_ns, created), "owner",
-        describe_owner_json(run_owner_state(run, &entry->owner), &entry->owner));
+    return json_pack("{s:s, s:I, s:I, s:i, s:s, s:s, s:s, s:o}", "name", entry->name, "size_bytes",
+                     (json_int_t)h->size, "used_bytes",
+                     (json_int_t)(entry->state.data_blocks * h->block_size), "block_size_bytes",
+                     (int)h->block_size, "compression", cli_codec(h->codec, h->codec_level, codec),
+                     "description", h->description, "created", cli_time(h->created_ns, created),
+                     "owner",
+                     describe_owner_json(run_owner_state(run, &entry->owner), &entry->owner));
 }
 
 void describe_print(json_t *json)

@@ -77,7 +77,8 @@ const struct cli_command list_command = {
     .name = "list",
     .args = "",
     .summary = "show all volumes",
-    .details = "USED is what clients see as data, before compression. OWNER is the server that has\n"
-               "the volume in use; \"dead\": one that died, the next client's server takes over.",
+    .details =
+        "USED is what clients see as data, before compression. OWNER is the server that has\n"
+        "the volume in use; \"dead\": one that died, the next client's server takes over.",
     .run = run_list,
 };

@@ -115,8 +115,9 @@ const struct cli_command owner_command = {
     .name = "owner",
     .args = "show|evict NAME",
     .summary = "show which server has a volume in use; take it away",
-    .details = "evict asks the server to commit everything and let go, which cuts off its clients.\n"
-               "A server that does not answer within 30 s is ended.",
+    .details =
+        "evict asks the server to commit everything and let go, which cuts off its clients.\n"
+        "A server that does not answer within 30 s is ended.",
     .options = options,
     .args_min = 2,
     .args_max = 2,

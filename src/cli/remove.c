@@ -1,15 +1,18 @@
 /*
  * fdb-nbd remove: a volume and its data, for good.
  *
- * A server that has the volume in use is asked to let go first, and does so where no
- * client is connected. Taking the name away is one commit; giving the space back comes
+ * A volume that a living server owns has a client, idle or not: a mounted file system may
+ * be idle for hours. So its owner is not asked to let go (it would, of an idle one), the
+ * command is refused. Taking the name away is one commit; giving the space back comes
  * afterwards, in batches; if it is interrupted, a server or the next remove goes on with it.
  */
 #include <stdio.h>
 
 #include "cli/run.h"
 
-#define ATTEMPTS_MAX 10
+/* A server whose last client has just left commits what it holds before it lets go. */
+#define LEAVING_MS_MAX 5000u
+#define LOOK_AGAIN_MS 100u
 
 enum { YES = 1 };
 
@@ -42,8 +45,8 @@ static int clear_removed(struct run *run)
 static int remove_volume(struct run *run, const char *name, bool yes)
 {
     struct catalog_entry entry;
-    uint64_t asked_about = 0;
-    for (int attempt = 0; attempt < ATTEMPTS_MAX; attempt++) {
+    uint64_t asked_about = 0, waited_ms = 0;
+    for (;;) {
         int status = run_find(run, name, &entry);
         if (status != CLI_DONE)
             return status;
@@ -57,27 +60,27 @@ static int remove_volume(struct run *run, const char *name, bool yes)
             asked_about = entry.branch;
         }
         enum run_owner state = run_owner_state(run, &entry.owner);
-        if (state == OWNER_ALIVE || state == OWNER_UNKNOWN) {
-            enum status st = run_ask(run, &entry, MAIL_RELEASE, 0, false);
-            if (st != ST_OK && st != ST_NOTFOUND) {
-                cli_failed(&run->op.err);
-                return CLI_FAILED;
+        if (state == OWNER_NONE || state == OWNER_DEAD) {
+            catalog_remove(run_op(run), run->store, run->env, &entry);
+            enum status st = run_wait(run);
+            if (st == ST_OK) {
+                printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
+                fflush(stdout);
+                return clear_removed(run);
             }
-            continue;
+            if (st != ST_BUSY)
+                return cli_failed(&run->op.err);
         }
-        catalog_remove(run_op(run), run->store, run->env, &entry);
-        enum status st = run_wait(run);
-        if (st == ST_OK) {
-            printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
-            fflush(stdout);
-            return clear_removed(run);
+        if (waited_ms >= LEAVING_MS_MAX) {
+            cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on "
+                      "%s): disconnect it first, or see fdb-nbd owner evict",
+                      name, run->cli->store_uri, entry.owner.address, entry.owner.pid,
+                      entry.owner.host);
+            return CLI_FAILED;
         }
-        if (st != ST_BUSY)
-            return cli_failed(&run->op.err);
+        run_pause(run, LOOK_AGAIN_MS);
+        waited_ms += LOOK_AGAIN_MS;
     }
-    cli_error("volume \"%s\" in %s is in use again and again: try when its clients are gone", name,
-              run->cli->store_uri);
-    return CLI_FAILED;
 }
 
 static int run_remove(struct cli *cli, int argc, char **argv)

@@ -102,8 +102,9 @@ static int resize(struct run *run, const char *name, uint64_t size, const struct
         }
         if (size < old && !confirmed) {
             char what[NAME_BYTES_MAX + 128];
-            snprintf(what, sizeof what, "cuts volume \"%s\" from %s to %s and loses what lies behind",
-                     name, cli_size(old, was), cli_size(size, is));
+            snprintf(what, sizeof what,
+                     "cuts volume \"%s\" from %s to %s and loses what lies behind", name,
+                     cli_size(old, was), cli_size(size, is));
             if (!cli_confirm(false, what))
                 return CLI_FAILED;
             confirmed = true;
@@ -147,8 +148,9 @@ const struct cli_command resize_command = {
     .name = "resize",
     .args = "NAME SIZE",
     .summary = "make a volume larger, or smaller with --shrink",
-    .details = "Works while the volume is in use; clients see the new size when they connect again\n"
-               "or ask for it. Space gained reads as zeros.",
+    .details =
+        "Works while the volume is in use; clients see the new size when they connect again\n"
+        "or ask for it. Space gained reads as zeros.",
     .options = options,
     .args_min = 2,
     .args_max = 2,

@@ -31,6 +31,23 @@ void run_until(struct run *run, const bool *done)
         reactor_run_once(run->env);
 }
 
+struct pause {
+    struct env_timer timer;
+    bool over;
+};
+
+static void pause_over(struct env_timer *timer)
+{
+    container_of(timer, struct pause, timer)->over = true;
+}
+
+void run_pause(struct run *run, uint32_t ms)
+{
+    struct pause pause = {.timer = {.fire = pause_over}};
+    env_timer_start(run->env, &pause.timer, ms);
+    run_until(run, &pause.over);
+}
+
 enum status run_wait(struct run *run)
 {
     run_until(run, &run->answered);
@@ -44,8 +61,8 @@ int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
     if (reactor_new(&run->reactor, &e) != ST_OK)
         return cli_failed(&e);
     run->env = reactor_env(run->reactor);
-    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0, cli->lease_ms,
-                                &run->store, &e);
+    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0,
+                                cli->lease_ms, &run->store, &e);
     if (st != ST_OK) {
         cli_failed(&e);
         return st == ST_INVAL ? CLI_USAGE : CLI_STORE;
@@ -125,8 +142,8 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
 {
     struct err *e = &run->op.err;
     memset(owned, 0, sizeof *owned);
-    enum status st = session_begin(&owned->session, run->store, run->env, reactor_run_once, run->cli->lease_ms,
-                                   run->cli->command->name, e);
+    enum status st = session_begin(&owned->session, run->store, run->env, reactor_run_once,
+                                   run->cli->lease_ms, run->cli->command->name, e);
     if (st != ST_OK) {
         owned->session.store = NULL;
         return st;

@@ -46,6 +46,9 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry);
 /* Lets the loop turn until *done. */
 void run_until(struct run *run, const bool *done);
 
+/* Lets `ms` pass. */
+void run_pause(struct run *run, uint32_t ms);
+
 /* What is known of the session in an owner record. */
 enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner);

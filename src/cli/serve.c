@@ -25,14 +25,19 @@
 enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
 
 static const struct cli_option options[] = {
-    {LISTEN, "listen", "ADDRESS", "HOST:PORT, [V6]:PORT, :PORT or unix:PATH; repeatable (default: localhost:10809)"},
+    {LISTEN, "listen", "ADDRESS",
+     "HOST:PORT, [V6]:PORT, :PORT or unix:PATH; repeatable (default: localhost:10809)"},
     {CREATE, "create", "NAME:SIZE", "make this volume if there is none of that name; repeatable"},
-    {DEFAULT, "default", "NAME", "the volume of clients that name none (default: the only one, if it is)"},
+    {DEFAULT, "default", "NAME",
+     "the volume of clients that name none (default: the only one, if it is)"},
     {READ_ONLY, "read-only", NULL, "let nobody write (default: clients may)"},
-    {CACHE_SIZE, "cache-size", "SIZE", "memory for blocks, at least 32M for each thread (default: 256M)"},
+    {CACHE_SIZE, "cache-size", "SIZE",
+     "memory for blocks, at least 32M for each thread (default: 256M)"},
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
-    {LEASE_MS, "lease-ms", "N", "silence after which others may take over, 1000 to 600000 (default: 10000)"},
-    {SHARED, "shared", NULL, "let clients at several addresses write one volume (default: the first)"},
+    {LEASE_MS, "lease-ms", "N",
+     "silence after which others may take over, 1000 to 600000 (default: 10000)"},
+    {SHARED, "shared", NULL,
+     "let clients at several addresses write one volume (default: the first)"},
     {0, NULL, NULL, NULL},
 };
 
@@ -63,6 +68,20 @@ static enum status take_create(struct serve_options *o, const char *value, struc
     return ST_OK;
 }
 
+/* What can be seen to be wrong before anything is opened. */
+static enum status check_address(const char *address, struct err *e)
+{
+    uint64_t port;
+    struct err number = {0};
+    if (strncmp(address, "unix:", 5) == 0)
+        return address[5] ? ST_OK : fail(e, ST_INVAL, "\"unix:\" lacks a path");
+    const char *colon = strrchr(address, ':');
+    if (!colon || cli_parse_number(colon + 1, 0, 65535, &port, &number) != ST_OK)
+        return fail(e, ST_INVAL, "\"%.200s\" is not HOST:PORT, [V6]:PORT, :PORT or unix:PATH",
+                    address);
+    return ST_OK;
+}
+
 static enum status take(void *arg, int code, const char *value, struct err *e)
 {
     struct serve_options *o = arg;
@@ -71,7 +90,7 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         if (o->n_listen == SERVER_LISTEN_MAX)
             return fail(e, ST_INVAL, "at most %u times", SERVER_LISTEN_MAX);
         o->listen[o->n_listen++] = value;
-        return ST_OK;
+        return check_address(value, e);
     case CREATE:
         return take_create(o, value, e);
     case DEFAULT:
@@ -206,6 +225,8 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
         print_examples(addresses[0], entries[0].name);
     puts("Ctrl-C ends it cleanly.");
     fflush(stdout);
+    /* Nobody asks again, and the list may be long. */
+    catalog_op_free(&run->op);
 }
 
 static int serve(struct run *run, const struct serve_options *o)
@@ -263,7 +284,9 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         struct run run;
         cli->lease_ms = (uint32_t)o.lease_ms;
         status = run_begin(&run, cli,
-                           o.n_creates ? RUN_CREATE : o.read_only ? RUN_READ : RUN_WRITE);
+                           o.n_creates   ? RUN_CREATE
+                           : o.read_only ? RUN_READ
+                                         : RUN_WRITE);
         if (status == CLI_DONE)
             status = serve(&run, &o);
         run_end(&run);
@@ -276,10 +299,11 @@ const struct cli_command serve_command = {
     .name = "serve",
     .args = "",
     .summary = "serve all volumes to NBD clients",
-    .details = "All volumes of the store are served, also those made later. With --config FILE each\n"
-               "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
-               "line); what the command line says comes before what the file says. The store is made\n"
-               "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.",
+    .details =
+        "All volumes of the store are served, also those made later. With --config FILE each\n"
+        "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
+        "line); what the command line says comes before what the file says. The store is made\n"
+        "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.",
     .options = options,
     .run = run_serve,
 };

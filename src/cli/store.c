@@ -37,7 +37,8 @@ static int info(struct run *run)
     }
     printf("uri:        %s\n", s.uri);
     printf("engine:     %s\n", s.engine);
-    printf("format:     %u, features compat %#" PRIx64 " ro_compat %#" PRIx64 " incompat %#" PRIx64 "\n",
+    printf("format:     %u, features compat %#" PRIx64 " ro_compat %#" PRIx64 " incompat %#" PRIx64
+           "\n",
            m->format, m->features.compat, m->features.ro_compat, m->features.incompat);
     printf("uuid:       %s\n", uuid);
     printf("created:    %s\n", created);

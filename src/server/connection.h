@@ -142,6 +142,9 @@ struct conn {
     uint8_t *stash; /* received and not parsed */
     uint32_t stash_len;
     uint64_t discard; /* payload bytes to be thrown away */
+    struct request *late_request; /* refused; answered when its payload was thrown away */
+    struct nbd_reply_to late_to;  /* the same where there is no struct request, if late_error */
+    uint32_t late_error;
     enum receive_state receive;
     struct piece *receiving;
     uint32_t receive_seg, receive_at; /* RECEIVE_BUFFERS: position */

@@ -130,14 +130,22 @@ static void reply_error_to(struct conn *c, const struct nbd_reply_to *to, uint32
     out_head_done(c, nbd_put_error(out_head(c), to, error));
 }
 
-/* Refuses a request that no struct request was made for. */
-static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error)
+/* Refuses a request that no struct request was made for; `payload` bytes of it are still to
+ * come. The reply waits for them: clients (libnbd) do not expect an answer to a request that
+ * they have not sent whole. */
+static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, uint64_t payload)
 {
     struct nbd_reply_to to = {.cookie = r->cookie,
                               .offset = r->offset,
                               .structured = c->session.structured,
                               .extended = c->session.extended};
-    reply_error_to(c, &to, error);
+    if (!payload) {
+        reply_error_to(c, &to, error);
+        return;
+    }
+    c->discard = payload;
+    c->late_error = error;
+    c->late_to = to;
 }
 
 static void succeed(struct conn *c, const struct nbd_request *r)
@@ -281,7 +289,7 @@ static void take_read(struct conn *c, const struct nbd_request *r)
 {
     bool chunks = c->session.structured || c->session.extended;
     if (r->length > VOLUME_READ_BYTES_MAX && (r->flags & NBD_CMD_FLAG_DF)) {
-        refuse(c, r, NBD_EOVERFLOW);
+        refuse(c, r, NBD_EOVERFLOW, 0);
         return;
     }
     struct request *q = request_new(c, r);
@@ -428,12 +436,27 @@ static void write_begun(struct conn *c, struct piece *p)
     c->receiving = NULL;
     /* The rest of the request is not tried: consecutive pieces are a prefix (G2). */
     c->discard += p->io.length + (q->end - q->next);
-    q->more = false;
+    c->late_request = q;
+    q->more = true;
     if (q->st == ST_OK)
         q->st = p->io.st;
     piece_over(p);
-    if (q->n_pieces == 0)
-        reply_outcome(q);
+}
+
+/* All of a refused payload was thrown away: now its request can be answered. */
+static void discarded(struct conn *c)
+{
+    if (c->late_error) {
+        reply_error_to(c, &c->late_to, c->late_error);
+        c->late_error = 0;
+    }
+    struct request *q = c->late_request;
+    c->late_request = NULL;
+    if (q) {
+        q->more = false;
+        if (q->n_pieces == 0)
+            reply_outcome(q);
+    }
 }
 
 static void write_granted(struct vol_io *io)
@@ -554,7 +577,15 @@ void transmission_abandon(struct conn *c)
     transmission_abort_receive(c);
     for (struct list *l; (l = list_pop(&c->stalled));)
         request_free(container_of(l, struct request, stalled));
+    struct request *q = c->late_request;
+    c->late_request = NULL;
+    c->late_error = 0;
     c->discard = 0;
+    if (q) {
+        q->more = false;
+        if (q->n_pieces == 0)
+            request_free(q);
+    }
 }
 
 /* --- all others ----------------------------------------------------------------------------------- */
@@ -562,8 +593,7 @@ void transmission_abandon(struct conn *c)
 static void take_change(struct conn *c, const struct nbd_request *r)
 {
     if (!may_write(c)) {
-        refuse(c, r, NBD_EPERM);
-        c->discard = r->payload_len;
+        refuse(c, r, NBD_EPERM, r->payload_len);
         return;
     }
     if (r->length == 0) {
@@ -649,6 +679,7 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
             at += n;
             if (c->discard)
                 break;
+            discarded(c);
         }
         if (c->receive == RECEIVE_WAITS)
             break;
@@ -667,8 +698,7 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
             break;
         case NBD_REQUEST_REFUSE:
             at += head_bytes;
-            c->discard = r.payload_len;
-            refuse(c, &r, r.error);
+            refuse(c, &r, r.error, r.payload_len);
             continue;
         case NBD_REQUEST_DISCONNECT:
             conn_die(c, "the client sent what is no request, or one beyond all limits");
@@ -686,7 +716,7 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
                                              &wanted) == NBD_REQUEST_OK)
                     take_status(c, &r, wanted);
                 else
-                    refuse(c, &r, r.error);
+                    refuse(c, &r, r.error, 0);
                 continue;
             }
             /* A short write whose end is still to come is worth waiting for. */

@@ -192,8 +192,7 @@ static void job_store_failed(struct job *job, enum status st, const char *what)
 static void job_damaged(struct job *job, const char *what)
 {
     struct store_info info;
-    fail(&job->op->err, ST_IO, "%s in %s is damaged or missing", what,
-         store_name(job, &info));
+    fail(&job->op->err, ST_IO, "%s in %s is damaged or missing", what, store_name(job, &info));
     job_finish(job, ST_IO);
 }
 
@@ -247,18 +246,15 @@ static void add_check(struct job *job, const struct store_get *get)
 
 static void add_check_value(struct job *job, const struct key *key, const void *value, size_t len)
 {
-    add_check(job, &(struct store_get){
-                       .key = key_slice(key), .st = ST_OK, .head = {value, len}});
+    add_check(job, &(struct store_get){.key = key_slice(key), .st = ST_OK, .head = {value, len}});
 }
 
 static void add_mutation(struct job *job, enum store_mutation_kind kind, struct slice key,
                          struct slice head)
 {
     mem_grow(&job->mutations, &job->cap_mutations, job->n_mutations + 1, sizeof *job->mutations);
-    job->mutations[job->n_mutations++] =
-        (struct store_mutation){.kind = kind,
-                                .key = keep(job, key.data, key.len),
-                                .head = keep(job, head.data, head.len)};
+    job->mutations[job->n_mutations++] = (struct store_mutation){
+        .kind = kind, .key = keep(job, key.data, key.len), .head = keep(job, head.data, head.len)};
 }
 
 static void add_set(struct job *job, const struct key *key, const uint8_t *value, size_t len)
@@ -387,7 +383,8 @@ static void prepare_seen(struct job *job, enum status st)
         }
     } else if (!meta_decode(get->key, get->head, meta)) {
         job_damaged(job, "the store's own record");
-    } else if (meta->format != STORE_FORMAT || (meta->features.incompat & ~FEATURES_INCOMPAT_KNOWN)) {
+    } else if (meta->format != STORE_FORMAT ||
+               (meta->features.incompat & ~FEATURES_INCOMPAT_KNOWN)) {
         fail(&job->op->err, ST_FORMAT,
              "%s has format %u and features this version does not know (0x%llx): use a newer "
              "fdb-nbd",
@@ -441,7 +438,9 @@ static bool text_valid(const char *text)
             point = point << 6 | (*at++ & 0x3fu);
         }
         /* Longer than need be, a surrogate half, past the last one, or a C1 control. */
-        if (point < (more == 3 ? 0x10000u : more == 2 ? 0x800u : 0xa0u) ||
+        if (point < (more == 3   ? 0x10000u
+                     : more == 2 ? 0x800u
+                                 : 0xa0u) ||
             (point >= 0xd800 && point < 0xe000) || point > 0x10ffff)
             return false;
     }
@@ -461,7 +460,8 @@ static enum status name_check(struct err *e, const char *name)
 static enum status size_check(struct err *e, uint64_t size)
 {
     if (size < SECTOR_BYTES || size % SECTOR_BYTES != 0 || size > VOLUME_BYTES_MAX)
-        return fail(e, ST_INVAL, "a volume's size is a multiple of 512 bytes, from 512 to 2^62, not %llu",
+        return fail(e, ST_INVAL,
+                    "a volume's size is a multiple of 512 bytes, from 512 to 2^62, not %llu",
                     (unsigned long long)size);
     return ST_OK;
 }
@@ -798,7 +798,8 @@ static void find_similar(struct job *job, enum status st)
     if (n > 0) {
         size_t len = (size_t)snprintf(hint, sizeof hint, "; did you mean");
         for (size_t i = 0; i < n; i++)
-            len += (size_t)snprintf(hint + len, sizeof hint - len, "%s \"%s\"", i ? " or" : "", best[i]);
+            len += (size_t)snprintf(hint + len, sizeof hint - len, "%s \"%s\"", i ? " or" : "",
+                                    best[i]);
         snprintf(hint + len, sizeof hint - len, "?");
     } else if (st == ST_OK && n_names == 0) {
         snprintf(hint, sizeof hint, "; it has no volumes");
@@ -1000,8 +1001,8 @@ static void remove_seen(struct job *job, enum status st)
         return;
     }
     if (name->st == ST_NOTFOUND || name_rec.branch != entry->branch) {
-        fail(&job->op->err, ST_NOTFOUND, "volume \"%s\" was renamed or removed by somebody else just now",
-             entry->name);
+        fail(&job->op->err, ST_NOTFOUND,
+             "volume \"%s\" was renamed or removed by somebody else just now", entry->name);
         job_finish(job, ST_NOTFOUND);
         return;
     }
@@ -1014,8 +1015,8 @@ static void remove_seen(struct job *job, enum status st)
 
     add_check(job, name);
     add_check(job, owner);
-    static void (*const records[])(struct key *, uint64_t) = {
-        key_header, key_owner, key_state, key_mailbox, key_answer};
+    static void (*const records[])(struct key *, uint64_t) = {key_header, key_owner, key_state,
+                                                              key_mailbox, key_answer};
     struct key key;
     uint8_t bytes[RECORD_BYTES_MAX];
     key_name(&key, entry->name);
@@ -1174,7 +1175,8 @@ static void ask_finish(struct job *job, enum status st)
     if (st == ST_NOTFOUND)
         fail(e, st, "nobody has volume \"%s\" in use", entry->name);
     else if (st == ST_UNAVAIL)
-        fail(e, st, "the server that has volume \"%s\" in use (pid %u on %s) did not answer within %u s",
+        fail(e, st,
+             "the server that has volume \"%s\" in use (pid %u on %s) did not answer within %u s",
              entry->name, entry->owner.pid, host, (job->ask->wait_ms + 999) / 1000);
     job_finish(job, st);
 }
@@ -1254,7 +1256,8 @@ static bool ask_other_is_stale(struct ask *ask, const struct store_get *mailbox)
     return false;
 }
 
-static void ask_write(struct job *job, const struct store_get *owner, const struct store_get *mailbox)
+static void ask_write(struct job *job, const struct store_get *owner,
+                      const struct store_get *mailbox)
 {
     struct ask *ask = job->ask;
     add_check(job, owner);
@@ -1267,7 +1270,8 @@ static void ask_write(struct job *job, const struct store_get *owner, const stru
 static void ask_seen(struct job *job, enum status st)
 {
     struct ask *ask = job->ask;
-    const struct store_get *mailbox = &job->gets[0], *answer = &job->gets[1], *owner = &job->gets[2];
+    const struct store_get *mailbox = &job->gets[0], *answer = &job->gets[1],
+                           *owner = &job->gets[2];
     struct answer_record answer_rec;
     struct owner_record owner_rec = {0};
     if (st != ST_OK) {
@@ -1295,9 +1299,10 @@ static void ask_seen(struct job *job, enum status st)
         else if (mailbox->st == ST_NOTFOUND || ask_other_is_stale(ask, mailbox))
             ask_write(job, owner, mailbox);
         else if (late) {
-            fail(&job->op->err, ST_BUSY,
-                 "another command waits for an answer from the server that has volume \"%s\" in use",
-                 ask->entry.name);
+            fail(
+                &job->op->err, ST_BUSY,
+                "another command waits for an answer from the server that has volume \"%s\" in use",
+                ask->entry.name);
             job_finish(job, ST_BUSY);
         } else
             ask_wait(job);

@@ -41,8 +41,8 @@ int overlay_lookup(const struct volume *vol, uint64_t no)
 {
     if (!vol->n_ranges_unbuilt)
         return -1;
-    for (const struct list *l = vol->gens.prev; l != &vol->gens; l = l->prev) {
-        const struct gen *g = container_of(l, const struct gen, link);
+    for (struct list *l = vol->gens.prev; l != &vol->gens; l = l->prev) {
+        const struct gen *g = container_of(l, struct gen, link);
         if (g->stage >= GEN_BUILT)
             break;
         for (size_t i = g->n_ranges; i > 0; i--)
@@ -318,7 +318,7 @@ static void fetch_run(struct fetch *f)
         uint64_t no = f->first + i;
         struct blk *e = blocks_find(&s->blocks, vol->tag, no);
         if (!e) {
-            e = blocks_add(&s->blocks, vol, vol->tag, no, &vol->entries);
+            e = blocks_add(&s->blocks, vol, vol->tag, no, entries_of(vol, no));
             if (overlay_lookup(vol, no) >= 0)
                 e->zero = e->full = true;
         }

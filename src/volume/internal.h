@@ -167,6 +167,11 @@ struct gen {
     struct state_record state_after;
 };
 
+/* The cached blocks of a volume, in lists by region, so that a trim of gigabytes looks at few
+ * blocks outside of it. */
+#define ENTRY_LISTS 256u
+#define ENTRY_REGION_SHIFT 17u
+
 enum vol_ownership { VOL_UNOWNED, VOL_ACQUIRING, VOL_OWNED, VOL_RELEASING };
 
 struct volume {
@@ -206,7 +211,7 @@ struct volume {
     void *close_arg;
     struct list reopen; /* volume_opens that wait for the end of a close */
 
-    struct list entries; /* blk.in_vol */
+    struct list entries[ENTRY_LISTS]; /* blk.in_vol, see entries_of() */
     struct index index;
     struct list gens; /* oldest first; the last one is open */
     struct gen *open;
@@ -226,6 +231,11 @@ struct volume {
     unsigned stream_victim;
     struct volume_stats stats;
 };
+
+static inline struct list *entries_of(struct volume *vol, uint64_t no)
+{
+    return &vol->entries[(no >> ENTRY_REGION_SHIFT) % ENTRY_LISTS];
+}
 
 /* --- shard.c --------------------------------------------------------------------- */
 

@@ -257,13 +257,13 @@ bool header_decode(struct slice key, struct slice bytes, struct header_record *r
     /* Everything above divides by the block size and multiplies up to the size. */
     require(&r, rec->block_size >= 4096 && rec->block_size <= 65536 &&
                     (rec->block_size & (rec->block_size - 1)) == 0);
-    require(&r, rec->size >= SIZE_UNIT && rec->size % SIZE_UNIT == 0 && rec->size <= SIZE_MAX_BYTES);
+    require(&r,
+            rec->size >= SIZE_UNIT && rec->size % SIZE_UNIT == 0 && rec->size <= SIZE_MAX_BYTES);
     require(&r, rec->epoch >= 1 && (rec->parent_branch == 0) == (rec->parent_epoch == 0));
     return read_end(&r);
 }
 
-size_t owner_encode(const struct owner_record *rec, struct slice key,
-                    uint8_t out[RECORD_BYTES_MAX])
+size_t owner_encode(const struct owner_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
     struct writer w = write_begin(out);
     put_u64(&w, rec->token);
@@ -287,8 +287,7 @@ bool owner_decode(struct slice key, struct slice bytes, struct owner_record *rec
     return read_end(&r);
 }
 
-size_t state_encode(const struct state_record *rec, struct slice key,
-                    uint8_t out[RECORD_BYTES_MAX])
+size_t state_encode(const struct state_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
     struct writer w = write_begin(out);
     put_u64(&w, rec->generation);
@@ -349,8 +348,7 @@ bool session_decode(struct slice key, struct slice bytes, struct session_record 
     return read_end(&r);
 }
 
-size_t trash_encode(const struct trash_record *rec, struct slice key,
-                    uint8_t out[RECORD_BYTES_MAX])
+size_t trash_encode(const struct trash_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
     struct writer w = write_begin(out);
     put_u64(&w, rec->epoch);

@@ -133,7 +133,8 @@ int row1_uniform(const struct row1 *row)
     if (first >= SOURCE_FIRST)
         return -1;
     /* Each entry equal to the next one. */
-    return memcmp(row->source, row->source + 1, sizeof row->source - sizeof first) == 0 ? first : -1;
+    return memcmp(row->source, row->source + 1, sizeof row->source - sizeof first) == 0 ? first
+                                                                                        : -1;
 }
 
 uint64_t row2_n_data(const struct row2 *row)
@@ -223,7 +224,8 @@ size_t row1_encode(const struct row1 *row, struct slice key, uint8_t out[ROW_BYT
         while (end < INDEX_FANOUT && row->source[end] == row->source[i])
             end++;
         uint16_t s = row->source[i];
-        at = put_varint(at, s < SOURCE_FIRST ? s : renumbered[s - SOURCE_FIRST] - 1u + SOURCE_FIRST);
+        at =
+            put_varint(at, s < SOURCE_FIRST ? s : renumbered[s - SOURCE_FIRST] - 1u + SOURCE_FIRST);
         at = put_varint(at, end - i);
         i = end;
     }

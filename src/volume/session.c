@@ -25,8 +25,9 @@ static void written_done(struct store_commit *commit, enum status st)
     w->st = st;
 }
 
-static enum status write_one(struct store *store, struct env *env, void (*run_once)(struct env *env),
-                             const struct store_check *check, const struct store_mutation *mutation)
+static enum status write_one(struct store *store, struct env *env,
+                             void (*run_once)(struct env *env), const struct store_check *check,
+                             const struct store_mutation *mutation)
 {
     struct written w = {.commit = {.checks = check,
                                    .mutations = mutation,
@@ -41,8 +42,8 @@ static enum status write_one(struct store *store, struct env *env, void (*run_on
 }
 
 enum status session_begin(struct session *s, struct store *store, struct env *env,
-                          void (*run_once)(struct env *env), uint32_t lease_ms,
-                          const char *address, struct err *e)
+                          void (*run_once)(struct env *env), uint32_t lease_ms, const char *address,
+                          struct err *e)
 {
     *s = (struct session){.store = store, .lease_ms = lease_ms, .pid = (uint32_t)getpid()};
     env_random(env, s->id, sizeof s->id);
@@ -68,8 +69,7 @@ enum status session_begin(struct session *s, struct store *store, struct env *en
     key_session(&key, s->id);
     size_t len = session_encode(&rec, key_slice(&key), bytes);
     struct store_check absent = {.kind = STORE_CHECK_ABSENT, .key = key_slice(&key)};
-    struct store_mutation set = {
-        .kind = STORE_SET, .key = key_slice(&key), .head = {bytes, len}};
+    struct store_mutation set = {.kind = STORE_SET, .key = key_slice(&key), .head = {bytes, len}};
     st = write_one(store, env, run_once, &absent, &set);
     if (st != ST_OK) {
         store_session_end(store, s->id);

@@ -83,7 +83,8 @@ static void open_read(struct store_read *read, enum status st)
         list_init(&vol->parked);
         list_init(&vol->watchers);
         list_init(&vol->reopen);
-        list_init(&vol->entries);
+        for (unsigned i = 0; i < ENTRY_LISTS; i++)
+            list_init(&vol->entries[i]);
         list_init(&vol->gens);
         index_init(&vol->index);
         key_owner(&vol->owner_key, vol->branch);
@@ -134,13 +135,14 @@ void volume_close(struct volume *vol, void (*done)(void *arg), void *arg)
 void volume_drop_cache(struct volume *vol)
 {
     struct blocks *t = &vol->shard->blocks;
-    list_for_each_safe(l, next, &vol->entries)
-    {
-        struct blk *e = container_of(l, struct blk, in_vol);
-        CHECK(e->gen == 0 || vol->lost);
-        e->gen = 0;
-        blocks_drop(t, e);
-    }
+    for (unsigned i = 0; i < ENTRY_LISTS; i++)
+        list_for_each_safe(l, next, &vol->entries[i])
+        {
+            struct blk *e = container_of(l, struct blk, in_vol);
+            CHECK(e->gen == 0 || vol->lost);
+            e->gen = 0;
+            blocks_drop(t, e);
+        }
     index_destroy(vol);
 }
 
@@ -348,8 +350,9 @@ void volume_get_stats(const struct volume *vol, struct volume_stats *stats)
     stats->data_blocks = vol->data_blocks;
     stats->dirty_bytes = 0;
     list_for_each(l, &vol->gens)
-        stats->dirty_bytes += container_of(l, const struct gen, link)->dirty_bytes;
+        stats->dirty_bytes += container_of(l, struct gen, link)->dirty_bytes;
     stats->cached_bytes = 0;
-    list_for_each(l, &vol->entries)
-        stats->cached_bytes += container_of(l, const struct blk, in_vol)->buf ? vol->block_size : 0;
+    for (unsigned i = 0; i < ENTRY_LISTS; i++)
+        list_for_each(l, &vol->entries[i])
+            stats->cached_bytes += container_of(l, struct blk, in_vol)->buf ? vol->block_size : 0;
 }

@@ -276,7 +276,7 @@ static struct blk *entry_to_change(struct volume *vol, uint64_t no)
     struct blk *e = blocks_find(t, vol->tag, no);
     if (e)
         return e;
-    e = blocks_add(t, vol, vol->tag, no, &vol->entries);
+    e = blocks_add(t, vol, vol->tag, no, entries_of(vol, no));
     if (overlay_lookup(vol, no) >= 0)
         e->zero = e->full = true;
     return e;
@@ -343,9 +343,8 @@ static void apply_bytes(struct volume *vol, struct vol_io *io, uint64_t no, uint
     gen_touch(vol, e, io);
 }
 
-static void zero_entry(struct volume *vol, struct blk *e, bool hole)
+static void zero_entry(struct blk *e, bool hole)
 {
-    (void)vol;
     if (e->buf) {
         buf_unref(e->buf);
         e->buf = NULL;
@@ -367,22 +366,14 @@ static void zero_part(struct volume *vol, struct vol_io *io, uint64_t no, uint32
 /* All of [first, end) becomes zeros by one line in the generation. */
 static void zero_range(struct volume *vol, uint64_t first, uint64_t end, bool hole)
 {
-    struct blocks *t = &vol->shard->blocks;
-    if (end - first <= t->count) {
-        for (uint64_t no = first; no < end; no++) {
-            struct blk *e = blocks_find(t, vol->tag, no);
-            if (e) {
-                gen_untouch(vol, e);
-                zero_entry(vol, e, hole);
-            }
-        }
-    } else {
-        list_for_each_safe(l, next, &vol->entries)
+    uint64_t regions = ((end - 1) >> ENTRY_REGION_SHIFT) - (first >> ENTRY_REGION_SHIFT) + 1;
+    for (uint64_t i = 0; i < regions && i < ENTRY_LISTS; i++) {
+        list_for_each_safe(l, next, entries_of(vol, first + (i << ENTRY_REGION_SHIFT)))
         {
             struct blk *e = container_of(l, struct blk, in_vol);
             if (e->no >= first && e->no < end) {
                 gen_untouch(vol, e);
-                zero_entry(vol, e, hole);
+                zero_entry(e, hole);
             }
         }
     }
@@ -434,7 +425,7 @@ static void apply_zeros(struct volume *vol, struct vol_io *io, uint64_t offset, 
     if (last - first <= TRIM_EACH_MAX) {
         for (uint64_t no = first; no < last; no++) {
             struct blk *e = entry_to_change(vol, no);
-            zero_entry(vol, e, hole);
+            zero_entry(e, hole);
             gen_touch(vol, e, NULL);
         }
     } else {

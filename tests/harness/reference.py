@@ -64,6 +64,9 @@ class Volume:
     def zero(self, offset, length):
         end = offset + length
         first, last = -(-offset // BLOCK), end // BLOCK
+        if end == self.size and end % BLOCK and offset <= last * BLOCK:
+            self.bytes[last * BLOCK:end] = bytes(end - last * BLOCK)
+            self.data_blocks.discard(last)
         if first >= last:
             self.bytes[offset:end] = bytes(length)
             return

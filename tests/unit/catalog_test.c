@@ -293,9 +293,9 @@ static void renaming(void **state)
     static const struct {
         const char *from, *to;
         enum status st;
-    } tries[] = {{"a", "b", ST_EXISTS},  {"a", "a", ST_EXISTS}, {"x", "y", ST_NOTFOUND},
-                 {"a", "-", ST_INVAL},   {"a", "", ST_INVAL},   {"/", "y", ST_NOTFOUND},
-                 {"a", "c", ST_OK},      {"a", "d", ST_NOTFOUND}};
+    } tries[] = {{"a", "b", ST_EXISTS}, {"a", "a", ST_EXISTS},  {"x", "y", ST_NOTFOUND},
+                 {"a", "-", ST_INVAL},  {"a", "", ST_INVAL},    {"/", "y", ST_NOTFOUND},
+                 {"a", "c", ST_OK},     {"a", "d", ST_NOTFOUND}};
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         m.conflicts = 2;
         catalog_rename(fresh(&w), &m.store, &m.env, tries[i].from, tries[i].to);
@@ -589,12 +589,16 @@ static void sessions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(preparing),       cmocka_unit_test(creating),
+        cmocka_unit_test(preparing),
+        cmocka_unit_test(creating),
         cmocka_unit_test(bad_specifications_are_refused),
         cmocka_unit_test(near_names_are_suggested),
-        cmocka_unit_test(listing_many),    cmocka_unit_test(renaming),
-        cmocka_unit_test(removing),        cmocka_unit_test(asking),
-        cmocka_unit_test(asking_at_the_limits), cmocka_unit_test(sessions),
+        cmocka_unit_test(listing_many),
+        cmocka_unit_test(renaming),
+        cmocka_unit_test(removing),
+        cmocka_unit_test(asking),
+        cmocka_unit_test(asking_at_the_limits),
+        cmocka_unit_test(sessions),
     };
     return cmocka_run_group_tests_name("catalog", tests, NULL, NULL);
 }

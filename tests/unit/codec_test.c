@@ -178,10 +178,11 @@ static void *use_scratch(void *arg)
     struct slice body, mask;
     *ok = 1;
     for (size_t i = 0; i < N_CODECS; i++) {
-        size_t len = block_encode(codecs[i], &place, 1, zeros, sizeof zeros, 1, (struct slice){NULL, 0},
-                                  out, head, &body);
+        size_t len = block_encode(codecs[i], &place, 1, zeros, sizeof zeros, 1,
+                                  (struct slice){NULL, 0}, out, head, &body);
         memcpy(back, body.data, body.len);
-        *ok &= block_decode(&place, (struct slice){head, len}, back, (uint32_t)body.len, 8192, &mask) &&
+        *ok &= block_decode(&place, (struct slice){head, len}, back, (uint32_t)body.len, 8192,
+                            &mask) &&
                block_is_zero(back, sizeof back);
     }
     return codec_scratch_get();

@@ -34,15 +34,18 @@ static void bytes_are_those_of_the_tuple_layer(void **state)
     key_store_meta(&k);
     BYTES("\x02m\0");
     key_branch_counter(&k);
-    BYTES("\x02" "c\0");
+    BYTES("\x02"
+          "c\0");
     key_name(&k, "example");
-    BYTES("\x02n\0\x02" "example\0");
+    BYTES("\x02n\0\x02"
+          "example\0");
     key_header(&k, 0);
     BYTES("\x02h\0\x14");
     key_owner(&k, 1);
     BYTES("\x02o\0\x15\x01");
     key_state(&k, 255);
-    BYTES("\x02" "a\0\x15\xff");
+    BYTES("\x02"
+          "a\0\x15\xff");
     key_mailbox(&k, 256);
     BYTES("\x02q\0\x16\x01\0");
     key_answer(&k, UINT64_MAX);
@@ -54,7 +57,8 @@ static void bytes_are_those_of_the_tuple_layer(void **state)
     key_row(&k, 2, 1, 300, 4);
     BYTES("\x02i\0\x15\x02\x15\x01\x16\x01\x2c\x15\x04");
     key_block(&k, 2, 4, 0);
-    BYTES("\x02" "b\0\x15\x02\x15\x04\x14");
+    BYTES("\x02"
+          "b\0\x15\x02\x15\x04\x14");
     key_prefix(&k, 'n');
     key_prefix_end(&k);
     BYTES("\x02n\0\xff");
@@ -119,7 +123,8 @@ static void order_is_that_of_the_parts(void **state)
         uint64_t v[2][3];
         for (int s = 0; s < 2; s++)
             for (int n = 0; n < 3; n++)
-                v[s][n] = s && chance_below(&c, 2) ? v[0][n] + chance_below(&c, 2) : chance_wide(&c);
+                v[s][n] =
+                    s && chance_below(&c, 2) ? v[0][n] + chance_below(&c, 2) : chance_wide(&c);
         int want = compare_u64(v[0][0], v[1][0]);
         if (!want)
             want = compare_u64(v[0][1], v[1][1]);
@@ -200,7 +205,9 @@ static void nothing_else_parses(void **state)
     static const uint8_t level_3[] = "\x02i\0\x15\1\x15\3\x15\1\x15\1";
     assert_false(key_parse_row((struct slice){level_3, 11}, &x, &level, &y, &z));
     char name[NAME_BYTES_MAX + 1];
-    static const uint8_t zero_inside[] = "\x02n\0\x02" "a\0\xff" "b\0";
+    static const uint8_t zero_inside[] = "\x02n\0\x02"
+                                         "a\0\xff"
+                                         "b\0";
     assert_false(key_parse_name((struct slice){zero_inside, 9}, name));
     uint8_t long_name[200] = "\x02n\0\x02";
     memset(long_name + 4, 'a', 129);

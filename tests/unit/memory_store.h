@@ -30,11 +30,11 @@ struct memory_store {
     struct memory_pair *pairs; /* sorted */
     size_t n_pairs, cap_pairs;
     /* What the test wants to go wrong or be so. */
-    unsigned conflicts;         /* so many commits fail their checks */
-    enum status read_status;    /* reads give this */
+    unsigned conflicts;      /* so many commits fail their checks */
+    enum status read_status; /* reads give this */
     enum store_liveness probe;
     void (*before_commit)(struct memory_store *m); /* called once before the next commit */
-    unsigned commits;           /* that went through */
+    unsigned commits;                              /* that went through */
 };
 
 static inline struct memory_store *memory_of(struct store *store)
@@ -220,7 +220,8 @@ static bool memory_check_holds(const struct memory_store *m, const struct store_
     const struct memory_pair *p = memory_find(m, c->key);
     switch (c->kind) {
     case STORE_CHECK_VALUE:
-        return p && p->value_len == c->value.len && memcmp(p->value, c->value.data, c->value.len) == 0;
+        return p && p->value_len == c->value.len &&
+               memcmp(p->value, c->value.data, c->value.len) == 0;
     case STORE_CHECK_ABSENT:
         return !p;
     case STORE_CHECK_EMPTY:

@@ -89,23 +89,25 @@ ROUND_TRIP(meta, meta_key, NARROW(format); WIDE(features.compat); WIDE(features.
            WIDE(features.incompat); BYTES(uuid); WIDE(created_ns))
 ROUND_TRIP(counter, meta_key, WIDE(next_branch))
 ROUND_TRIP(name, key_header, WIDE(branch))
-ROUND_TRIP(header, key_header, WIDE(features.compat); WIDE(features.ro_compat);
-           WIDE(features.incompat); rec.size = 512 * (1 + chance_below(&c, 1ull << 53));
-           rec.block_size = 4096u << chance_below(&c, 5); rec.codec = (uint8_t)chance_below(&c, 3);
-           rec.codec_level = (uint8_t)chance_below(&c, 20); rec.epoch = 1 + chance_wide(&c) / 2;
-           if (chance_below(&c, 2)) {
-               rec.parent_branch = 1 + chance_wide(&c) / 2;
-               rec.parent_epoch = 1 + chance_wide(&c) / 2;
-           };
-           WIDE(created_ns); TEXT(description))
+ROUND_TRIP(
+    header, key_header, WIDE(features.compat); WIDE(features.ro_compat); WIDE(features.incompat);
+    rec.size = 512 * (1 + chance_below(&c, 1ull << 53));
+    rec.block_size = 4096u << chance_below(&c, 5); rec.codec = (uint8_t)chance_below(&c, 3);
+    rec.codec_level = (uint8_t)chance_below(&c, 20); rec.epoch = 1 + chance_wide(&c) / 2;
+    if (chance_below(&c, 2)) {
+        rec.parent_branch = 1 + chance_wide(&c) / 2;
+        rec.parent_epoch = 1 + chance_wide(&c) / 2;
+    };
+    WIDE(created_ns); TEXT(description))
 ROUND_TRIP(owner, key_owner, WIDE(token); BYTES(session); WIDE(since_ns); NARROW(pid); TEXT(host);
            TEXT(address))
-ROUND_TRIP(state, key_state, WIDE(generation); WIDE(data_blocks); WIDE(trash_next);
-           rec.n_logs = (uint32_t)chance_below(&c, STATE_LOGS_MAX + 1);
-           for (uint32_t i = 0; i < rec.n_logs; i++) {
-               WIDE(logs[i].log_id);
-               WIDE(logs[i].applied_seq);
-           })
+ROUND_TRIP(
+    state, key_state, WIDE(generation); WIDE(data_blocks); WIDE(trash_next);
+    rec.n_logs = (uint32_t)chance_below(&c, STATE_LOGS_MAX + 1);
+    for (uint32_t i = 0; i < rec.n_logs; i++) {
+        WIDE(logs[i].log_id);
+        WIDE(logs[i].applied_seq);
+    })
 ROUND_TRIP(session, key_owner, rec.state = (uint8_t)(1 + chance_below(&c, 2)); WIDE(counter);
            NARROW(lease_ms); NARROW(pid); WIDE(started_ns); TEXT(host); TEXT(address))
 ROUND_TRIP(trash, key_removed, WIDE(epoch); rec.first_block = chance_wide(&c) / 2;
@@ -153,7 +155,8 @@ static void impossible_records_are_refused(void **state)
             h.parent_branch = 5;
         }
         size_t len = header_encode(&h, key_slice(&k), bytes);
-        assert_int_equal(header_decode(key_slice(&k), (struct slice){bytes, len}, &back), wrong == 0);
+        assert_int_equal(header_decode(key_slice(&k), (struct slice){bytes, len}, &back),
+                         wrong == 0);
     }
 
     uint64_t seed = hash64(k.bytes, k.len, 0);
@@ -167,13 +170,13 @@ static void impossible_records_are_refused(void **state)
     struct removed_record removed;
     struct counter_record counter;
     struct state_record st;
-    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 129, 0);       /* text too long */
-    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 'a');    /* text cut */
-    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 'a', 0); /* zero inside */
+    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 129, 0);         /* text too long */
+    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 'a');      /* text cut */
+    SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 'a', 0);   /* zero inside */
     SEALED(removed_decode, &removed, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 'a', 'b'); /* more behind */
-    SEALED(counter_decode, &counter, 2, 1, 0, 0, 0, 0, 0, 0, 0);               /* later version */
-    SEALED(state_decode, &st, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-           0, 17);
+    SEALED(counter_decode, &counter, 2, 1, 0, 0, 0, 0, 0, 0, 0);                 /* later version */
+    SEALED(state_decode, &st, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+           0, 0, 17);
 #undef SEALED
 }
 

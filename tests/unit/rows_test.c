@@ -77,8 +77,8 @@ static void rows_follow_a_plain_array(void **state)
             unsigned end = first + 1 + (unsigned)chance_below(&c, 8);
             for (unsigned i = first; i < end && i < INDEX_FANOUT; i++) {
                 struct plain want = {-1, branch, epoch};
-                bool same = model[i].fixed == -1 && model[i].branch == branch &&
-                            model[i].epoch == epoch;
+                bool same =
+                    model[i].fixed == -1 && model[i].branch == branch && model[i].epoch == epoch;
                 assert_int_equal(row1_set_data(&row, i, branch, epoch), !same);
                 model[i] = want;
             }
@@ -269,7 +269,8 @@ static void sealed_nonsense_is_refused_or_canonical(void **state)
     for (int i = 0; i < 40000; i++) {
         bool level_1 = chance_below(&c, 2) == 0;
         size_t len = (level_1 ? row1_encode(&row, key_slice(&k), good)
-                              : row2_encode(&row2, key_slice(&k), good)) - 8;
+                              : row2_encode(&row2, key_slice(&k), good)) -
+                     8;
         memcpy(bad, good, len);
         for (uint64_t n = 1 + chance_below(&c, 3); n > 0; n--)
             bad[chance_below(&c, len)] = (uint8_t)chance_u64(&c);

@@ -39,7 +39,7 @@ int fdatasync(int fd)
 }
 
 /* Writes the bytes and fails, as a write-through does whose disk then says no. */
-static ssize_t pwrite_double(int fd, const void *data, size_t len, off_t at)
+static ssize_t write_and_refuse(int fd, const void *data, size_t len, off_t at)
 {
     struct iovec iov = {(void *)(uintptr_t)data, len};
     const char *end = fail_sync_write_of;
@@ -52,14 +52,18 @@ static ssize_t pwrite_double(int fd, const void *data, size_t len, off_t at)
     return n;
 }
 
-ssize_t pwrite(int fd, const void *data, size_t len, off_t at)
+/* Labels, for the headers rename pwrite where file offsets have 64 bits. */
+ssize_t double_pwrite(int fd, const void *data, size_t len, off_t at) __asm__("pwrite");
+ssize_t double_pwrite64(int fd, const void *data, size_t len, off_t at) __asm__("pwrite64");
+
+ssize_t double_pwrite(int fd, const void *data, size_t len, off_t at)
 {
-    return pwrite_double(fd, data, len, at);
+    return write_and_refuse(fd, data, len, at);
 }
 
-ssize_t pwrite64(int fd, const void *data, size_t len, off64_t at)
+ssize_t double_pwrite64(int fd, const void *data, size_t len, off_t at)
 {
-    return pwrite_double(fd, data, len, at);
+    return write_and_refuse(fd, data, len, at);
 }
 
 static int begin(void **state)

@@ -1,0 +1,1327 @@
+/*
+ * The driver; driver.h says what it checks.
+ */
+#include "driver.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/hash.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "volume/internal.h"
+
+#define FLYING_MAX 40u
+#define HANG_STEPS 3000000u
+#define EXTENTS 16u
+
+enum request_kind { R_READ, R_WRITE, R_ZERO, R_TRIM, R_FLUSH, R_SYNC, R_STATUS, R_PREFETCH, R_RESIZE };
+
+struct request {
+    struct vol_io io;
+    struct list link; /* flying, ready, or shown */
+    struct drv *d;
+    enum request_kind kind;
+    uint64_t id;
+    uint8_t pattern;
+    bool zombie;  /* its process died: nothing it says counts */
+    bool buffers; /* a write that receives into buffers */
+    bool effective;
+    uint64_t effect;      /* index in the journal */
+    uint64_t journal_at;  /* a read, a status: effects before this one must show */
+    uint64_t answered_at; /* a flush: effects answered before it began */
+    uint8_t *snapshot;    /* a read: what must show */
+    uint64_t shown_hash;
+    bool waiting_zero;
+    bool alone; /* a status: nothing else was under way */
+    enum status *result; /* somebody waits for it */
+    bool *finished;
+    uint8_t *out;
+    struct vol_extent extents[EXTENTS];
+};
+
+/* --- chance and complaints ----------------------------------------------------------- */
+
+uint64_t drv_chance(struct drv *d)
+{
+    uint64_t z = d->chance += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+uint64_t drv_below(struct drv *d, uint64_t n)
+{
+    return n ? drv_chance(d) % n : 0;
+}
+
+bool drv_one_in(struct drv *d, uint64_t n)
+{
+    return drv_below(d, n) == 0;
+}
+
+void drv_violation(struct drv *d, const char *format, ...)
+{
+    va_list args;
+    if (d->violated)
+        return;
+    d->violated = true;
+    va_start(args, format);
+    vsnprintf(d->what, sizeof d->what, format, args);
+    va_end(args);
+    if (!d->quiet)
+        fprintf(stderr, "seed %llu: %s\n", (unsigned long long)d->c.seed, d->what);
+}
+
+/* --- contents ------------------------------------------------------------------------ */
+
+static uint64_t word(uint64_t id, uint64_t at)
+{
+    uint64_t z = id * 0x9e3779b97f4a7c15u + at * 0xd6e8feb86659fd93u;
+    z = (z ^ (z >> 32)) * 0xd6e8feb86659fd93u;
+    return z ^ (z >> 32);
+}
+
+void drv_fill(uint64_t id, uint8_t pattern, uint64_t off, uint64_t len, uint8_t *out)
+{
+    if (pattern == 1) {
+        memset(out, (int)(id % 255 + 1), len);
+        return;
+    }
+    if (pattern == 2) {
+        memset(out, 0, len);
+        return;
+    }
+    for (uint64_t i = 0; i < len;) {
+        uint64_t at = off + i, w = word(id, pattern == 3 ? at / 512 : at / 8);
+        uint8_t bytes[8];
+        memcpy(bytes, &w, 8);
+        for (unsigned k = at % 8; k < 8 && i < len; k++, i++)
+            out[i] = bytes[k];
+    }
+}
+
+static void effect_onto(const struct effect *e, uint64_t start, uint64_t len, uint8_t *bytes)
+{
+    uint64_t from = max_u64(e->off, start), to = min_u64(e->off + e->len, start + len);
+    if (from >= to)
+        return;
+    if (e->kind == EFFECT_WRITE)
+        drv_fill(e->id, e->pattern, from, to - from, bytes + (from - start));
+    else
+        memset(bytes + (from - start), 0, to - from);
+}
+
+static bool overlaps(const struct effect *e, uint64_t off, uint64_t len)
+{
+    return e->off < off + len && off < e->off + e->len;
+}
+
+static void mark_alloc(struct drv *d, const struct effect *e, bool hole)
+{
+    uint64_t bs = d->c.block_size;
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        struct region *r = &d->regions[i];
+        uint64_t from = max_u64(e->off, r->start), to = min_u64(e->off + e->len, r->start + r->len);
+        if (from >= to)
+            continue;
+        for (uint64_t b = from / bs; b * bs < to; b++) {
+            uint8_t *a = &r->alloc[b - r->start / bs];
+            bool whole = b * bs >= e->off && min_u64((b + 1) * bs, d->size) <= e->off + e->len;
+            if (e->kind == EFFECT_WRITE)
+                *a = ALLOC_DATA;
+            else if (whole)
+                *a = hole ? ALLOC_HOLE : ALLOC_DATA;
+            else if (*a != ALLOC_DATA)
+                *a = ALLOC_UNKNOWN;
+        }
+    }
+}
+
+/* A request took effect: into the array and the journal. */
+static void take_effect(struct drv *d, struct request *r)
+{
+    struct effect e = {.kind = r->kind == R_WRITE ? EFFECT_WRITE : EFFECT_ZERO,
+                       .off = r->io.offset,
+                       .len = r->io.length,
+                       .id = r->id,
+                       .pattern = r->pattern};
+    bool hole = r->kind == R_TRIM || !(r->io.flags & VOL_NO_HOLE);
+    if (r->kind == R_RESIZE) {
+        e.kind = EFFECT_RESIZE;
+        e.off = r->io.new_size;
+        e.len = d->size > e.off ? d->size - e.off : 0;
+        e.id = r->io.new_size;
+    }
+    mem_grow(&d->journal, &d->cap_journal, d->n_journal + 1, sizeof *d->journal);
+    d->journal[d->n_journal] = e;
+    r->effect = d->n_journal++;
+    r->effective = true;
+    r->waiting_zero = false;
+    if (e.len) {
+        mark_alloc(d, &e, hole);
+        for (unsigned i = 0; i < d->n_regions; i++)
+            effect_onto(&e, d->regions[i].start, d->regions[i].len, d->regions[i].now);
+    }
+    if (r->kind == R_RESIZE)
+        d->size = e.id;
+}
+
+/* Zeroes and trims that waited for room take effect somewhere inside a call or an event. The
+ * order among them makes no difference. */
+static void look_at_zeros(struct drv *d)
+{
+    list_for_each(l, &d->flying)
+    {
+        struct request *r = container_of(l, struct request, link);
+        if (r->waiting_zero && r->io.stage != IO_PARKED && r->io.stage != IO_WAITING)
+            take_effect(d, r);
+    }
+}
+
+/* --- reads --------------------------------------------------------------------------- */
+
+static struct region *region_of(struct drv *d, uint64_t off)
+{
+    for (unsigned i = 0; i < d->n_regions; i++)
+        if (off >= d->regions[i].start && off < d->regions[i].start + d->regions[i].len)
+            return &d->regions[i];
+    return NULL;
+}
+
+static void segs_copy(const struct vol_io *io, uint8_t *out)
+{
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < io->n_segs; i++) {
+        const struct vol_seg *s = &io->segs[i];
+        if (s->buf)
+            memcpy(out + at, s->buf->data + s->offset, s->len);
+        else
+            memset(out + at, 0, s->len);
+        at += s->len;
+    }
+    CHECK(at == io->length);
+}
+
+static bool process_uses_log(const struct drv *d)
+{
+    return shard_uses_log(d->p->shard);
+}
+
+/* Whether byte `at` of a read may have the value `got`: one that a later effect gave it. */
+static bool later_value(struct drv *d, const struct request *r, uint64_t at, uint8_t got)
+{
+    for (size_t j = d->n_journal; j > r->journal_at; j--) {
+        const struct effect *e = &d->journal[j - 1];
+        uint8_t byte = 0;
+        if (!overlaps(e, at, 1))
+            continue;
+        effect_onto(e, at, 1, &byte);
+        if (byte == got)
+            return true;
+    }
+    list_for_each(l, &d->flying)
+    {
+        const struct request *z = container_of(l, const struct request, link);
+        if (z->waiting_zero && got == 0 && z->io.offset <= at && at < z->io.offset + z->io.length)
+            return true;
+    }
+    return false;
+}
+
+/* On stores that answer at the commit: no piece of a write that is not answered. Long runs
+ * of random bytes can't be there by chance. */
+static void check_nothing_early(struct drv *d, struct request *r, const uint8_t *got)
+{
+    if (process_uses_log(d) || d->violated)
+        return;
+    for (size_t j = r->journal_at; j < d->n_journal; j++) {
+        const struct effect *e = &d->journal[j];
+        if (e->answered || e->kind != EFFECT_WRITE || e->pattern != 0 ||
+            !overlaps(e, r->io.offset, r->io.length))
+            continue;
+        uint64_t from = max_u64(e->off, r->io.offset);
+        uint64_t to = min_u64(e->off + e->len, r->io.offset + r->io.length);
+        uint8_t want[16];
+        for (uint64_t at = from; at + 16 <= to; at += 16) {
+            drv_fill(e->id, e->pattern, at, 16, want);
+            if (!memcmp(want, got + (at - r->io.offset), 16)) {
+                /* It may be answered later in this very step. */
+                d->suspects = d->journal[j].suspect = true;
+                return;
+            }
+        }
+    }
+}
+
+static void judge_suspects(struct drv *d)
+{
+    if (!d->suspects)
+        return;
+    d->suspects = false;
+    for (size_t j = 0; j < d->n_journal; j++) {
+        struct effect *e = &d->journal[j];
+        if (e->suspect && !e->answered)
+            drv_violation(d, "a read showed a write (%llu+%llu) that is not committed",
+                          (unsigned long long)e->off, (unsigned long long)e->len);
+        e->suspect = false;
+    }
+}
+
+static void check_read(struct drv *d, struct request *r)
+{
+    uint8_t *got = mem_alloc(r->io.length);
+    segs_copy(&r->io, got);
+    d->reads_checked++;
+    d->bytes_checked += r->io.length;
+    if (memcmp(got, r->snapshot, r->io.length) != 0)
+        for (uint64_t i = 0; i < r->io.length && !d->violated; i++)
+            if (got[i] != r->snapshot[i] && !later_value(d, r, r->io.offset + i, got[i])) {
+                uint64_t at = r->io.offset + i;
+                drv_violation(d,
+                              "a read of %llu+%llu shows %02x at %llu (byte %llu of block %llu) "
+                              "instead of %02x",
+                              (unsigned long long)r->io.offset, (unsigned long long)r->io.length,
+                              got[i], (unsigned long long)at,
+                              (unsigned long long)(at % d->c.block_size),
+                              (unsigned long long)(at / d->c.block_size), r->snapshot[i]);
+            }
+    check_nothing_early(d, r, got);
+    r->shown_hash = hash64(got, r->io.length, 0);
+    free(got);
+}
+
+static void request_free(struct request *r)
+{
+    free(r->io.segs);
+    free(r->snapshot);
+    free(r);
+}
+
+/* The reply was sent: what its buffers hold is still what was read. */
+static void unshow(struct drv *d, struct request *r)
+{
+    uint8_t *got = mem_alloc(r->io.length);
+    segs_copy(&r->io, got);
+    if (hash64(got, r->io.length, 0) != r->shown_hash)
+        drv_violation(d, "the buffers of a reply changed before it was sent (%llu+%llu)",
+                      (unsigned long long)r->io.offset, (unsigned long long)r->io.length);
+    free(got);
+    volume_release_segs(&r->io);
+    list_remove(&r->link);
+    request_free(r);
+}
+
+/* --- answers ------------------------------------------------------------------------- */
+
+static void check_status(struct drv *d, struct request *r)
+{
+    uint64_t at = r->io.offset, sum = 0;
+    uint64_t bs = d->c.block_size;
+    if (!r->io.n_extents) {
+        drv_violation(d, "a block status without an extent");
+        return;
+    }
+    for (uint32_t i = 0; i < r->io.n_extents; i++) {
+        const struct vol_extent *x = &r->io.extents[i];
+        if (!x->length || ((x->flags & VOL_EXTENT_HOLE) && !(x->flags & VOL_EXTENT_ZERO)))
+            drv_violation(d, "an extent that makes no sense");
+        for (unsigned k = 0; k < d->n_regions && r->alone; k++) {
+            struct region *g = &d->regions[k];
+            uint64_t from = max_u64(at, g->start), to = min_u64(at + x->length, g->start + g->len);
+            for (uint64_t b = from; b < to && !d->violated; b = (b / bs + 1) * bs) {
+                uint64_t end = min_u64((b / bs + 1) * bs, to);
+                uint8_t alloc = g->alloc[b / bs - g->start / bs];
+                if ((x->flags & VOL_EXTENT_ZERO) && !block_is_zero(g->now + (b - g->start), end - b))
+                    drv_violation(d, "the block status calls data at %llu zeros",
+                                  (unsigned long long)b);
+                if (alloc == ALLOC_HOLE && !(x->flags & VOL_EXTENT_HOLE))
+                    drv_violation(d, "the block status calls the hole at %llu data (flags %u)",
+                                  (unsigned long long)b, x->flags);
+                if (alloc == ALLOC_DATA && (x->flags & VOL_EXTENT_HOLE))
+                    drv_violation(d, "the block status calls what stands at %llu a hole",
+                                  (unsigned long long)b);
+            }
+        }
+        at += x->length;
+        sum += x->length;
+    }
+    if (sum > r->io.length)
+        drv_violation(d, "the block status is longer than what was asked");
+    if ((r->io.flags & VOL_REQ_ONE) && r->io.n_extents != 1)
+        drv_violation(d, "more than the one extent asked for");
+}
+
+static void answered_effect(struct drv *d, struct request *r)
+{
+    if (!r->effective)
+        take_effect(d, r);
+    d->journal[r->effect].answered = true;
+    d->answered = max_u64(d->answered, r->effect + 1);
+    if ((r->io.flags & VOL_FUA) || !process_uses_log(d) || r->kind == R_RESIZE)
+        d->durable = max_u64(d->durable, r->effect + 1);
+}
+
+static bool failure_allowed(struct drv *d, const struct request *r)
+{
+    if (d->c.faults && r->io.st == ST_IO) {
+        d->seen_io++;
+        return true;
+    }
+    if (d->c.expect_nospc && r->io.st == ST_NOSPC && (r->kind == R_WRITE || r->kind == R_ZERO)) {
+        d->seen_nospc++;
+        return true;
+    }
+    return false;
+}
+
+static void request_finish(struct request *r)
+{
+    struct drv *d = r->d;
+    list_remove(&r->link);
+    d->n_flying--;
+    if (r->result)
+        *r->result = r->io.st;
+    if (r->finished)
+        *r->finished = true;
+    request_free(r);
+}
+
+static void done(struct vol_io *io)
+{
+    struct request *r = container_of(io, struct request, io);
+    struct drv *d = r->d;
+    bool keep = false;
+    if (r->zombie) {
+        if (r->kind == R_READ && io->st == ST_OK)
+            volume_release_segs(io);
+        request_finish(r);
+        return;
+    }
+    if (io->st != ST_OK) {
+        if (!r->result && !failure_allowed(d, r))
+            drv_violation(d, "request %d of %llu+%llu failed: %s", (int)r->kind,
+                          (unsigned long long)io->offset, (unsigned long long)io->length,
+                          status_text(io->st));
+        if (r->kind == R_WRITE && r->effective && !r->result)
+            drv_violation(d, "a write that took effect was answered with an error");
+        request_finish(r);
+        return;
+    }
+    switch (r->kind) {
+    case R_READ:
+        if (r->out)
+            segs_copy(io, r->out);
+        else
+            check_read(d, r);
+        keep = !r->result && drv_one_in(d, 3);
+        if (!keep)
+            volume_release_segs(io);
+        break;
+    case R_WRITE:
+    case R_ZERO:
+    case R_TRIM:
+        answered_effect(d, r);
+        break;
+    case R_RESIZE:
+        answered_effect(d, r);
+        break;
+    case R_FLUSH:
+    case R_SYNC:
+        d->durable = max_u64(d->durable, r->answered_at);
+        break;
+    case R_STATUS:
+        check_status(d, r);
+        break;
+    case R_PREFETCH:
+        break;
+    }
+    if (keep) {
+        list_remove(&r->link);
+        d->n_flying--;
+        list_add_tail(&d->shown, &r->link);
+    } else {
+        request_finish(r);
+    }
+}
+
+/* --- writes -------------------------------------------------------------------------- */
+
+static void write_now(struct request *r)
+{
+    struct drv *d = r->d;
+    list_remove(&r->link);
+    list_add_tail(&d->flying, &r->link);
+    take_effect(d, r);
+    if (r->buffers) {
+        r->io.segs_cap = VOL_SEGS(r->io.length, d->c.block_size);
+        r->io.segs = mem_zalloc(r->io.segs_cap * sizeof *r->io.segs);
+        volume_write_buffers(d->p->vol, &r->io);
+        uint64_t at = r->io.offset;
+        for (uint32_t i = 0; i < r->io.n_segs; i++) {
+            const struct vol_seg *s = &r->io.segs[i];
+            drv_fill(r->id, r->pattern, at, s->len, s->buf->data + s->offset);
+            at += s->len;
+        }
+        volume_write_commit(d->p->vol, &r->io, NULL);
+    } else {
+        uint8_t *data = mem_alloc(r->io.length);
+        drv_fill(r->id, r->pattern, r->io.offset, r->io.length, data);
+        mem_grow(&d->inline_data, &d->cap_inline, d->n_inline + 1, sizeof *d->inline_data);
+        d->inline_data[d->n_inline++] = data;
+        volume_write_commit(d->p->vol, &r->io, data);
+    }
+}
+
+static void write_withdraw(struct request *r, struct volume *vol)
+{
+    struct drv *d = r->d;
+    volume_write_abort(vol, &r->io);
+    request_finish(r);
+    look_at_zeros(d);
+}
+
+static void granted(struct vol_io *io)
+{
+    struct request *r = container_of(io, struct request, io);
+    struct drv *d = r->d;
+    if (io->st != ST_OK) {
+        if (!r->zombie && !r->result && !failure_allowed(d, r))
+            drv_violation(d, "a write of %llu+%llu was refused: %s", (unsigned long long)io->offset,
+                          (unsigned long long)io->length, status_text(io->st));
+        request_finish(r);
+        return;
+    }
+    list_remove(&r->link);
+    list_add_tail(&d->ready, &r->link);
+}
+
+void drv_submit(struct drv *d)
+{
+    shard_submit(d->p->shard);
+    look_at_zeros(d);
+    judge_suspects(d);
+    for (size_t i = 0; i < d->n_inline; i++)
+        free(d->inline_data[i]);
+    d->n_inline = 0;
+}
+
+/* Some of the writes whose payload "has arrived", in any order. */
+static void write_some(struct drv *d, bool all)
+{
+    while (!list_empty(&d->ready) && (all || !drv_one_in(d, 4))) {
+        struct request *r = container_of(d->ready.next, struct request, link);
+        list_for_each(l, &d->ready)
+        {
+            if (drv_one_in(d, 3))
+                break;
+            r = container_of(l, struct request, link);
+        }
+        if (drv_one_in(d, 24) && !r->result)
+            write_withdraw(r, d->p->vol);
+        else
+            write_now(r);
+    }
+}
+
+/* --- random requests ----------------------------------------------------------------- */
+
+static struct request *request_new(struct drv *d, enum request_kind kind)
+{
+    struct request *r = mem_zalloc(sizeof *r);
+    r->d = d;
+    r->kind = kind;
+    r->id = ++d->next_id;
+    r->io.done = done;
+    r->io.granted = granted;
+    r->io.extents = r->extents;
+    list_add_tail(&d->flying, &r->link);
+    d->n_flying++;
+    d->requests++;
+    return r;
+}
+
+/* A place and a length in a region: small and at the edges of blocks more often than not. */
+static void choose(struct drv *d, uint64_t max, uint64_t *off, uint64_t *len)
+{
+    uint64_t bs = d->c.block_size;
+    struct region *g;
+    uint64_t end;
+    do {
+        g = &d->regions[drv_below(d, d->n_regions)];
+        end = min_u64(g->start + g->len, d->size);
+    } while (end <= g->start);
+    uint64_t room = end - g->start;
+    uint64_t window = drv_one_in(d, 2) ? min_u64(room, 24 * bs) : room;
+    uint64_t at = g->start + drv_below(d, window);
+    switch (drv_below(d, 5)) {
+    case 0:
+        break;
+    case 1:
+        at = at / 512 * 512;
+        break;
+    case 2:
+        at = at / bs * bs + drv_below(d, 9);
+        break;
+    default:
+        at = at / bs * bs;
+    }
+    uint64_t n;
+    switch (drv_below(d, 12)) {
+    case 0:
+        n = 1;
+        break;
+    case 1:
+    case 2:
+        n = 1 + drv_below(d, 700);
+        break;
+    case 3:
+    case 4:
+        n = 512 * (1 + drv_below(d, 40));
+        break;
+    case 5:
+        n = drv_one_in(d, 12) ? 1 + drv_below(d, max) : 1 + drv_below(d, 4 * bs);
+        break;
+    case 6:
+        n = drv_one_in(d, 12) ? max : (at / bs + 1) * bs - at;
+        break;
+    case 7:
+        n = bs - 1 + drv_below(d, 3);
+        break;
+    default:
+        n = bs * (1 + drv_below(d, 8));
+    }
+    if (at < g->start)
+        at = g->start;
+    if (at >= end)
+        at = end - 1;
+    n = min_u64(n, end - at);
+    *off = at;
+    *len = max_u64(1, min_u64(n, max));
+}
+
+static void start_read(struct drv *d, struct request *r)
+{
+    struct region *g = region_of(d, r->io.offset);
+    CHECK(g);
+    r->io.segs_cap = VOL_SEGS(r->io.length, d->c.block_size);
+    r->io.segs = mem_zalloc(r->io.segs_cap * sizeof *r->io.segs);
+    r->snapshot = mem_alloc(r->io.length);
+    memcpy(r->snapshot, g->now + (r->io.offset - g->start), r->io.length);
+    r->journal_at = d->n_journal;
+    if (volume_read(d->p->vol, &r->io))
+        done(&r->io);
+}
+
+static void start_zero(struct drv *d, struct request *r)
+{
+    r->waiting_zero = true;
+    if (r->kind == R_TRIM)
+        volume_trim(d->p->vol, &r->io);
+    else
+        volume_zero(d->p->vol, &r->io);
+    look_at_zeros(d);
+}
+
+/* Zeroes and trims may go over regions and what lies between them. */
+static void choose_span(struct drv *d, uint64_t *off, uint64_t *len)
+{
+    choose(d, 8u << 20, off, len);
+    uint64_t bs = d->c.block_size;
+    if (drv_one_in(d, 8))
+        *len = min_u64(d->size - *off, (1 + drv_below(d, 200)) * bs);
+    if (d->n_regions > 1 && drv_one_in(d, 4)) {
+        uint64_t o2, l2;
+        choose(d, 8u << 20, &o2, &l2);
+        uint64_t from = *off < o2 ? *off : o2, to = max_u64(*off + *len, o2 + l2);
+        if (drv_one_in(d, 8) || to - from < 1ull << 40) {
+            *off = from;
+            *len = to - from;
+        }
+    }
+    if (drv_one_in(d, 400)) {
+        *off = 0;
+        *len = d->size;
+    }
+}
+
+static void start_write(struct drv *d, struct request *r)
+{
+    static const uint8_t patterns[] = {0, 0, 0, 1, 1, 2, 3, 3};
+    r->pattern = patterns[drv_below(d, sizeof patterns)];
+    r->buffers = drv_one_in(d, 2);
+    if (drv_one_in(d, 16))
+        r->io.flags |= VOL_FUA;
+    if (volume_write_begin(d->p->vol, &r->io))
+        granted(&r->io);
+    look_at_zeros(d);
+}
+
+static bool nothing_flies(const struct drv *d)
+{
+    return !d->n_flying;
+}
+
+void drv_request(struct drv *d)
+{
+    static const uint8_t kinds[] = {R_READ,  R_READ,  R_READ, R_READ,  R_READ,  R_READ,
+                                    R_READ,  R_WRITE, R_WRITE, R_WRITE, R_WRITE, R_WRITE,
+                                    R_WRITE, R_WRITE, R_WRITE, R_ZERO,  R_TRIM,  R_FLUSH,
+                                    R_STATUS, R_PREFETCH};
+    if (d->n_flying >= FLYING_MAX)
+        return;
+    enum request_kind kind = kinds[drv_below(d, sizeof kinds)];
+    if (kind == R_STATUS && drv_one_in(d, 3))
+        drv_drain(d);
+    if (d->violated)
+        return;
+    bool alone = nothing_flies(d);
+    struct request *r = request_new(d, kind);
+    switch (kind) {
+    case R_READ:
+        choose(d, VOLUME_READ_BYTES_MAX, &r->io.offset, &r->io.length);
+        start_read(d, r);
+        break;
+    case R_WRITE:
+        choose(d, d->c.write_bytes_max ? d->c.write_bytes_max : VOLUME_PIECE_BYTES, &r->io.offset,
+               &r->io.length);
+        start_write(d, r);
+        break;
+    case R_ZERO:
+        choose_span(d, &r->io.offset, &r->io.length);
+        if (drv_one_in(d, 2))
+            r->io.flags |= VOL_NO_HOLE;
+        if (r->io.length > 64ull << 30)
+            r->io.flags &= ~(uint32_t)VOL_NO_HOLE;
+        if (drv_one_in(d, 16))
+            r->io.flags |= VOL_FUA;
+        start_zero(d, r);
+        break;
+    case R_TRIM:
+        choose_span(d, &r->io.offset, &r->io.length);
+        start_zero(d, r);
+        break;
+    case R_FLUSH:
+        r->answered_at = d->answered;
+        volume_flush(d->p->vol, &r->io);
+        break;
+    case R_STATUS:
+        choose_span(d, &r->io.offset, &r->io.length);
+        r->io.extents_cap = 1 + (uint32_t)drv_below(d, EXTENTS);
+        if (drv_one_in(d, 4))
+            r->io.flags |= VOL_REQ_ONE;
+        r->alone = alone;
+        volume_status(d->p->vol, &r->io);
+        if (alone) {
+            drv_submit(d);
+            drv_drain(d);
+        }
+        break;
+    case R_PREFETCH:
+        choose(d, 8u << 20, &r->io.offset, &r->io.length);
+        volume_prefetch(d->p->vol, &r->io);
+        break;
+    case R_SYNC:
+    case R_RESIZE:
+        break;
+    }
+}
+
+static bool step(struct drv *d)
+{
+    bool went = sim_step(d->sim);
+    look_at_zeros(d);
+    judge_suspects(d);
+    if (d->p && d->p->shard) {
+        uint64_t used = buf_pool_used(d->p->shard->pool);
+        if (used > d->c.cache_bytes + (8u << 20))
+            drv_violation(d, "%llu bytes in buffers with a budget of %llu", (unsigned long long)used,
+                          (unsigned long long)d->c.cache_bytes);
+    }
+    return went;
+}
+
+void drv_breathe(struct drv *d)
+{
+    uint64_t n = drv_one_in(d, 4) ? drv_below(d, 60) : drv_below(d, 8);
+    for (uint64_t i = 0; i < n && !d->violated; i++)
+        if (!step(d))
+            break;
+    list_for_each_safe(l, next, &d->shown)
+    {
+        if (drv_one_in(d, 3))
+            unshow(d, container_of(l, struct request, link));
+    }
+}
+
+static uint64_t random_size(struct drv *d)
+{
+    uint64_t max = d->regions[0].len;
+    return max_u64(512, (max - drv_below(d, drv_one_in(d, 2) ? max / 8 : max)) / 512 * 512);
+}
+
+void drv_steps(struct drv *d, uint64_t n)
+{
+    for (uint64_t i = 0; i < n && !d->violated; i++) {
+        uint64_t batch = 1 + drv_below(d, drv_one_in(d, 8) ? 12 : 3);
+        for (uint64_t k = 0; k < batch && !d->violated; k++, i++)
+            drv_request(d);
+        if (d->violated)
+            return;
+        write_some(d, false);
+        if (!drv_one_in(d, 12))
+            drv_submit(d);
+        drv_breathe(d);
+        if (d->c.resize && drv_one_in(d, 150) && drv_drain(d))
+            drv_resize(d, random_size(d));
+    }
+}
+
+bool drv_drain(struct drv *d)
+{
+    for (uint64_t i = 0; i < HANG_STEPS && !d->violated; i++) {
+        write_some(d, true);
+        drv_submit(d);
+        while (!list_empty(&d->shown))
+            unshow(d, container_of(d->shown.next, struct request, link));
+        if (nothing_flies(d))
+            return true;
+        if (!step(d) && list_empty(&d->ready) && !nothing_flies(d)) {
+            const struct request *r = container_of(d->flying.next, const struct request, link);
+            drv_violation(d, "a request (%d, %llu+%llu) is never answered", (int)r->kind,
+                          (unsigned long long)r->io.offset, (unsigned long long)r->io.length);
+        }
+    }
+    if (!d->violated)
+        drv_violation(d, "requests are not answered: it hangs");
+    return false;
+}
+
+/* --- one request to its end ---------------------------------------------------------- */
+
+static enum status run_one(struct drv *d, bool *finished, const enum status *st)
+{
+    for (uint64_t i = 0; i < HANG_STEPS && !*finished && !d->violated; i++) {
+        write_some(d, true);
+        drv_submit(d);
+        if (*finished)
+            break;
+        if (!step(d) && !*finished && list_empty(&d->ready))
+            drv_violation(d, "a request is never answered");
+    }
+    if (!*finished && !d->violated)
+        drv_violation(d, "a request is not answered: it hangs");
+    return *finished ? *st : ST_SHUTDOWN;
+}
+
+enum status drv_write(struct drv *d, uint64_t off, uint64_t len, uint32_t flags)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, R_WRITE);
+    r->result = &st;
+    r->finished = &finished;
+    r->io.offset = off;
+    r->io.length = len;
+    start_write(d, r);
+    if (!finished)
+        r->io.flags |= flags;
+    return run_one(d, &finished, &st);
+}
+
+enum status drv_zero(struct drv *d, uint64_t off, uint64_t len, bool trim, uint32_t flags)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, trim ? R_TRIM : R_ZERO);
+    r->result = &st;
+    r->finished = &finished;
+    r->io.offset = off;
+    r->io.length = len;
+    r->io.flags = flags;
+    start_zero(d, r);
+    return run_one(d, &finished, &st);
+}
+
+enum status drv_flush(struct drv *d)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, R_FLUSH);
+    r->result = &st;
+    r->finished = &finished;
+    r->answered_at = d->answered;
+    volume_flush(d->p->vol, &r->io);
+    return run_one(d, &finished, &st);
+}
+
+enum status drv_sync(struct drv *d)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, R_SYNC);
+    r->result = &st;
+    r->finished = &finished;
+    r->answered_at = d->answered;
+    volume_sync(d->p->vol, &r->io);
+    return run_one(d, &finished, &st);
+}
+
+enum status drv_resize(struct drv *d, uint64_t size)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, R_RESIZE);
+    r->result = &st;
+    r->finished = &finished;
+    r->io.new_size = size; /* the journal's entry is made when it is answered */
+    volume_resize(d->p->vol, &r->io, size, true);
+    run_one(d, &finished, &st);
+    if (finished && st == ST_OK && volume_size(d->p->vol) != size)
+        drv_violation(d, "the size is not what was asked for");
+    return st;
+}
+
+enum status drv_read(struct drv *d, uint64_t off, uint64_t len, uint8_t *out)
+{
+    enum status st = ST_OK;
+    bool finished = false;
+    struct request *r = request_new(d, R_READ);
+    r->result = &st;
+    r->finished = &finished;
+    r->out = out;
+    r->io.offset = off;
+    r->io.length = len;
+    r->io.segs_cap = VOL_SEGS(len, d->c.block_size);
+    r->io.segs = mem_zalloc(r->io.segs_cap * sizeof *r->io.segs);
+    if (volume_read(d->p->vol, &r->io))
+        done(&r->io);
+    return run_one(d, &finished, &st);
+}
+
+/* --- processes ----------------------------------------------------------------------- */
+
+static void opened(struct volume_open *op)
+{
+    container_of(op, struct process, open)->opened = true;
+}
+
+static bool is_opened(void *arg)
+{
+    return ((struct process *)arg)->opened;
+}
+
+static void closed(void *arg)
+{
+    ((struct process *)arg)->closed = true;
+}
+
+static bool is_closed(void *arg)
+{
+    return ((struct process *)arg)->closed;
+}
+
+static void lost(struct volume_watcher *w, const char *why)
+{
+    (void)why;
+    container_of(w, struct process, watcher)->lost = true;
+}
+
+bool process_open(struct drv *d, struct process *p)
+{
+    p->opened = p->closed = p->lost = false;
+    p->open = (struct volume_open){.branch = d->branch, .done = opened};
+    snprintf(p->open.name, sizeof p->open.name, "v");
+    volume_open(p->shard, &p->open);
+    if (!sim_run_until(p->env->sim, is_opened, p, HANG_STEPS))
+        drv_violation(d, "the volume does not open");
+    else if (p->open.st != ST_OK)
+        drv_violation(d, "the volume does not open: %s", p->open.err.text);
+    p->vol = p->open.vol;
+    if (!p->vol)
+        return false;
+    p->watcher.lost = lost;
+    volume_watch_loss(p->vol, &p->watcher);
+    return true;
+}
+
+struct process *process_start(struct drv *d)
+{
+    struct process *p = mem_zalloc(sizeof *p);
+    struct err e;
+    p->env = sim_env_new(d->sim);
+    p->store = mem_store_attach(d->db, p->env);
+    if (session_begin(&p->session, p->store, &p->env->base, sim_run_once, 3000, "test", &e) != ST_OK)
+        drv_violation(d, "no session: %s", e.text);
+    struct shard_config config = {.store = p->store,
+                                  .env = &p->env->base,
+                                  .session = &p->session,
+                                  .cache_bytes = d->c.cache_bytes,
+                                  .log_bytes = d->c.log_bytes,
+                                  .no_log = d->c.no_log,
+                                  .seal_age_ms = d->c.seal_age_ms};
+    if (shard_new(&config, &p->shard, &e) != ST_OK)
+        drv_violation(d, "no shard: %s", e.text);
+    return p;
+}
+
+void process_close(struct drv *d, struct process *p)
+{
+    if (!p->vol)
+        return;
+    volume_unwatch_loss(&p->watcher);
+    volume_close(p->vol, closed, p);
+    if (!sim_run_until(p->env->sim, is_closed, p, HANG_STEPS))
+        drv_violation(d, "the volume does not close");
+    p->vol = NULL;
+}
+
+static void process_free(struct drv *d, struct process *p)
+{
+    struct sim *own = p->env->sim == d->sim ? NULL : p->env->sim;
+    shard_free(p->shard);
+    if (!p->dead)
+        session_end(&p->session, &p->env->base, sim_run_once);
+    /* Work of worker threads and spurious events run out. */
+    if (own)
+        sim_run_idle(own, HANG_STEPS);
+    store_close(p->store);
+    sim_env_free(p->env);
+    if (own)
+        sim_free(own);
+    free(p);
+}
+
+void process_stop(struct drv *d, struct process *p)
+{
+    process_close(d, p);
+    process_free(d, p);
+}
+
+static bool no_zombies(void *arg)
+{
+    const struct drv *d = arg;
+    return !d->n_flying;
+}
+
+/* The process is dead. What is left of it in memory is taken apart in a world of its own by
+ * the code that also handles a lost volume. */
+static void bury(struct drv *d, struct process *p)
+{
+    struct sim *own = sim_env_detach(p->env);
+    list_for_each_safe(l, next, &d->shown)
+    {
+        struct request *r = container_of(l, struct request, link);
+        volume_release_segs(&r->io);
+        list_remove(&r->link);
+        request_free(r);
+    }
+    list_for_each(l, &d->flying)
+    {
+        container_of(l, struct request, link)->zombie = true;
+    }
+    list_for_each_safe(l, next, &d->ready)
+    {
+        struct request *r = container_of(l, struct request, link);
+        volume_write_abort(p->vol, &r->io);
+        request_finish(r);
+    }
+    list_for_each_safe(l, next, &d->flying)
+    {
+        struct request *r = container_of(l, struct request, link);
+        if (r->kind == R_WRITE && (r->io.stage == IO_WAITING || r->io.stage == IO_PARKED)) {
+            volume_write_abort(p->vol, &r->io);
+            request_finish(r);
+        }
+    }
+    shard_submit(p->shard);
+    for (size_t i = 0; i < d->n_inline; i++)
+        free(d->inline_data[i]);
+    d->n_inline = 0;
+    /* Writes in line may have been granted on the way. */
+    for (unsigned i = 0; i < 1000 && d->n_flying; i++) {
+        while (!list_empty(&d->ready)) {
+            struct request *r = container_of(d->ready.next, struct request, link);
+            volume_write_abort(p->vol, &r->io);
+            request_finish(r);
+        }
+        sim_run_until(own, no_zombies, d, 100000);
+    }
+    if (d->n_flying) {
+        const struct request *r = container_of(d->flying.next, const struct request, link);
+        drv_violation(d, "after the volume was lost a request (%d, stage %d) is never answered",
+                      (int)r->kind, r->io.stage);
+        return;
+    }
+    process_close(d, p);
+    if (!d->violated)
+        process_free(d, p);
+}
+
+void process_crash(struct drv *d, struct process *p)
+{
+    p->dead = true;
+    mem_store_crash_process(p->store);
+    bury(d, p);
+}
+
+/* --- the whole ----------------------------------------------------------------------- */
+
+static void finished_op(struct catalog_op *op)
+{
+    op->meta.created_ns = 1;
+}
+
+static bool op_is_finished(void *arg)
+{
+    return ((struct catalog_op *)arg)->meta.created_ns == 1;
+}
+
+static void make_volume(struct drv *d)
+{
+    struct sim_env *env = sim_env_new(d->sim);
+    struct store *store = mem_store_attach(d->db, env);
+    struct volume_spec spec = {
+        .name = "v", .size = d->c.size, .block_size = d->c.block_size, .codec = d->c.codec};
+    struct catalog_op op = {.done = finished_op};
+    catalog_create(&op, store, &env->base, &spec);
+    sim_run_until(d->sim, op_is_finished, &op, 1000);
+    CHECK(op.st == ST_OK);
+    catalog_op_free(&op);
+    op = (struct catalog_op){.done = finished_op};
+    catalog_find(&op, store, &env->base, "v");
+    sim_run_until(d->sim, op_is_finished, &op, 1000);
+    CHECK(op.st == ST_OK);
+    d->branch = op.entries[0].branch;
+    catalog_op_free(&op);
+    store_close(store);
+    sim_env_free(env);
+}
+
+static void make_regions(struct drv *d)
+{
+    uint64_t bs = d->c.block_size;
+    d->n_regions = d->c.n_regions ? d->c.n_regions : 1;
+    d->regions = mem_zalloc(d->n_regions * sizeof *d->regions);
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        struct region *r = &d->regions[i];
+        r->len = d->n_regions == 1 ? d->c.size : d->c.region_bytes / bs * bs;
+        if (d->n_regions > 1) {
+            uint64_t slot = d->c.size / d->n_regions;
+            r->start = i * slot / bs * bs;
+            /* The edges of index rows of both levels are where it goes wrong. */
+            uint64_t unit = drv_one_in(d, 2) ? bs << 10 : bs << 20;
+            uint64_t edge = (r->start + unit - 1) / unit * unit;
+            if (!drv_one_in(d, 4) && edge >= r->start + r->len / 2 && edge < r->start + slot - r->len)
+                r->start = edge - (drv_one_in(d, 2) ? r->len / 2 / bs * bs : 0);
+        }
+        r->now = mem_zalloc(r->len);
+        r->base = mem_zalloc(r->len);
+        r->alloc = mem_zalloc(r->len / bs + 2);
+    }
+}
+
+struct drv *drv_new(const struct drv_config *config)
+{
+    struct drv *d = mem_zalloc(sizeof *d);
+    d->c = *config;
+    if (!d->c.cache_bytes)
+        d->c.cache_bytes = VOLUME_CACHE_BYTES_MIN;
+    d->chance = config->seed;
+    d->sim = sim_new(config->seed);
+    d->db = mem_store_new(d->sim, &d->c.store);
+    d->size = d->base_size = config->size;
+    list_init(&d->flying);
+    list_init(&d->ready);
+    list_init(&d->shown);
+    log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
+    make_volume(d);
+    make_regions(d);
+    return d;
+}
+
+void drv_free(struct drv *d)
+{
+    struct mem_counts counts;
+    mem_store_counts(d->db, &counts);
+    if (counts.broken_promises)
+        drv_violation(d, "the store was not used as it says");
+    /* After a violation anything may be left over: memory is the least of it. */
+    if (d->violated)
+        return;
+    mem_store_free(d->db);
+    sim_free(d->sim);
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        free(d->regions[i].now);
+        free(d->regions[i].base);
+        free(d->regions[i].alloc);
+    }
+    free(d->regions);
+    free(d->journal);
+    free(d->inline_data);
+    free(d);
+}
+
+void drv_open(struct drv *d)
+{
+    d->p = process_start(d);
+    process_open(d, d->p);
+}
+
+void drv_close(struct drv *d)
+{
+    if (!drv_drain(d))
+        return;
+    process_stop(d, d->p);
+    d->p = NULL;
+}
+
+/* Everything up to here is in the store: the journal begins anew. */
+static void checkpoint(struct drv *d)
+{
+    for (unsigned i = 0; i < d->n_regions; i++)
+        memcpy(d->regions[i].base, d->regions[i].now, d->regions[i].len);
+    d->base_size = d->size;
+    d->n_journal = 0;
+    d->durable = d->answered = 0;
+}
+
+void drv_reopen(struct drv *d, bool new_process)
+{
+    if (!drv_drain(d))
+        return;
+    process_close(d, d->p);
+    if (d->violated)
+        return;
+    if (new_process) {
+        process_free(d, d->p);
+        d->p = process_start(d);
+    }
+    process_open(d, d->p);
+    checkpoint(d);
+}
+
+/* Reads all regions into `actual`. */
+static bool read_back(struct drv *d, uint8_t **actual)
+{
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        const struct region *r = &d->regions[i];
+        actual[i] = mem_zalloc(r->len);
+        uint64_t end = min_u64(r->start + r->len, volume_size(d->p->vol));
+        for (uint64_t at = r->start; at < end && !d->violated;) {
+            uint64_t n = min_u64(end - at, VOLUME_READ_BYTES_MAX);
+            enum status st = drv_read(d, at, n, actual[i] + (at - r->start));
+            if (st != ST_OK)
+                drv_violation(d, "%llu+%llu can't be read back: %s", (unsigned long long)at,
+                              (unsigned long long)n, status_text(st));
+            at += n;
+        }
+    }
+    return !d->violated;
+}
+
+void drv_verify_all(struct drv *d)
+{
+    uint8_t **actual = mem_zalloc(d->n_regions * sizeof *actual);
+    if (drv_drain(d) && read_back(d, actual))
+        for (unsigned i = 0; i < d->n_regions; i++) {
+            const struct region *r = &d->regions[i];
+            for (uint64_t k = 0; k < r->len && !d->violated; k++)
+                if (actual[i][k] != r->now[k])
+                    drv_violation(d, "byte %llu is %02x and should be %02x",
+                                  (unsigned long long)(r->start + k), actual[i][k], r->now[k]);
+        }
+    for (unsigned i = 0; i < d->n_regions; i++)
+        free(actual[i]);
+    free(actual);
+}
+
+static uint64_t mismatches(const uint8_t *a, const uint8_t *b, uint64_t len)
+{
+    uint64_t n = 0;
+    if (!memcmp(a, b, len))
+        return 0;
+    for (uint64_t i = 0; i < len; i++)
+        n += a[i] != b[i];
+    return n;
+}
+
+/* Finds the prefix of the journal that the volume now holds. */
+static void match_prefix(struct drv *d, uint8_t **actual, uint64_t at_least)
+{
+    uint64_t wrong = 0, size = d->base_size, actual_size = volume_size(d->p->vol);
+    uint64_t best = 0, best_wrong = UINT64_MAX;
+    size_t found = SIZE_MAX;
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        struct region *r = &d->regions[i];
+        memcpy(r->now, r->base, r->len);
+        wrong += mismatches(r->now, actual[i], r->len);
+    }
+    for (size_t k = 0;; k++) {
+        if (!wrong && size == actual_size && k >= at_least) {
+            found = k;
+            break;
+        }
+        if (wrong < best_wrong) {
+            best_wrong = wrong;
+            best = k;
+        }
+        if (k == d->n_journal)
+            break;
+        const struct effect *e = &d->journal[k];
+        for (unsigned i = 0; i < d->n_regions; i++) {
+            struct region *r = &d->regions[i];
+            uint64_t from = max_u64(e->off, r->start);
+            uint64_t to = min_u64(e->off + e->len, r->start + r->len);
+            if (from >= to)
+                continue;
+            uint64_t o = from - r->start;
+            wrong -= mismatches(r->now + o, actual[i] + o, to - from);
+            effect_onto(e, r->start, r->len, r->now);
+            wrong += mismatches(r->now + o, actual[i] + o, to - from);
+        }
+        if (e->kind == EFFECT_RESIZE)
+            size = e->id;
+    }
+    if (found == SIZE_MAX) {
+        drv_violation(d,
+                      "after a crash the volume is no prefix of the %zu effects that holds the "
+                      "first %llu: nearest to the first %llu, with %llu bytes wrong%s",
+                      d->n_journal, (unsigned long long)at_least, (unsigned long long)best,
+                      (unsigned long long)best_wrong,
+                      size == actual_size ? "" : "; another size");
+        return;
+    }
+    d->size = size;
+}
+
+void drv_recover(struct drv *d, bool power)
+{
+    uint8_t **actual = mem_zalloc(d->n_regions * sizeof *actual);
+    if (!d->p)
+        drv_open(d);
+    if (!d->violated && read_back(d, actual)) {
+        match_prefix(d, actual, power ? d->durable : d->answered);
+        checkpoint(d);
+        for (unsigned i = 0; i < d->n_regions; i++)
+            memset(d->regions[i].alloc, ALLOC_UNKNOWN,
+                   d->regions[i].len / d->c.block_size + 1);
+    }
+    for (unsigned i = 0; i < d->n_regions; i++)
+        free(actual[i]);
+    free(actual);
+}
+
+void drv_crash(struct drv *d, bool power)
+{
+    struct process *p = d->p;
+    p->dead = true;
+    mem_store_crash_process(p->store);
+    if (power)
+        mem_store_power_cut(d->db);
+    d->p = NULL;
+    bury(d, p);
+}

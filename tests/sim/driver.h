@@ -1,0 +1,145 @@
+/*
+ * A driver for one volume under simulation: random requests, and a plain array that says
+ * what the volume must hold.
+ *
+ * Effects are kept in a journal in the order in which the volume took them. While the
+ * process lives, a read must show the array as it was when the read was asked for, or,
+ * where later effects overlap it, one of the values since then. After a crash the whole
+ * volume is read back and must equal the array after some prefix of the journal (G2, G3),
+ * one that reaches as far as what was answered (G1).
+ *
+ * A volume larger than memory is looked at through regions: requests lie in them, but
+ * zeroes and trims may span any number of them.
+ */
+#ifndef TESTS_SIM_DRIVER_H
+#define TESTS_SIM_DRIVER_H
+
+#include "mem_store.h"
+#include "volume/catalog.h"
+#include "volume/session.h"
+#include "volume/volume.h"
+
+struct drv_config {
+    uint64_t seed;
+    uint64_t size; /* bytes, a multiple of 512 */
+    uint32_t block_size;
+    int codec;
+    uint64_t cache_bytes;
+    bool no_log; /* answer at the commit although the store has a log */
+    unsigned n_regions; /* 1: one from 0 to the end; more: spread over the volume */
+    uint64_t region_bytes;
+    uint64_t write_bytes_max; /* longest write; 0: 4 MiB */
+    uint64_t log_bytes;
+    uint32_t seal_age_ms;
+    bool resize;       /* sizes change now and then */
+    bool expect_nospc; /* writes may be refused; not checked against the array */
+    bool faults;       /* requests may fail with ST_IO */
+    struct mem_config store;
+};
+
+struct region {
+    uint64_t start, len;
+    uint8_t *now, *base; /* after all of the journal, and before it */
+    uint8_t *alloc;      /* per block: ALLOC_* */
+};
+
+enum { ALLOC_HOLE, ALLOC_DATA, ALLOC_UNKNOWN };
+
+enum effect_kind { EFFECT_WRITE, EFFECT_ZERO, EFFECT_RESIZE };
+
+struct effect {
+    enum effect_kind kind;
+    uint64_t off, len, id;
+    uint8_t pattern;
+    bool answered;
+    bool suspect; /* shown to a reader before it was answered */
+};
+
+/* One process: a handle of the store, a session, a shard, the volume. */
+struct process {
+    struct sim_env *env;
+    struct store *store;
+    struct session session;
+    struct shard *shard;
+    struct volume *vol;
+    struct volume_open open;
+    struct volume_watcher watcher;
+    bool opened, closed, lost, dead;
+};
+
+struct drv {
+    struct drv_config c;
+    struct sim *sim;
+    uint64_t chance; /* the driver's own, apart from the world's */
+    struct mem_store *db;
+    uint64_t branch, size, base_size;
+    struct process *p;
+    struct region *regions;
+    unsigned n_regions;
+    struct effect *journal;
+    size_t n_journal, cap_journal;
+    uint64_t next_id;
+    uint64_t durable;  /* effects that must survive the machine */
+    uint64_t answered; /* ... the process */
+    struct list flying; /* requests */
+    struct list ready;  /* writes that were granted and wait for their commit */
+    struct list shown;  /* answered reads whose buffers are still "being sent" */
+    uint8_t **inline_data;
+    size_t n_inline, cap_inline;
+    size_t n_flying;
+    bool suspects; /* some effect is one; judged after the step */
+    uint64_t seen_nospc, seen_io, reads_checked, bytes_checked, requests;
+    bool quiet;     /* violations are expected: no message */
+    bool violated;
+    char what[400]; /* the first violation */
+};
+
+struct drv *drv_new(const struct drv_config *config);
+void drv_free(struct drv *d);
+
+/* The medium and its world, without a volume: for tests with their own ideas. */
+uint64_t drv_chance(struct drv *d);
+uint64_t drv_below(struct drv *d, uint64_t n);
+bool drv_one_in(struct drv *d, uint64_t n);
+void drv_violation(struct drv *d, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* A process starts and opens the volume. */
+struct process *process_start(struct drv *d);
+/* Opens the volume in a process that has no volume open. */
+bool process_open(struct drv *d, struct process *p);
+/* Closes the volume and waits; then the process ends in good order. */
+void process_close(struct drv *d, struct process *p);
+void process_stop(struct drv *d, struct process *p);
+/* It dies. drv_bury() afterwards frees its remains. */
+void process_crash(struct drv *d, struct process *p);
+
+void drv_open(struct drv *d);  /* process_start into d->p */
+void drv_close(struct drv *d); /* drains, and ends d->p in good order */
+void drv_reopen(struct drv *d, bool new_process);
+
+/* Issues one random request; runs the world for a moment; both, many times. */
+void drv_request(struct drv *d);
+void drv_breathe(struct drv *d);
+void drv_steps(struct drv *d, uint64_t n);
+void drv_submit(struct drv *d);
+/* Waits until everything is answered; false (and a violation) where that does not come. */
+bool drv_drain(struct drv *d);
+
+/* The process dies, or the machine; the volume is opened by another one and compared. */
+void drv_crash(struct drv *d, bool power);
+void drv_recover(struct drv *d, bool power);
+/* Reads everything and compares with the array: nothing may be missing. */
+void drv_verify_all(struct drv *d);
+
+/* One request each, to its end. */
+enum status drv_write(struct drv *d, uint64_t off, uint64_t len, uint32_t flags);
+enum status drv_zero(struct drv *d, uint64_t off, uint64_t len, bool trim, uint32_t flags);
+enum status drv_flush(struct drv *d);
+enum status drv_sync(struct drv *d);
+enum status drv_resize(struct drv *d, uint64_t size);
+enum status drv_read(struct drv *d, uint64_t off, uint64_t len, uint8_t *out);
+
+/* The bytes a write puts at volume offset `off`. */
+void drv_fill(uint64_t id, uint8_t pattern, uint64_t off, uint64_t len, uint8_t *out);
+
+#endif
