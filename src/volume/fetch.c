@@ -96,6 +96,13 @@ static struct gen *must_commit_first(struct volume *vol, uint64_t first, uint64_
     return NULL;
 }
 
+static void wait_for_commit(struct volume *vol, struct gen *g, struct vol_io *io)
+{
+    list_add_tail(&g->waiters, &io->link);
+    if (g->stage == GEN_OPEN && !vol->gens_queued)
+        gen_seal(vol, false);
+}
+
 /* --- the way of cached blocks -------------------------------------------------------- */
 
 static void ahead_hit(struct volume *vol, struct blk *e);
@@ -204,9 +211,7 @@ static void read_begin(struct volume *vol, struct vol_io *io)
     uint64_t end = ((io->offset + io->length - 1) >> vol->block_shift) + 1;
     struct gen *g = must_commit_first(vol, first, end);
     if (g) {
-        list_add_tail(&g->waiters, &io->link);
-        if (g->stage == GEN_OPEN && !vol->gens_queued)
-            gen_seal(vol, false);
+        wait_for_commit(vol, g, io);
         return;
     }
     if (list_empty(&s->read_waiters) && fetch_try_grant(vol, io))
@@ -376,7 +381,9 @@ static void fetch_finish(struct fetch *f)
     struct vol_io *io = f->io;
     enum status st = vol->lost ? ST_PERM : ST_OK;
 
-    if (io && st == ST_OK && !segs_from_cache(vol, io))
+    /* Writes that came while it loaded must be committed before they are shown. */
+    struct gen *newer = io && st == ST_OK ? must_commit_first(vol, f->first, f->end) : NULL;
+    if (io && st == ST_OK && !newer && !segs_from_cache(vol, io))
         st = ST_IO;
     for (uint64_t i = 0; f->looked_up && i < f->end - f->first; i++) {
         struct blk *e = f->block[i].e;
@@ -388,7 +395,9 @@ static void fetch_finish(struct fetch *f)
     vol->fetches--;
     free(f->gets);
     free(f);
-    if (io && io->stage == IO_STARTING) {
+    if (newer) {
+        wait_for_commit(vol, newer, io);
+    } else if (io && io->stage == IO_STARTING) {
         /* Nothing had to be loaded after all: volume_read gives the answer itself. */
         io->stage = IO_FINISHED;
         io->st = st;

@@ -300,6 +300,11 @@ static bool range_rows(struct gen *g)
             g->scan_next = 0;
             continue;
         }
+        if (g->link.prev != &vol->gens) {
+            /* The rows that older generations change are not in the store yet. */
+            g->scan_waits = true;
+            return false;
+        }
         struct row2_read *r2 = mem_zalloc(sizeof *r2);
         r2->gen = g;
         key_row(&r2->begin, vol->branch, 2, from, 0);
@@ -618,6 +623,22 @@ static void clear_key(struct gen *g, const struct key *key)
 static uint8_t hole_kind(const struct volume *vol, uint8_t kind)
 {
     return kind == SOURCE_HOLE && !vol->header.parent_branch ? SOURCE_ABSENT : kind;
+}
+
+int built_range_over(const struct volume *vol, uint64_t row2)
+{
+    uint64_t first = row2 << (2 * INDEX_SHIFT), end = (row2 + 1) << (2 * INDEX_SHIFT);
+    if (!vol->n_ranges_uncommitted)
+        return -1;
+    for (struct list *l = vol->gens.prev; l != &vol->gens; l = l->prev) {
+        const struct gen *g = container_of(l, struct gen, link);
+        if (g->stage < GEN_BUILT)
+            continue;
+        for (size_t i = g->n_ranges; i > 0; i--)
+            if (g->ranges[i - 1].first <= first && end <= g->ranges[i - 1].end)
+                return hole_kind(vol, g->ranges[i - 1].kind);
+    }
+    return -1;
 }
 
 static void row_changed(struct gen *g, struct row_slot *r)
@@ -1093,8 +1114,13 @@ static void pipeline_step(struct volume *vol)
         struct gen *before =
             l->prev == &vol->gens ? NULL : container_of(l->prev, struct gen, link);
         switch (g->stage) {
-        case GEN_OPEN:
         case GEN_PREPARING:
+            if (g->scan_waits && !before) {
+                g->scan_waits = false;
+                prepare_step(g);
+            }
+            return;
+        case GEN_OPEN:
         case GEN_ENCODING:
             return;
         case GEN_SEALED:

@@ -229,6 +229,12 @@ static void load_start(struct row_slot *r, uint64_t epoch)
     load->slot = r;
     load->epoch = epoch;
     if (r->level == 2) {
+        /* What is stored may be older than a trim that is on its way. */
+        int kind = built_range_over(vol, r->no);
+        if (kind >= 0) {
+            r->overridden = true;
+            r->override = (uint8_t)kind;
+        }
         key_row(&load->key, vol->branch, 2, r->no, 0);
         key_row(&load->end, vol->branch, 2, r->no, vol->header.epoch + 1);
         load->range = (struct store_range){.begin = key_slice(&load->key),

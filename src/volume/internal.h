@@ -153,6 +153,7 @@ struct gen {
     struct gen_scan *scan; /* level-2 rows that a range covers whole */
     size_t n_scan, cap_scan;
     size_t scan_range;
+    bool scan_waits; /* for the generations before it to be committed */
     uint64_t scan_next;
     struct gen_encode *encodes;
     size_t encodes_left;
@@ -169,8 +170,8 @@ struct gen {
 
 /* The cached blocks of a volume, in lists by region, so that a trim of gigabytes looks at few
  * blocks outside of it. */
-#define ENTRY_LISTS 256u
-#define ENTRY_REGION_SHIFT 17u
+#define ENTRY_LISTS 1024u
+#define ENTRY_REGION_SHIFT 18u
 
 enum vol_ownership { VOL_UNOWNED, VOL_ACQUIRING, VOL_OWNED, VOL_RELEASING };
 
@@ -330,6 +331,9 @@ bool gen_empty(const struct gen *g);
 void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io);
 /* Takes it out again (a range covers it now). */
 void gen_untouch(struct volume *vol, struct blk *e);
+/* What the newest range that was built and is not committed makes of all blocks of a level-2
+ * row (a source), or -1. Only for a row that is not in memory: no other change is pending. */
+int built_range_over(const struct volume *vol, uint64_t row2);
 /* Whether nothing will come back to any generation; then, the volume being lost, they go. */
 bool gen_all_quiet(const struct volume *vol);
 void gen_free_all(struct volume *vol);

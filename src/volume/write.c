@@ -371,10 +371,14 @@ static void zero_range(struct volume *vol, uint64_t first, uint64_t end, bool ho
         list_for_each_safe(l, next, entries_of(vol, first + (i << ENTRY_REGION_SHIFT)))
         {
             struct blk *e = container_of(l, struct blk, in_vol);
-            if (e->no >= first && e->no < end) {
-                gen_untouch(vol, e);
+            if (e->no < first || e->no >= end)
+                continue;
+            gen_untouch(vol, e);
+            /* The range speaks for it from now on; only whoever is at work on it needs it. */
+            if (e->pins || e->fetching || !list_empty(&e->waiters))
                 zero_entry(e, hole);
-            }
+            else
+                blocks_drop(&vol->shard->blocks, e);
         }
     }
     struct gen *g = vol->open;

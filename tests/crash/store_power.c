@@ -76,13 +76,13 @@ static void record_answer(enum kind kind, uint64_t number)
 
 /* ---- the doubles ---- */
 
-/* The real calls. The labels below keep a double apart from what the headers make of its
+/* The real call `name` into the function pointer at `out`. The labels below keep a double apart from what the headers make of its
  * name where file offsets have 64 bits. */
-static void *real(const char *name)
+static void real(const char *name, void *out)
 {
     void *f = dlsym(RTLD_NEXT, name);
     CHECK(f);
-    return f;
+    memcpy(out, &f, sizeof f);
 }
 
 static void record_write(int fd, const struct iovec *iov, int n_iov, off_t at, ssize_t written)
@@ -107,8 +107,6 @@ static void record_write(int fd, const struct iovec *iov, int n_iov, off_t at, s
     pthread_mutex_unlock(&trace.lock);
 }
 
-typedef ssize_t (*vector_write)(int fd, const struct iovec *iov, int n, off_t at);
-
 ssize_t double_pwritev(int fd, const struct iovec *iov, int n, off_t at) __asm__("pwritev");
 ssize_t double_pwritev64(int fd, const struct iovec *iov, int n, off_t at) __asm__("pwritev64");
 ssize_t double_pwrite(int fd, const void *data, size_t len, off_t at) __asm__("pwrite");
@@ -120,7 +118,9 @@ int double_fallocate64(int fd, int mode, off_t at, off_t len) __asm__("fallocate
 
 ssize_t double_pwritev(int fd, const struct iovec *iov, int n, off_t at)
 {
-    ssize_t written = ((vector_write)real("pwritev"))(fd, iov, n, at);
+    ssize_t (*real_pwritev)(int, const struct iovec *, int, off_t);
+    real("pwritev", &real_pwritev);
+    ssize_t written = real_pwritev(fd, iov, n, at);
     record_write(fd, iov, n, at, written);
     return written;
 }
@@ -166,7 +166,9 @@ int double_fdatasync(int fd)
 
 int double_fallocate(int fd, int mode, off_t at, off_t len)
 {
-    int rc = ((int (*)(int, int, off_t, off_t))real("fallocate"))(fd, mode, at, len);
+    int (*real_fallocate)(int, int, off_t, off_t);
+    real("fallocate", &real_fallocate);
+    int rc = real_fallocate(fd, mode, at, len);
     int file = file_of(fd);
     if (rc == 0 && file >= 0 && mode == 0) {
         pthread_mutex_lock(&trace.lock);

@@ -95,7 +95,8 @@ struct drv {
 };
 
 struct drv *drv_new(const struct drv_config *config);
-void drv_free(struct drv *d);
+/* False where anything was violated (it was printed, unless `quiet`). */
+bool drv_free(struct drv *d);
 
 /* The medium and its world, without a volume: for tests with their own ideas. */
 uint64_t drv_chance(struct drv *d);

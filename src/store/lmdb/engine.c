@@ -103,7 +103,7 @@ static void adopt_by_name(const struct lm *lm, const char *name)
     if (fchownat(fd, "", lm->uid, lm->gid, AT_EMPTY_PATH) < 0)
         (void)!fchownat(fd, "", (uid_t)-1, lm->gid, AT_EMPTY_PATH);
     close(fd);
-    (void)fchmodat(lm->dir_fd, name, lm->mode, 0);
+    (void)!fchmodat(lm->dir_fd, name, lm->mode, 0);
 }
 
 static int env_try(struct lm *lm, size_t map_bytes)

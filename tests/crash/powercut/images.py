@@ -1,0 +1,484 @@
+"""Folders as a disk could hold them after the power went, from powercut.c's journal.
+
+A cut at time T knows:
+ - a change that a returned sync covers (it had returned before that sync began), or
+   that was made through an O_DSYNC file and had returned, is there;
+ - any other change that had begun may be there, in whole, in part, or not at all;
+ - nothing that began later is there.
+
+Parts are sectors of 512 bytes, or pages of 4096: each keeps one of its versions, the
+durable one or that after any later change to it, since a page in memory holds all
+changes up to its writing. The size of a file keeps one of its versions likewise. A
+truncation counts from the moment a size that came after it counts, as file systems
+order the two.
+
+Creating, renaming and removing files is durable at once: the store's own care for
+folders (fsync of a folder) is not tested here.
+"""
+
+import bisect
+import os
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECORD = struct.Struct("<LBBHLLQQQQQ")
+MAGIC = 0x54554350
+(FILE_SEEN, WRITE, TRUNCATE, ALLOCATE, SYNC, DONE, RENAME, REMOVE, MAPPED, MAKE_FOLDER,
+ UNSOUND) = range(1, 12)
+DURABLE, ZEROS, EVERYTHING = 1, 2, 4
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
+SECTOR, PAGE = 512, 4096
+NEVER = 1 << 62
+
+# LMDB's reader table is shared memory that happens to have a name; it is made anew
+# when nobody has it open.
+MAPPED_ALLOWED = ("lock.mdb", "-lock")
+
+
+class Unsound(AssertionError):
+    """The journal does not tell everything that happened to the files."""
+
+
+@dataclass
+class Record:
+    kind: int
+    flags: int
+    file: int
+    extra: int
+    begun_ns: int
+    ended_ns: int
+    offset: int
+    length: int
+    data: memoryview
+    position: int
+
+    @property
+    def at_ns(self):
+        return self.ended_ns if self.kind == DONE else self.begun_ns
+
+
+def read_trace(path):
+    raw = memoryview(Path(path).read_bytes())
+    records, at = [], 0
+    while at + RECORD.size <= len(raw):
+        magic, kind, flags, _, file, extra, begun, ended, offset, length, n = \
+            RECORD.unpack_from(raw, at)
+        if magic != MAGIC:
+            raise Unsound(f"no record at {at} of the trace")
+        if at + RECORD.size + n > len(raw):
+            break               # the process was killed while it wrote this one
+        at += RECORD.size
+        records.append(Record(kind, flags, file, extra, begun, ended, offset, length,
+                              raw[at:at + n], len(records)))
+        at += n
+    return records
+
+
+@dataclass(eq=False)
+class Change:
+    """Bytes that became other bytes, or a size that became another."""
+    position: int
+    offset: int
+    length: int
+    data: memoryview = None         # None: zeros
+    size: int = None                # new size of the file, if it changed
+    truncates: bool = False
+    returned: int = NEVER           # position in the journal from which a sync covers it
+    settled: list = field(default_factory=list)     # ranges already in the durable state
+
+    def pieces(self, low, high):
+        """(offset, data) inside low..high, but for what is settled."""
+        parts = [(max(self.offset, low), min(self.offset + self.length, high))]
+        for a, b in self.settled:
+            parts = [q for x, y in parts for q in ((x, min(y, a)), (max(x, b), y)) if q[0] < q[1]]
+        for a, b in parts:
+            if a < b:
+                yield a, b, (None if self.data is None
+                             else self.data[a - self.offset:b - self.offset])
+
+
+class File:
+    """One file: what is durable of it, and what was changed since."""
+
+    def __init__(self, content=b""):
+        self.state = bytearray(content)     # may be longer than size: never shorter
+        self.size = len(content)
+        self.now_size = self.size
+        self.pages = set()
+        self.pending = []
+        self.mapped = False
+        zero = bytes(PAGE)
+        for p in range(0, len(content), PAGE):
+            if content[p:p + PAGE] != zero[:len(content) - p]:
+                self.pages.add(p // PAGE)
+
+    def _put(self, a, b, data):
+        if b > len(self.state):
+            self.state.extend(bytes(b - len(self.state)))
+        if data is None:
+            self.state[a:b] = bytes(b - a)
+        else:
+            self.state[a:b] = data
+            self.pages.update(range(a // PAGE, (b - 1) // PAGE + 1))
+
+    def _zero(self, a, b):
+        """Zeros only where there may be anything else; such ranges can be very long."""
+        first, last = a // PAGE, (b - 1) // PAGE
+        if last - first > len(self.pages):
+            touched = [p for p in self.pages if first <= p <= last]
+        else:
+            touched = [p for p in range(first, last + 1) if p in self.pages]
+        for p in touched:
+            x, y = max(a, p * PAGE), min(b, (p + 1) * PAGE, len(self.state))
+            if x < y:
+                self.state[x:y] = bytes(y - x)
+
+    def settle(self, changes):
+        """These are durable now; later ones than others that share their sectors carry
+        those along."""
+        chosen = set(map(id, changes))
+        left = []
+        for change in self.pending:
+            if id(change) not in chosen:
+                left.append(change)
+                continue
+            low = change.offset // SECTOR * SECTOR
+            high = -(-(change.offset + change.length) // SECTOR) * SECTOR
+            for earlier in left:
+                if change.length and earlier.offset < high \
+                        and low < earlier.offset + earlier.length:
+                    for a, b, data in list(earlier.pieces(low, high)):
+                        self._put(a, b, data)
+                    earlier.settled.append((low, high))
+            for a, b, data in list(change.pieces(0, NEVER)):
+                if data is None:
+                    self._zero(a, b)
+                else:
+                    self._put(a, b, data)
+            if change.size is not None:
+                self.size = change.size
+                if change.truncates:
+                    self._zero(change.size, max(len(self.state), change.size + 1))
+        self.pending = left
+
+    # -- one possible content ----------------------------------------------
+
+    def versions(self):
+        """sector -> changes that touch it, in order; zeros over zeros are left out."""
+        touched = {}
+        for change in self.pending:
+            if change.truncates or not change.length:
+                continue
+            first = change.offset // SECTOR
+            last = (change.offset + change.length - 1) // SECTOR
+            if change.data is None:
+                sectors = [s for s in self._sectors_with_content(first, last, touched)]
+            else:
+                sectors = range(first, last + 1)
+            for s in sectors:
+                touched.setdefault(s, []).append(change)
+        return touched
+
+    def _sectors_with_content(self, first, last, touched):
+        per = PAGE // SECTOR
+        if last - first > len(self.pages) * per + len(touched):
+            found = {s for p in self.pages for s in range(p * per, (p + 1) * per)
+                     if first <= s <= last}
+            found.update(s for s in touched if first <= s <= last)
+            return found
+        return [s for s in range(first, last + 1) if s // per in self.pages or s in touched]
+
+    def choose(self, rng, mode):
+        """(size, [(offset, data)...]): one of the contents a cut can leave."""
+        if mode == "none" or not self.pending:
+            return self.size, []
+        if mode == "all":
+            out = []
+            for change in self.pending:
+                if change.truncates:
+                    out.append((change.size, None, NEVER))
+                for a, b, data in change.pieces(0, NEVER):
+                    out.append((a, data, b - a))
+            return self.now_size, out
+        sizes = [(-1, self.size)] + [(c.position, c.size) for c in self.pending
+                                     if c.size is not None]
+        touched = self.versions()
+        limit = None
+        if mode == "prefix":
+            limit = rng.randrange(len(self.pending) + 1)
+            cut = self.pending[limit].position if limit < len(self.pending) else NEVER
+            size_position, size = [s for s in sizes if s[0] < cut][-1]
+
+            def version(sector, changes):
+                k = bisect.bisect_left([c.position for c in changes], cut)
+                # The change at the cut itself may be torn.
+                if k < len(changes) and changes[k].position == cut and rng.random() < 0.5:
+                    k += 1
+                return k
+        else:
+            size_position, size = rng.choice(sizes) if rng.random() < 0.5 else sizes[-1]
+            if mode == "sectors":
+                p = rng.choice([0.1, 0.5, 0.9, 0.99])
+
+                def version(sector, changes):
+                    return len(changes) if rng.random() < p else rng.randrange(len(changes) + 1)
+            elif mode == "pages":
+                cuts = {}
+
+                def version(sector, changes):
+                    page = sector * SECTOR // PAGE
+                    if page not in cuts:
+                        cuts[page] = rng.choice(
+                            [-1, NEVER, self.pending[rng.randrange(len(self.pending))].position])
+                    return bisect.bisect_right([c.position for c in changes], cuts[page])
+            else:
+                if mode == "changes":
+                    p = rng.choice([0.1, 0.5, 0.9])
+                    kept = {id(c) for c in self.pending if rng.random() < p}
+                elif mode == "one missing":
+                    kept = {id(c) for c in self.pending} - {id(rng.choice(self.pending))}
+                elif mode == "only one":
+                    kept = {id(rng.choice(self.pending))}
+                elif mode == "suffix":
+                    kept = {id(c) for c in self.pending[rng.randrange(len(self.pending)):]}
+                else:
+                    raise ValueError(mode)
+
+                def version(sector, changes):
+                    for k in range(len(changes), 0, -1):
+                        if id(changes[k - 1]) in kept:
+                            return k
+                    return 0
+        out = []
+        for change in self.pending:
+            if change.truncates and change.position <= size_position:
+                out.append((change.size, None, NEVER))
+        floor = max([c.position for c in self.pending
+                     if c.truncates and c.position <= size_position], default=-1)
+        for sector, changes in touched.items():
+            k = version(sector, changes)
+            if k == 0:
+                continue
+            low, high = sector * SECTOR, (sector + 1) * SECTOR
+            content = bytearray(self.state[low:high])
+            content.extend(bytes(SECTOR - len(content)))
+            for change in changes[:k]:
+                # Behind a truncation that counts, what it removed stays removed.
+                if change.position < floor:
+                    continue
+                for a, b, data in change.pieces(low, high):
+                    content[a - low:b - low] = bytes(b - a) if data is None else data
+            out.append((low, content, SECTOR))
+        return size, out
+
+    def write(self, path, size, changes):
+        """Writes the durable state with changes over it; zeros stay holes."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.ftruncate(fd, max(size, len(self.state)))
+            view = memoryview(self.state)
+            pages = sorted(self.pages)
+            i = 0
+            while i < len(pages):
+                j = i
+                while j + 1 < len(pages) and pages[j + 1] == pages[j] + 1:
+                    j += 1
+                _pwrite(fd, view[pages[i] * PAGE:(pages[j] + 1) * PAGE], pages[i] * PAGE)
+                i = j + 1
+            view.release()
+            end = max(size, len(self.state))
+            for offset, data, length in changes:
+                if data is not None:
+                    _pwrite(fd, data, offset)
+                    end = max(end, offset + length)
+                else:
+                    _zero_file(fd, offset, min(length, max(end - offset, 0)), end)
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+
+def _pwrite(fd, data, offset):
+    while len(data):
+        n = os.pwrite(fd, data, offset)
+        data, offset = data[n:], offset + n
+
+
+def _zero_file(fd, offset, length, end):
+    if length <= 0:
+        return
+    if offset + length >= end:
+        # To the end: cutting it off and on again is the quickest way to zeros.
+        os.ftruncate(fd, offset)
+        os.ftruncate(fd, end)
+        return
+    zeros = bytes(min(length, 1 << 20))
+    while length > 0:
+        n = os.pwrite(fd, zeros[:min(length, len(zeros))], offset)
+        length, offset = length - n, offset + n
+
+
+MODES = ["all", "none", "prefix", "sectors", "pages", "changes", "one missing", "only one",
+         "suffix"]
+
+
+class Disk:
+    """The folder as it went through time; advance() only goes forward."""
+
+    def __init__(self, base, trace):
+        self.base = Path(base)
+        self.records = read_trace(trace) if not isinstance(trace, list) else trace
+        self.next = 0
+        self.files = {}
+        self.syncs = {}             # number -> position at which it began
+        self.durable = {}           # number -> (file, change) under way
+        # name -> number of the file, or the path in base it still is
+        self.names = {}
+        self.folders = set()
+        for path in sorted(self.base.rglob("*")):
+            name = str(path.relative_to(self.base))
+            if path.is_dir():
+                self.folders.add(name)
+            elif path.is_file():
+                self.names[name] = path
+
+    def times(self):
+        """Moments worth a cut: just after something was recorded, and just before."""
+        out = set()
+        for r in self.records:
+            out.update((r.at_ns, r.at_ns - 1, r.ended_ns))
+        return sorted(out)
+
+    def advance(self, time_ns):
+        while self.next < len(self.records) and self.records[self.next].at_ns <= time_ns:
+            self._take(self.records[self.next])
+            self.next += 1
+
+    def _take(self, r):
+        if r.kind == FILE_SEEN:
+            name = bytes(r.data).decode()
+            origin = self.names.get(name)
+            if isinstance(origin, Path):
+                self.files[r.file] = File(origin.read_bytes())
+            elif r.length and not name.endswith(MAPPED_ALLOWED):
+                raise Unsound(f"{name} has {r.length} bytes that nobody wrote")
+            else:
+                self.files[r.file] = File()
+            self.names[name] = r.file
+        elif r.kind == RENAME:
+            old, new = bytes(r.data).decode().split("\0")
+            if not old or not new:
+                raise Unsound(f"a file came or went: {old} -> {new}")
+            for name in [n for n in self.names if n == old or n.startswith(old + "/")]:
+                self.names[new + name[len(old):]] = self.names.pop(name)
+            for name in [n for n in self.folders if n == old or n.startswith(old + "/")]:
+                self.folders.remove(name)
+                self.folders.add(new + name[len(old):])
+        elif r.kind == REMOVE:
+            name = bytes(r.data).decode()
+            self.names.pop(name, None)
+            self.folders.discard(name)
+        elif r.kind == MAKE_FOLDER:
+            self.folders.add(bytes(r.data).decode())
+        elif r.kind == MAPPED:
+            name = self.name_of(r.file)
+            self.files[r.file].mapped = True
+            if name and not name.endswith(MAPPED_ALLOWED):
+                raise Unsound(f"{name} is written through a shared mapping")
+        elif r.kind == UNSOUND:
+            raise Unsound(bytes(r.data).decode(errors="replace"))
+        elif r.kind == SYNC:
+            self.syncs[r.extra] = r.position
+        elif r.kind == DONE:
+            self._done(r)
+        else:
+            self._change(r)
+
+    def name_of(self, number):
+        return next((n for n, f in self.names.items() if f == number), None)
+
+    def _change(self, r):
+        file = self.files[r.file]
+        if r.kind == WRITE:
+            change = Change(r.position, r.offset, r.length,
+                            None if r.flags & ZEROS else r.data)
+            end = r.offset + r.length
+            if end > file.now_size:
+                file.now_size = change.size = end
+        elif r.kind == TRUNCATE:
+            change = Change(r.position, r.length, 0, size=r.length,
+                            truncates=r.length < file.now_size)
+            file.now_size = r.length
+        else:
+            mode = r.extra
+            if mode & ~(KEEP_SIZE | PUNCH_HOLE | ZERO_RANGE):
+                raise Unsound(f"fallocate mode {mode}")
+            zeroed = mode & (PUNCH_HOLE | ZERO_RANGE)
+            change = Change(r.position, r.offset, r.length if zeroed else 0)
+            if not mode & KEEP_SIZE and r.offset + r.length > file.now_size:
+                file.now_size = change.size = r.offset + r.length
+        file.pending.append(change)
+        if r.kind == WRITE and r.flags & DURABLE:
+            self.durable[r.extra] = (file, change)
+        else:
+            change.returned = r.position
+
+    def _done(self, r):
+        if r.extra in self.durable:
+            file, change = self.durable.pop(r.extra)
+            change.returned = r.position
+            file.settle([change])
+            return
+        began = self.syncs[r.extra]
+        for number, file in self.files.items():
+            if r.flags & EVERYTHING or number == r.file:
+                file.settle([c for c in file.pending if c.returned < began])
+
+    def pending_bytes(self):
+        return sum(c.length for f in self.files.values() for c in f.pending)
+
+    def build(self, folder, rng, mode=None):
+        """Makes folder as it could be if the power went now; gives a word on how."""
+        folder = Path(folder)
+        folder.mkdir(parents=True)
+        for name in sorted(self.folders):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        mode = mode or rng.choice(MODES)
+        mixed = mode not in ("all", "none") and rng.random() < 0.3
+        told = []
+        for name, what in self.names.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(what, Path):
+                subprocess.run(["cp", "--sparse=always", what, path], check=True)
+                continue
+            file = self.files[what]
+            chosen = rng.choice(MODES) if mixed else mode
+            size, changes = file.choose(rng, chosen)
+            file.write(path, size, changes)
+            if file.pending:
+                told.append(f"{name}: {chosen}, {len(file.pending)} open")
+        return "; ".join(told) or "everything was durable"
+
+
+def check_complete(base, trace, live, rng, scratch):
+    """With every change applied, the journal gives the very files that are there.
+
+    If not, something got past the shim, and no cut would mean anything.
+    """
+    disk = Disk(base, trace)
+    disk.advance(NEVER)
+    disk.build(scratch, rng, "all")
+    live, scratch = Path(live), Path(scratch)
+    for name, what in disk.names.items():
+        if name.endswith(MAPPED_ALLOWED) or (not isinstance(what, Path)
+                                             and disk.files[what].mapped):
+            continue
+        done = subprocess.run(["cmp", live / name, scratch / name], capture_output=True, text=True)
+        if done.returncode:
+            raise Unsound(f"{name} is not what its journal says: {done.stdout}{done.stderr}")
+    there = {str(p.relative_to(live)) for p in live.rglob("*") if p.is_file()}
+    if there != set(disk.names):
+        raise Unsound(f"files {sorted(there ^ set(disk.names))} came or went unseen")
