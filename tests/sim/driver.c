@@ -141,6 +141,24 @@ static void mark_alloc(struct drv *d, const struct effect *e, bool hole)
     }
 }
 
+/* For a person who replays a seed: TRACE_AT=byte prints what happens to that byte. */
+static void trace(const struct drv *d, uint64_t off, uint64_t len, const char *what, uint64_t id)
+{
+    static bool asked, wanted;
+    static uint64_t at;
+    if (!asked) {
+        const char *text = getenv("TRACE_AT");
+        asked = true;
+        wanted = text != NULL;
+        at = text ? strtoull(text, NULL, 0) : 0;
+    }
+    if (wanted && off <= at && at < off + len)
+        fprintf(stderr, "%12llu ns: %s %llu: %llu+%llu (block %llu of %llu bytes)\n",
+                (unsigned long long)sim_now_ns(d->sim), what, (unsigned long long)id,
+                (unsigned long long)off, (unsigned long long)len,
+                (unsigned long long)(at / d->c.block_size), (unsigned long long)d->c.block_size);
+}
+
 /* A request took effect: into the array and the journal. */
 static void take_effect(struct drv *d, struct request *r)
 {
@@ -161,6 +179,7 @@ static void take_effect(struct drv *d, struct request *r)
     r->effect = d->n_journal++;
     r->effective = true;
     r->waiting_zero = false;
+    trace(d, e.off, e.len, e.kind == EFFECT_WRITE ? "write" : hole ? "trim" : "zero", r->id);
     if (e.len) {
         mark_alloc(d, &e, hole);
         for (unsigned i = 0; i < d->n_regions; i++)
@@ -275,6 +294,7 @@ static void check_read(struct drv *d, struct request *r)
 {
     uint8_t *got = mem_alloc(r->io.length);
     segs_copy(&r->io, got);
+    trace(d, r->io.offset, r->io.length, "read", r->id);
     d->reads_checked++;
     d->bytes_checked += r->io.length;
     if (memcmp(got, r->snapshot, r->io.length) != 0)
@@ -360,6 +380,7 @@ static void answered_effect(struct drv *d, struct request *r)
     if (!r->effective)
         take_effect(d, r);
     d->journal[r->effect].answered = true;
+    trace(d, r->io.offset, r->io.length, "answered", r->id);
     d->answered = max_u64(d->answered, r->effect + 1);
     if ((r->io.flags & VOL_FUA) || !process_uses_log(d) || r->kind == R_RESIZE)
         d->durable = max_u64(d->durable, r->effect + 1);
@@ -1151,7 +1172,7 @@ bool drv_free(struct drv *d)
         drv_violation(d, "the store was not used as it says");
     /* After a violation anything may be left over: memory is the least of it. */
     if (d->violated) {
-        static struct drv *abandoned[64];
+        static struct drv *volatile abandoned[64];
         static unsigned n;
         abandoned[n++ % 64] = d;
         return false;
@@ -1207,6 +1228,7 @@ void drv_reopen(struct drv *d, bool new_process)
     }
     process_open(d, d->p);
     checkpoint(d);
+    trace(d, 0, d->size, "reopened", new_process);
 }
 
 /* Reads all regions into `actual`. */

@@ -1,0 +1,236 @@
+"""A write load that remembers what it sent and what was answered.
+
+Every write carries bytes that only it could have written, at every place
+(content()), so that whatever is found on a volume afterwards can be traced to the
+request it came from; history.py judges it. Over simple replies, on several
+connections, with several requests in flight on each.
+"""
+
+import random
+import select
+import socket
+import struct
+import time
+from dataclasses import dataclass
+
+from . import rawnbd
+from .rawnbd import CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, FLAG_FUA, FLAG_NO_HOLE
+
+PAGE = 4096
+WRITE, ZERO, TRIM, FLUSH = CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM, CMD_FLUSH
+
+
+@dataclass(eq=False)
+class Op:
+    number: int                 # unique in a run; names the bytes of a write
+    connection: int
+    kind: int
+    offset: int = 0
+    length: int = 0
+    fua: bool = False
+    sent_ns: int = None         # before the first byte of it went out
+    answered_ns: int = None     # after its answer had come in
+    error: int = 0
+
+    def __str__(self):
+        what = {WRITE: "write", ZERO: "zero", TRIM: "trim", FLUSH: "flush"}[self.kind]
+        state = ("unanswered" if self.answered_ns is None else
+                 f"answered {self.answered_ns}" if not self.error else f"error {self.error}")
+        return (f"#{self.number} {what}{' FUA' if self.fua else ''} {self.offset}+{self.length} "
+                f"on {self.connection}, sent {self.sent_ns}, {state}")
+
+
+_tails = {}
+
+
+def _tail(number):
+    """The bytes of a page behind its number: noise for most writes, compressible for some."""
+    tail = _tails.get(number)
+    if tail is None:
+        rng = random.Random(number)
+        if number % 3 == 0:
+            tail = rng.randbytes(64) * (PAGE // 64)
+        else:
+            tail = rng.randbytes(PAGE)
+        if len(_tails) > 4096:
+            _tails.clear()
+        _tails[number] = tail = tail[8:]
+    return tail
+
+
+def content(number, low, high):
+    """What write `number` puts at bytes low..high of the volume."""
+    tail = _tail(number)
+    mark = (number * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    first, last = low // PAGE, (high - 1) // PAGE
+    pages = b"".join([struct.pack("<Q", p ^ mark) + tail for p in range(first, last + 1)])
+    return pages[low - first * PAGE:high - first * PAGE]
+
+
+@dataclass
+class Shape:
+    """What a load is made of."""
+    size: int                       # of the volume
+    connections: int = 3
+    depth: int = 4
+    ops: int = 200                  # how many to send at most
+    flush_every: float = 0.06       # share of requests
+    fua: float = 0.08
+    zeros: float = 0.12
+    trims: float = 0.08
+    lengths: tuple = ((512, 8), (4096, 8), (16384, 6), (65536, 4), (262144, 2), (1 << 20, 1))
+    odd: float = 0.3                # share of offsets and lengths off any alignment
+    hot: float = 0.4                # share that goes to the first sixteenth of the volume
+
+
+class Load:
+    """Sends; run() comes back when all is answered, the server is gone, or stop() says so."""
+
+    def __init__(self, server, volume, shape, rng, first_number=1, address=None, structured=False):
+        self.shape, self.rng = shape, rng
+        self.ops = []
+        self.number = first_number
+        self.clients = [rawnbd.connect(server, volume, address=address)
+                        for _ in range(shape.connections)]
+        self.lanes = [_Lane(i, c.sock) for i, c in enumerate(self.clients)]
+
+    def _next(self, connection):
+        s, rng = self.shape, self.rng
+        op = Op(self.number, connection, WRITE)
+        self.number += 1
+        x = rng.random()
+        if x < s.flush_every:
+            op.kind = FLUSH
+            return op
+        x = rng.random()
+        op.kind = ZERO if x < s.zeros else TRIM if x < s.zeros + s.trims else WRITE
+        op.fua = rng.random() < s.fua
+        lengths, weights = zip(*s.lengths)
+        length = rng.choices(lengths, weights)[0]
+        span = s.size // 16 if rng.random() < s.hot else s.size
+        offset = rng.randrange(span)
+        if rng.random() < s.odd:
+            length = rng.randrange(max(1, length // 2), length + length // 2 + 2)
+        else:
+            unit = min(length, 4096)
+            offset = offset // unit * unit
+        op.offset = min(offset, s.size - 1)
+        op.length = min(length, s.size - op.offset)
+        return op
+
+    def _bytes(self, op):
+        flags = FLAG_FUA if op.fua else 0
+        if op.kind == ZERO and op.number % 2:
+            flags |= FLAG_NO_HOLE
+        head = struct.pack(">LHHQQL", rawnbd.REQUEST_MAGIC, flags, op.kind, op.number,
+                           op.offset, op.length)
+        if op.kind == WRITE:
+            return head + content(op.number, op.offset, op.offset + op.length)
+        return head
+
+    def run(self, stop=lambda load: False, limit_s=60):
+        """stop(self) is asked after each step; true ends the sending."""
+        for c in self.clients:
+            c.sock.setblocking(False)
+        deadline = time.monotonic() + limit_s
+        sending = True
+        while True:
+            if stop(self):
+                sending = False
+            if sending and len(self.ops) >= self.shape.ops:
+                sending = False
+            open_lanes = [lane for lane in self.lanes if not lane.gone]
+            for lane in open_lanes:
+                while sending and len(lane.waiting) < self.shape.depth and not lane.backlogged():
+                    op = self._next(lane.number)
+                    lane.add(op, self._bytes(op))
+                    self.ops.append(op)
+            busy = [lane for lane in open_lanes if lane.waiting or lane.out]
+            if not busy:
+                return self
+            if time.monotonic() > deadline:
+                stuck = [str(op) for lane in busy for op in lane.waiting.values()]
+                raise AssertionError(f"no answer within {limit_s} s: {stuck[:5]}")
+            readable, writable, _ = select.select(
+                [lane.sock for lane in busy], [lane.sock for lane in busy if lane.out], [], 0.05)
+            for lane in busy:
+                if lane.sock in readable:
+                    lane.read()
+                if lane.sock in writable and not lane.gone:
+                    lane.write()
+
+    def drain(self):
+        """After the server's death: takes in the answers it had still given."""
+        for lane in self.lanes:
+            lane.sock.settimeout(10)
+            while not lane.gone:
+                lane.read()
+
+    def close(self):
+        for c in self.clients:
+            c.close()
+
+    def sent(self):
+        return [op for op in self.ops if op.sent_ns is not None]
+
+
+class _Lane:
+    """One connection's bytes: what is to go out, and whose answers are awaited."""
+
+    def __init__(self, number, sock):
+        self.number, self.sock = number, sock
+        self.out = []               # [op, bytes still to send]
+        self.waiting = {}
+        self.input = bytearray()
+        self.gone = False
+
+    def backlogged(self):
+        return sum(len(data) for _, data in self.out) > 8 << 20
+
+    def add(self, op, data):
+        self.out.append([op, memoryview(data)])
+        self.waiting[op.number] = op
+        self.write()
+
+    def write(self):
+        while self.out:
+            op, data = self.out[0]
+            if op.sent_ns is None:
+                op.sent_ns = time.monotonic_ns()
+            try:
+                n = self.sock.send(data)
+            except BlockingIOError:
+                return
+            except OSError:
+                # There may still be answers to read.
+                self.out.clear()
+                return
+            if n == len(data):
+                self.out.pop(0)
+            else:
+                self.out[0][1] = data[n:]
+
+    def read(self):
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except (TimeoutError, socket.timeout):
+            raise AssertionError("a dead server's connection stays open") from None
+        except OSError:
+            data = b""
+        if not data:
+            self.gone = True
+            self.waiting.clear()
+            return
+        now = time.monotonic_ns()
+        self.input += data
+        while len(self.input) >= 16:
+            magic, error, number = struct.unpack_from(">LLQ", self.input)
+            if magic != rawnbd.SIMPLE_REPLY_MAGIC:
+                raise rawnbd.ProtocolError(f"reply magic {magic:#x}")
+            del self.input[:16]
+            op = self.waiting.pop(number, None)
+            if op is None:
+                raise rawnbd.ProtocolError(f"an answer to request {number}, which is not open")
+            op.answered_ns, op.error = now, error
