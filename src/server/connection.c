@@ -17,6 +17,8 @@
 #define TICK_MS 500u
 #define TICK_STOPPING_MS 20u
 #define RECEIVE_PIECES 256
+/* Part of a reactor's cache that replies to all its connections may hold back. */
+#define REPLY_CACHE_PART 8
 
 uint64_t lane_now_ms(struct lane *lane)
 {
@@ -550,6 +552,7 @@ static bool serve_once(struct conn *c)
         take_no_more(c);
         return false;
     }
+    c->received += (uint64_t)got;
     size_t n = (size_t)got, direct = min_u64(n, payload);
     if (direct) {
         transmission_received(c, direct);
@@ -684,6 +687,16 @@ static void lane_turn(struct reactor_hook *hook)
     } while (!list_empty(&lane->ready) || !list_empty(&lane->flush));
 }
 
+/* A client that stops in the middle of a payload keeps memory from others. */
+static bool has_stalled(struct conn *c, unsigned timeout_ms)
+{
+    bool inside = c->receive == RECEIVE_GRANTED || c->receive == RECEIVE_BUFFERS;
+    if (!inside || c->received != c->received_seen)
+        c->idle_ticks = 0;
+    c->received_seen = c->received;
+    return inside && c->idle_ticks++ >= timeout_ms / TICK_MS;
+}
+
 static void lane_tick(struct env_timer *timer)
 {
     struct lane *lane = container_of(timer, struct lane, tick);
@@ -703,6 +716,11 @@ static void lane_tick(struct env_timer *timer)
                 log_warning("client %s: closed after it had to wait for %u ms: its volume has "
                             "another connection, where it may have sent the same again",
                             c->address, limits->pause_close_ms);
+            if (has_stalled(c, limits->receive_timeout_ms)) {
+                log_warning("client %s: closed: the rest of a write did not come for %u ms",
+                            c->address, limits->receive_timeout_ms);
+                conn_die(c, "half a write");
+            }
             if (stale || give_up)
                 conn_die(c, stale ? "paused for too long" : "the server stopped waiting for it");
         }
@@ -717,6 +735,8 @@ void lane_init(struct lane *lane)
 {
     lane->env = reactor_env(lane->reactor);
     lane->receive = mem_alloc(LANE_RECEIVE_BYTES);
+    lane->reply_bytes_max =
+        lane->server->config->cache_bytes / lane->server->n_lanes / REPLY_CACHE_PART;
     list_init(&lane->conns);
     list_init(&lane->ready);
     list_init(&lane->flush);
@@ -746,7 +766,7 @@ void lane_stop(struct lane *lane)
 
 void lane_destroy(struct lane *lane)
 {
-    CHECK(list_empty(&lane->conns) && list_empty(&lane->exports));
+    CHECK(list_empty(&lane->conns) && list_empty(&lane->exports) && lane->reply_bytes == 0);
     env_timer_stop(lane->env, &lane->tick);
     reactor_hook_remove(&lane->hook);
     transmission_free_kept(lane);

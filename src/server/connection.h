@@ -9,8 +9,10 @@
  * A client can make the server hold: one receive buffer per reactor (shared),
  * what was read and cannot be parsed yet (up to LANE_RECEIVE_BYTES), replies
  * that it does not take (CONN_REPLY_BYTES_MAX, beyond which nothing more of it
- * is parsed), CONN_REQUESTS_MAX requests, and the block buffers the volume
- * grants.
+ * is parsed; about CONN_REPLY_BYTES_SHORT while all connections of the reactor
+ * together have more than their part of the cache waiting), CONN_REQUESTS_MAX
+ * requests, and the block buffers the volume grants, for as long as the payload
+ * keeps coming (receive_timeout_ms).
  *
  * A connection is paused (not read) while the volume grants no memory or the
  * client takes no replies. If it is paused for longer than pause_close_ms and
@@ -47,6 +49,7 @@
 #define CONN_IN_PLACE_BYTES_MAX (32u << 10)
 #define CONN_REQUESTS_MAX 256u
 #define CONN_REPLY_BYTES_MAX (4u << 20)
+#define CONN_REPLY_BYTES_SHORT (64u << 10)
 #define CONN_STATUS_EXTENTS_MAX 4096u
 
 #define OUT_PIECES 512u
@@ -156,6 +159,8 @@ struct conn {
     struct request *alone;
     struct out *out_first, *out_last;
     uint64_t out_bytes;
+    uint64_t received, received_seen; /* bytes, now and at the last tick ... */
+    unsigned idle_ticks;              /* ... and ticks without any, inside a payload */
 
     struct env_task task; /* on its way to another lane */
 };
@@ -183,6 +188,8 @@ struct lane {
     struct out *free_outs;
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
+    /* Replies unsent and reads under way of all its connections. */
+    uint64_t reply_bytes, reply_bytes_max;
 };
 
 struct server {
@@ -269,11 +276,19 @@ extern const char *const transmission_context_names[CONTEXT_KINDS];
 /* Parses and carries out what `data` holds; returns the bytes used. */
 size_t transmission_take(struct conn *c, uint8_t *data, size_t len);
 
-/* Whether more requests may be parsed now. */
+/* Memory for replies is short: every connection gets by with little. */
+static inline bool lane_is_short(const struct lane *lane)
+{
+    return lane->reply_bytes >= lane->reply_bytes_max;
+}
+
+/* Whether more requests may be parsed now. A connection without replies under way always may,
+ * so whatever holds one up ends with what it has under way itself. */
 static inline bool transmission_may_take(const struct conn *c)
 {
+    uint64_t pending = c->out_bytes + c->reading_bytes;
     return c->receive != RECEIVE_WAITS && !c->alone && c->n_requests < CONN_REQUESTS_MAX &&
-           c->out_bytes + c->reading_bytes < CONN_REPLY_BYTES_MAX;
+           (lane_is_short(c->lane) ? pending == 0 : pending < CONN_REPLY_BYTES_MAX);
 }
 
 /* Where the rest of a payload being received goes: fills `iov` (up to `max`) and returns how

@@ -65,6 +65,7 @@ void out_head_done(struct conn *c, size_t len)
     uint8_t *p = o->heads + o->head_bytes;
     o->head_bytes += (uint32_t)len;
     c->out_bytes += len;
+    c->lane->reply_bytes += len;
     mark(c);
     /* Replies without data stand side by side. */
     if (o->n > o->first) {
@@ -91,6 +92,7 @@ void out_data(struct conn *c, const void *data, size_t len, uintptr_t owner)
     o->owners[o->n] = owner;
     o->n++;
     c->out_bytes += len;
+    c->lane->reply_bytes += len;
     mark(c);
 }
 
@@ -134,6 +136,7 @@ bool out_flush(struct conn *c)
             return c->blocked;
         }
         c->out_bytes -= (uint64_t)sent;
+        c->lane->reply_bytes -= (uint64_t)sent;
         size_t left = (size_t)sent;
         while (o->first < o->n && left >= o->pieces[o->first].iov_len) {
             left -= o->pieces[o->first].iov_len;
@@ -159,6 +162,7 @@ void out_drop(struct conn *c)
             give_back(o->owners[i]);
         pop_out(c);
     }
+    c->lane->reply_bytes -= c->out_bytes;
     c->out_bytes = 0;
 }
 

@@ -255,21 +255,45 @@ static bool read_answered(struct request *q)
 
 static void read_done(struct vol_io *io);
 
+/* Bytes of replies under way: a read or block status that the volume has not answered. */
+static void reading(struct conn *c, uint64_t begun, uint64_t ended)
+{
+    c->reading_bytes += begun - ended;
+    c->lane->reply_bytes += begun - ended;
+}
+
+/* Whether a long read has to wait until more of it was sent. */
+static bool is_far_ahead(const struct conn *c)
+{
+    return c->out_bytes >=
+           (lane_is_short(c->lane) ? CONN_REPLY_BYTES_SHORT : CONN_REPLY_BYTES_MAX);
+}
+
+/* The longest piece of a read; less than VOLUME_READ_BYTES_MAX while memory is short. */
+static uint64_t read_piece_max(const struct conn *c)
+{
+    return lane_is_short(c->lane) ? CONN_REPLY_BYTES_SHORT : VOLUME_READ_BYTES_MAX;
+}
+
 /* Reads on from q->next; true when the request is over, false when an answer will come. */
 static bool read_on(struct request *q)
 {
     struct conn *c = q->conn;
     struct piece *p = &q->piece;
     for (;;) {
-        if (q->head_sent && c->out_bytes >= CONN_REPLY_BYTES_MAX) {
+        if (q->head_sent && is_far_ahead(c)) {
             list_add_tail(&c->stalled, &q->stalled);
             return false;
         }
-        uint64_t len = min_u64(q->end - q->next, VOLUME_READ_BYTES_MAX);
+        /* With simple replies only a read that goes alone may come in several pieces, and
+         * without fragments none. */
+        bool whole = !q->to.structured && !q->to.extended ? c->alone != q
+                                                          : q->flags & NBD_CMD_FLAG_DF;
+        uint64_t len = min_u64(q->end - q->next, whole ? VOLUME_READ_BYTES_MAX : read_piece_max(c));
         piece_init(p, q, q->next, len, read_done);
         piece_give_segs(p);
         if (!volume_read(c->vol, &p->io)) {
-            c->reading_bytes += len;
+            reading(c, len, 0);
             return false;
         }
         if (read_answered(q))
@@ -280,7 +304,7 @@ static bool read_on(struct request *q)
 static void read_done(struct vol_io *io)
 {
     struct request *q = container_of(io, struct piece, io)->request;
-    q->conn->reading_bytes -= io->length;
+    reading(q->conn, 0, io->length);
     if (read_answered(q) || read_on(q))
         request_over(q);
 }
@@ -288,12 +312,13 @@ static void read_done(struct vol_io *io)
 static void take_read(struct conn *c, const struct nbd_request *r)
 {
     bool chunks = c->session.structured || c->session.extended;
-    if (r->length > VOLUME_READ_BYTES_MAX && (r->flags & NBD_CMD_FLAG_DF)) {
+    bool is_long = r->length > read_piece_max(c);
+    if (is_long && (r->flags & NBD_CMD_FLAG_DF)) {
         refuse(c, r, NBD_EOVERFLOW, 0);
         return;
     }
     struct request *q = request_new(c, r);
-    if (r->length > VOLUME_READ_BYTES_MAX && !chunks) {
+    if (is_long && !chunks) {
         c->alone = q;
         if (c->n_requests > 1) {
             list_add_tail(&c->stalled, &q->stalled);
@@ -310,7 +335,7 @@ void transmission_go_on(struct conn *c)
     list_splice_tail(&now, &c->stalled);
     for (struct list *l; (l = list_pop(&now));) {
         struct request *q = container_of(l, struct request, stalled);
-        if (c->out_bytes >= CONN_REPLY_BYTES_MAX || (q == c->alone && c->n_requests > 1))
+        if ((q->head_sent && is_far_ahead(c)) || (q == c->alone && c->n_requests > 1))
             list_add_tail(&c->stalled, &q->stalled);
         else if (read_on(q))
             request_free(q);
@@ -360,7 +385,7 @@ static void status_done(struct vol_io *io)
     struct piece *p = container_of(io, struct piece, io);
     struct request *q = p->request;
     struct conn *c = q->conn;
-    c->reading_bytes -= io->extents_cap * sizeof *io->extents;
+    reading(c, 0, io->extents_cap * sizeof *io->extents);
     if (c->phase == CONN_SERVING && io->st != ST_OK) {
         reply_error_to(c, &q->to, nbd_error_of(io->st));
     } else if (c->phase == CONN_SERVING) {
@@ -392,7 +417,7 @@ static void take_status(struct conn *c, const struct nbd_request *r, uint32_t wa
     p->io.flags = one ? VOL_REQ_ONE : 0;
     p->io.extents_cap = one ? 1 : CONN_STATUS_EXTENTS_MAX;
     p->io.extents = mem_alloc(p->io.extents_cap * sizeof *p->io.extents);
-    c->reading_bytes += p->io.extents_cap * sizeof *p->io.extents;
+    reading(c, p->io.extents_cap * sizeof *p->io.extents, 0);
     volume_status(c->vol, &p->io);
 }
 

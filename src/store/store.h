@@ -247,8 +247,8 @@ static inline void store_watch(struct store *store, struct env *env, struct stor
     store->ops->watch(store, env, watch);
 }
 
-/* After this returns the watch does not fire. Reactor thread of the watch. Harmless on
- * one that fired already. */
+/* After this returns the watch does not fire and may be freed. Reactor thread of the watch.
+ * Harmless on one that fired already. */
 static inline void store_watch_stop(struct store_watch *watch)
 {
     watch->store->ops->watch_stop(watch);

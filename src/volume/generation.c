@@ -28,6 +28,7 @@ struct gen_scan {
     uint64_t row2;
     uint32_t n_data;
     bool other_epochs;
+    bool fixed; /* a range of this generation has changed it already */
 };
 
 struct gen_base {
@@ -284,6 +285,30 @@ static void row2_scanned(struct store_read *read, enum status st)
     prepare_step(g);
 }
 
+static int by_row2(const void *a, const void *b)
+{
+    uint64_t x = ((const struct gen_scan *)a)->row2, y = ((const struct gen_scan *)b)->row2;
+    return x < y ? -1 : x > y;
+}
+
+static struct gen_scan *find_scan(struct gen *g, uint64_t row2)
+{
+    struct gen_scan probe = {.row2 = row2};
+    return g->n_scan ? bsearch(&probe, g->scan, g->n_scan, sizeof probe, by_row2) : NULL;
+}
+
+/* Several ranges may have found the same row: it counts once. */
+static void scans_sort(struct gen *g)
+{
+    size_t n = 0;
+    if (g->n_scan)
+        qsort(g->scan, g->n_scan, sizeof *g->scan, by_row2);
+    for (size_t i = 0; i < g->n_scan; i++)
+        if (!n || g->scan[n - 1].row2 != g->scan[i].row2)
+            g->scan[n++] = g->scan[i];
+    g->n_scan = n;
+}
+
 /* For each range: the rows at its edges, and which level-2 rows it covers whole. */
 static bool range_rows(struct gen *g)
 {
@@ -318,6 +343,7 @@ static bool range_rows(struct gen *g)
         store_read(vol->shard->store, vol->shard->env, &r2->read);
         return false;
     }
+    scans_sort(g);
     return true;
 }
 
@@ -715,7 +741,7 @@ static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind)
         add_trash(g, row << INDEX_SHIFT, end << INDEX_SHIFT);
 }
 
-static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, const struct gen_scan *scan)
+static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan *scan)
 {
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row2);
@@ -725,10 +751,12 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, const struct ge
         for (unsigned i = 0; i < INDEX_FANOUT; i++)
             rows |= r2->row2.entry[i].kind == ROW2_ROW;
         vol->data_blocks -= row2_n_data(&r2->row2);
-    } else if (scan) {
+    } else if (scan && !scan->fixed) {
         rows = true;
         vol->data_blocks -= scan->n_data;
     }
+    if (scan)
+        scan->fixed = true;
     index_fix_row2(vol, row2, kind);
     index_fix_rows1(vol, row2 << INDEX_SHIFT, (row2 + 1) << INDEX_SHIFT, kind);
     key_row(&key, vol->branch, 2, row2, vol->header.epoch);
@@ -748,12 +776,6 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, const struct ge
         row_changed(g, r2);
     if (rows)
         add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT));
-}
-
-static int by_row2(const void *a, const void *b)
-{
-    uint64_t x = ((const struct gen_scan *)a)->row2, y = ((const struct gen_scan *)b)->row2;
-    return x < y ? -1 : x > y;
 }
 
 static void build_range(struct gen *g, const struct gen_range *range)
@@ -778,20 +800,13 @@ static void build_range(struct gen *g, const struct gen_range *range)
             if (kind == SOURCE_ABSENT && !vol->header.parent_branch) {
                 /* Rows that are neither stored nor in memory say ABSENT already. */
                 for (; row2 < end_row2; row2++) {
-                    struct gen_scan probe = {.row2 = row2};
-                    struct gen_scan *scan =
-                        g->n_scan ? bsearch(&probe, g->scan, g->n_scan, sizeof probe, by_row2)
-                                  : NULL;
+                    struct gen_scan *scan = find_scan(g, row2);
                     if (scan || index_knows_row2(vol, row2))
                         fix_row2(g, row2, kind, scan);
                 }
             } else {
-                for (; row2 < end_row2; row2++) {
-                    struct gen_scan probe = {.row2 = row2};
-                    fix_row2(g, row2, kind,
-                             g->n_scan ? bsearch(&probe, g->scan, g->n_scan, sizeof probe, by_row2)
-                                       : NULL);
-                }
+                for (; row2 < end_row2; row2++)
+                    fix_row2(g, row2, kind, find_scan(g, row2));
             }
             no = end_row2 * unit2;
         }

@@ -55,7 +55,8 @@ struct mailbox {
     struct volume *vol;
     struct key question, answer;
     struct store_watch watch;
-    bool armed, again;
+    bool armed, reading;
+    bool again; /* something came during a read: look once more */
     struct store_read read;
     struct store_get get;
     struct mail_record mail;
@@ -637,9 +638,12 @@ static void mailbox_read(struct store_read *read, enum status st)
         memcpy(m->raw, m->get.head.data, m->raw_len);
     }
     store_read_release(read);
+    m->reading = false;
     m->inflight--;
     if (mail && vol->ownership == VOL_OWNED)
         mailbox_handle(m);
+    else if (m->again)
+        mailbox_look(m);
     volume_progress(vol);
 }
 
@@ -654,6 +658,10 @@ static void mailbox_look(struct mailbox *m)
         m->watch = (struct store_watch){.key = key_slice(&m->question), .fired = mailbox_fired};
         store_watch(s->store, s->env, &m->watch);
     }
+    m->again = m->reading;
+    if (m->reading)
+        return;
+    m->reading = true;
     m->get = (struct store_get){.key = key_slice(&m->question)};
     m->read = (struct store_read){.gets = &m->get, .n_gets = 1, .done = mailbox_read};
     m->inflight++;
@@ -669,8 +677,7 @@ static void mailbox_start(struct volume *vol)
         key_mailbox(&m->question, vol->branch);
         key_answer(&m->answer, vol->branch);
     }
-    if (!m->inflight)
-        mailbox_look(m);
+    mailbox_look(m);
 }
 
 bool owner_quiet(const struct volume *vol)

@@ -76,8 +76,8 @@ static void record_answer(enum kind kind, uint64_t number)
 
 /* ---- the doubles ---- */
 
-/* The real call `name` into the function pointer at `out`. The labels below keep a double apart from what the headers make of its
- * name where file offsets have 64 bits. */
+/* The real call `name` into the function pointer at `out`. The labels below keep a double apart
+ * from what the headers make of its name where file offsets have 64 bits. */
 static void real(const char *name, void *out)
 {
     void *f = dlsym(RTLD_NEXT, name);
@@ -144,7 +144,9 @@ ssize_t double_pwrite64(int fd, const void *data, size_t len, off_t at)
 ssize_t double_writev(int fd, const struct iovec *iov, int n)
 {
     off_t at = lseek(fd, 0, SEEK_CUR);
-    ssize_t written = ((ssize_t(*)(int, const struct iovec *, int))real("writev"))(fd, iov, n);
+    ssize_t (*real_writev)(int, const struct iovec *, int);
+    real("writev", &real_writev);
+    ssize_t written = real_writev(fd, iov, n);
     record_write(fd, iov, n, at, written);
     return written;
 }

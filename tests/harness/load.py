@@ -80,7 +80,8 @@ class Shape:
     trims: float = 0.08
     lengths: tuple = ((512, 8), (4096, 8), (16384, 6), (65536, 4), (262144, 2), (1 << 20, 1))
     odd: float = 0.3                # share of offsets and lengths off any alignment
-    hot: float = 0.4                # share that goes to the first sixteenth of the volume
+    hot: float = 0.4                # share that goes to the hot first part of the volume
+    hot_part: int = 16              # which is this part of it
 
 
 class Load:
@@ -107,7 +108,7 @@ class Load:
         op.fua = rng.random() < s.fua
         lengths, weights = zip(*s.lengths)
         length = rng.choices(lengths, weights)[0]
-        span = s.size // 16 if rng.random() < s.hot else s.size
+        span = s.size // s.hot_part if rng.random() < s.hot else s.size
         offset = rng.randrange(span)
         if rng.random() < s.odd:
             length = rng.randrange(max(1, length // 2), length + length // 2 + 2)

@@ -1172,7 +1172,7 @@ bool drv_free(struct drv *d)
         drv_violation(d, "the store was not used as it says");
     /* After a violation anything may be left over: memory is the least of it. */
     if (d->violated) {
-        static struct drv *volatile abandoned[64];
+        static struct drv *abandoned[64] __attribute__((used));
         static unsigned n;
         abandoned[n++ % 64] = d;
         return false;
@@ -1351,4 +1351,67 @@ void drv_crash(struct drv *d, bool power)
         mem_store_power_cut(d->db);
     d->p = NULL;
     bury(d, p);
+}
+
+void drv_request_ownership(struct drv *d)
+{
+    struct request *r = request_new(d, R_PREFETCH);
+    r->io.offset = 0;
+    r->io.length = 1;
+    volume_prefetch(d->p->vol, &r->io);
+}
+
+static void nothing(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+static bool is_true(void *arg)
+{
+    return *(bool *)arg;
+}
+
+void drv_wait_ms(struct drv *d, uint64_t ms)
+{
+    bool over = false;
+    write_some(d, true);
+    drv_submit(d);
+    sim_at(d->p->env, ms * 1000000, nothing, &over);
+    for (uint64_t i = 0; i < HANG_STEPS && !is_true(&over) && !d->violated; i++) {
+        step(d);
+        write_some(d, true);
+        drv_submit(d);
+    }
+}
+
+static void knocked(struct vol_io *io)
+{
+    struct knock *k = container_of(io, struct knock, io);
+    k->answered = true;
+    k->st = io->st;
+    if (io->st == ST_OK)
+        volume_release_segs(io);
+}
+
+void drv_knock(struct process *p, struct knock *k)
+{
+    *k = (struct knock){.io = {.done = knocked, .length = 1, .segs_cap = 2}};
+    k->io.segs = k->segs;
+    if (volume_read(p->vol, &k->io))
+        knocked(&k->io);
+}
+
+void drv_two_owners(struct drv *d)
+{
+    struct process *a = d->p, *b = process_start(d);
+    process_open(d, b);
+    /* The second one thinks that the first is dead and is wrong. */
+    mem_store_believe_dead(d->db, a->session.id);
+    for (unsigned round = 0; round < 20 && !d->violated; round++) {
+        d->p = round % 2 ? b : a;
+        drv_steps(d, 30);
+        drv_drain(d);
+        if (!d->violated)
+            drv_sync(d);
+    }
 }

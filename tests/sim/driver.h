@@ -132,6 +132,24 @@ void drv_recover(struct drv *d, bool power);
 /* Reads everything and compares with the array: nothing may be missing. */
 void drv_verify_all(struct drv *d);
 
+/* Sends a request that needs the volume owned, and does not wait for it. */
+void drv_request_ownership(struct drv *d);
+/* Lets time pass, and what happens in it. */
+void drv_wait_ms(struct drv *d, uint64_t ms);
+
+/* A read of the first byte by another process, not waited for. */
+struct knock {
+    struct vol_io io;
+    struct vol_seg segs[2];
+    bool answered;
+    enum status st;
+};
+void drv_knock(struct process *p, struct knock *k);
+
+/* With a store that checks nothing: a second process takes the volume while the first one
+ * writes; then both write, and neither may notice, but the contents must. */
+void drv_two_owners(struct drv *d);
+
 /* One request each, to its end. */
 enum status drv_write(struct drv *d, uint64_t off, uint64_t len, uint32_t flags);
 enum status drv_zero(struct drv *d, uint64_t off, uint64_t len, bool trim, uint32_t flags);

@@ -1019,7 +1019,8 @@ static enum status log_replay(struct store *store, uint64_t id, uint64_t stream,
         return fail(e, ST_UNAVAIL, "this process is dead");
     if (!log)
         return fail(e, ST_NOTFOUND, "there is no write log %llu", (unsigned long long)id);
-    if (log->owner && !log->owner->dead)
+    const struct session_entry *s = session_find(db, log->session);
+    if (log->owner && !log->owner->dead && s && s->alive)
         broken(db, "the log of a living process is replayed");
     for (uint64_t seq = log->keep_from; seq <= log->submitted; seq++) {
         const struct record *r = &log->records[seq - 1];
@@ -1230,6 +1231,13 @@ void mem_store_power_cut(struct mem_store *db)
         /* What is left lies on the disk. */
         log->synced = log->submitted;
     }
+}
+
+void mem_store_believe_dead(struct mem_store *db, const uint8_t id[STORE_ID_BYTES])
+{
+    struct session_entry *s = session_find(db, id);
+    CHECK(s);
+    s->alive = false;
 }
 
 void mem_store_on_kill(struct mem_store *db, void (*kill)(void *arg, struct store *handle),

@@ -57,6 +57,9 @@ void mem_store_power_cut(struct mem_store *db);
 void mem_store_on_kill(struct mem_store *db, void (*kill)(void *arg, struct store *handle),
                        void *arg);
 
+/* From now on this session looks dead to everybody, although its process goes on. */
+void mem_store_believe_dead(struct mem_store *db, const uint8_t id[STORE_ID_BYTES]);
+
 /* Faults, from now on: one in so many (0: never). */
 struct mem_faults {
     uint32_t commit_fails; /* ST_IO, nothing happened */

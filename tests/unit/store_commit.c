@@ -362,6 +362,7 @@ static void test_watch_own_commits(void **state)
     test_commit_start(t, &commit);
     usleep(100000);
     store_watch_stop(&c.watch);
+    memset(&c.watch, 0xff, sizeof c.watch); /* it may be freed now */
     test_env_until(&t->env, &commit.done);
     while (test_env_step(&t->env, 50))
         ;

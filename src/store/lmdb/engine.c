@@ -34,6 +34,7 @@
 #define EMERGENCY_BYTES_MIN (4ull << 20)
 #define EMERGENCY_BYTES_MAX (32ull << 20)
 #define LEASE_MS_MIN 100u
+#define FLOCK_WAIT_NS 5000000000u
 
 static const char meta_key[] = "store";
 
@@ -308,20 +309,30 @@ static enum status folder_open(struct lm *lm, unsigned flags, struct err *e)
     return ST_OK;
 }
 
+bool lm_flock(struct lm *lm, int fd)
+{
+    uint64_t until = lm_now_ns() + (uint64_t)lm->lease_ms * 1000000u + FLOCK_WAIT_NS;
+    while (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+        if (errno != EWOULDBLOCK && errno != EINTR)
+            return false;
+        if (lm_now_ns() > until) {
+            errno = ETIMEDOUT;
+            return false;
+        }
+        usleep(10000);
+    }
+    return true;
+}
+
 /* The folder's lock, so that two processes do not make one store at once. */
 static enum status folder_lock(struct lm *lm, struct err *e)
 {
-    uint64_t until = lm_now_ns() + (uint64_t)lm->lease_ms * 1000000u + 5000000000u;
-    while (flock(lm->dir_fd, LOCK_EX | LOCK_NB) < 0) {
-        if (errno != EWOULDBLOCK && errno != EINTR)
-            return fail(e, ST_UNAVAIL, "cannot lock the folder %s: %s", lm->dir, strerror(errno));
-        if (lm_now_ns() > until)
-            return fail(e, ST_UNAVAIL,
-                        "another process has been opening the store %s for too long: end it",
-                        lm->dir);
-        usleep(10000);
-    }
-    return ST_OK;
+    if (lm_flock(lm, lm->dir_fd))
+        return ST_OK;
+    if (errno == ETIMEDOUT)
+        return fail(e, ST_UNAVAIL,
+                    "another process has been opening the store %s for too long: end it", lm->dir);
+    return fail(e, ST_UNAVAIL, "cannot lock the folder %s: %s", lm->dir, strerror(errno));
 }
 
 static enum status registered(struct lm *lm, struct err *e)
@@ -383,11 +394,11 @@ static enum status lm_info(struct store *store, struct store_info *info, struct 
     struct space sp;
     st = space_load(&sp, reader->txn, &lm->space_dbis);
     space_release(&sp);
+    MDB_envinfo env_info;
+    mdb_env_info(lm->mdb, &env_info);
     lm_read_end(lm, reader, st != ST_OK);
     if (st)
         return fail(e, st, "the record of free space in the store %s is damaged", lm->dir);
-    MDB_envinfo env_info;
-    mdb_env_info(lm->mdb, &env_info);
     uint64_t unused = sp.free_units + sp.hole_units + sp.pending_units;
     info->bytes_used = (sp.data_units - unused) * SPACE_UNIT_BYTES +
                        ((uint64_t)env_info.me_last_pgno + 1) * lm->page_bytes;

@@ -152,6 +152,10 @@ void lm_id_text(const uint8_t id[STORE_ID_BYTES], char text[LM_ID_TEXT_BYTES]);
 
 uint64_t lm_now_ns(void);
 
+/* Locks `fd` with flock, waiting no longer than a lease and some seconds: its holder may be
+ * a process that was stopped. False: errno says why. */
+bool lm_flock(struct lm *lm, int fd);
+
 /* ---- txn.c ---- */
 
 /* A read transaction on the newest version. Any thread. ST_UNAVAIL, ST_IO. */

@@ -54,7 +54,7 @@ enum status lm_session_begin(struct store *store, const uint8_t id[STORE_ID_BYTE
     struct lm *lm = lm_of(store);
     char name[LM_ID_TEXT_BYTES];
     lm_id_text(id, name);
-    if (flock(lm->session_fd, LOCK_EX) < 0)
+    if (!lm_flock(lm, lm->session_fd))
         return fail(e, ST_UNAVAIL, "cannot lock %s/session: %s", lm->dir, strerror(errno));
     enum status st = ST_OK;
     int fd = openat(lm->session_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -177,7 +177,7 @@ void lm_sessions_sweep(struct lm *lm, const uint8_t (*keep)[STORE_ID_BYTES], siz
             close(fd);
         return;
     }
-    if (flock(lm->session_fd, LOCK_EX) == 0) {
+    if (lm_flock(lm, lm->session_fd)) {
         struct dirent *ent;
         uint8_t id[STORE_ID_BYTES];
         for (unsigned looked = 0; looked < FILES_MAX && (ent = readdir(dir)) != NULL; looked++) {

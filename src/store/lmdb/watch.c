@@ -7,13 +7,15 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "base/hash.h"
+#include "base/mem.h"
 #include "store/lmdb/engine.h"
 
-enum { WATCH_IDLE = 0, WATCH_ARMED, WATCH_POSTED, WATCH_STOPPED };
+enum { WATCH_IDLE = 0, WATCH_ARMED, WATCH_POSTED };
 
 static void filter_add(struct lm *lm, uint64_t hash)
 {
@@ -30,16 +32,23 @@ static uint64_t value_hash(struct lm *lm, struct lm_reader *reader, struct slice
     return hash64(data.mv_data, data.mv_size, 1) | 1;
 }
 
-static void watch_run(struct env_task *task)
+/* A firing on its way to the reactor. It is not part of the watch, so that a watch which was
+ * stopped meanwhile may be freed at once; `watch` is NULL then. */
+struct firing {
+    struct env_task task;
+    struct store_watch *watch;
+};
+
+static void firing_run(struct env_task *task)
 {
-    struct store_watch *watch = container_of(task, struct store_watch, task);
-    struct lm *lm = lm_of(watch->store);
-    pthread_mutex_lock(&lm->watch_lock);
-    bool fire = watch->state == WATCH_POSTED;
+    struct firing *firing = container_of(task, struct firing, task);
+    struct store_watch *watch = firing->watch;
+    free(firing);
+    if (!watch)
+        return;
+    /* Off the list, so nobody but this reactor touches it any more. */
     watch->state = WATCH_IDLE;
-    pthread_mutex_unlock(&lm->watch_lock);
-    if (fire)
-        watch->fired(watch);
+    watch->fired(watch);
 }
 
 /* Under watch_lock. */
@@ -47,9 +56,12 @@ static void watch_fire(struct lm *lm, struct store_watch *watch)
 {
     list_remove(&watch->link);
     atomic_fetch_sub(&lm->n_watches, 1);
+    struct firing *firing = mem_alloc(sizeof *firing);
+    firing->task.run = firing_run;
+    firing->watch = watch;
     watch->state = WATCH_POSTED;
-    watch->task.run = watch_run;
-    env_post(watch->env, &watch->task);
+    watch->seen = (uint64_t)(uintptr_t)firing;
+    env_post(watch->env, &firing->task);
 }
 
 void lm_watch(struct store *store, struct env *env, struct store_watch *watch)
@@ -87,7 +99,8 @@ void lm_watch_stop(struct store_watch *watch)
         atomic_fetch_sub(&lm->n_watches, 1);
         watch->state = WATCH_IDLE;
     } else if (watch->state == WATCH_POSTED) {
-        watch->state = WATCH_STOPPED;
+        ((struct firing *)(uintptr_t)watch->seen)->watch = NULL;
+        watch->state = WATCH_IDLE;
     }
     if (list_empty(&lm->watches))
         memset(lm->watch_filter, 0, sizeof lm->watch_filter);

@@ -1,0 +1,314 @@
+/*
+ * Deaths of processes and of the machine, and owners that change, under simulation: what was
+ * answered is there (G1), what is there is the effect of a prefix (G2) of whole requests (G3),
+ * and of two owners never both write (G4). At the end the test of the test: a store that
+ * breaks its promises is found out. SEED, SEEDS, STEPS as in the model test.
+ */
+#include "test.h"
+
+#include "../sim/driver.h"
+#include "../sim/seeds.h"
+#include "base/mem.h"
+#include "volume/internal.h"
+
+static uint64_t pick(uint64_t *state, uint64_t n)
+{
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (*state >> 33) % n;
+}
+
+static struct drv_config any_config(uint64_t seed, uint64_t *c)
+{
+    *c = seed * 2654435761u + 777;
+    (void)pick(c, 2);
+    struct drv_config config = {
+        .seed = seed,
+        .block_size = 4096u << pick(c, 5),
+        .codec = (int)pick(c, 3),
+        .size = 512 * (1 + pick(c, pick(c, 4) ? 12000 : 60)),
+        .no_log = pick(c, 6) == 0,
+        .seal_age_ms = pick(c, 2) ? 0 : 3,
+        .write_bytes_max = pick(c, 2) ? 0 : 300000,
+        .store = {.has_log = pick(c, 5) != 0,
+                  .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20},
+    };
+    if (pick(c, 3) == 0)
+        config.log_bytes = 8u << 20;
+    return config;
+}
+
+static void end(struct drv *d)
+{
+    uint64_t seed = d->c.seed;
+    if (!d->violated)
+        drv_verify_all(d);
+    if (!d->violated)
+        drv_close(d);
+    if (!drv_free(d))
+        fail_msg("to replay: SEED=%llu\n", (unsigned long long)seed);
+}
+
+/* One life after the other, each ended by a death of the process or a loss of power, now and
+ * then one in the middle of the recovery from the one before. */
+static void lives(struct drv *d, uint64_t n, uint64_t steps)
+{
+    drv_open(d);
+    for (uint64_t life = 0; life < n && !d->violated; life++) {
+        bool power = drv_one_in(d, 2);
+        drv_steps(d, drv_below(d, steps));
+        for (uint64_t i = drv_below(d, 40); i > 0 && !d->violated && sim_step(d->sim); i--) {
+        }
+        if (d->violated)
+            break;
+        drv_crash(d, power);
+        while (!d->violated && drv_one_in(d, 3)) {
+            /* The next one dies while it takes over. */
+            bool again = drv_one_in(d, 2);
+            drv_open(d);
+            drv_request_ownership(d);
+            for (uint64_t i = drv_below(d, 120); i > 0 && sim_step(d->sim); i--) {
+            }
+            drv_crash(d, again);
+            power |= again;
+        }
+        if (!d->violated)
+            drv_recover(d, power);
+    }
+}
+
+static void crashes(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("crashes", 25, 150);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        struct drv *d = drv_new(&config);
+        lives(d, 8, s.steps);
+        end(d);
+    }
+}
+
+/* Commits fail for a while: flushes may fail, data stays and gets there in the end. */
+static void failing_commits(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("failing commits", 12, 150);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        config.faults = true;
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        for (unsigned round = 0; round < 6 && !d->violated; round++) {
+            drv_steps(d, s.steps / 4);
+            mem_store_set_faults(d->db, (struct mem_faults){
+                                            .commit_fails = 1 + (uint32_t)drv_below(d, 3),
+                                            .commit_status = drv_one_in(d, 3) ? ST_NOSPC : ST_IO});
+            /* Writes wait for memory or a place in line while nothing commits; the clock of
+             * the simulation runs through the retries. */
+            drv_steps(d, drv_below(d, s.steps / 2));
+            if (!d->violated && drv_one_in(d, 2)) {
+                bool power = drv_one_in(d, 2);
+                drv_crash(d, power);
+                if (drv_one_in(d, 2))
+                    mem_store_set_faults(d->db, (struct mem_faults){.commit_fails = 4});
+                mem_store_set_faults(d->db, (struct mem_faults){0});
+                drv_recover(d, power);
+            }
+            mem_store_set_faults(d->db, (struct mem_faults){0});
+            if (!d->violated && drv_drain(d) && drv_sync(d) != ST_OK)
+                drv_violation(d, "a sync fails although the store works again");
+        }
+        end(d);
+    }
+}
+
+/* The log can't be written, or can't be synced: writes go on, answered at their commit. */
+static void failing_log(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("failing log", 20, 200);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        config.store.has_log = true;
+        config.no_log = false;
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        for (unsigned round = 0; round < 3 && !d->violated; round++) {
+            drv_steps(d, s.steps / 4);
+            if (drv_one_in(d, 2))
+                mem_store_set_faults(d->db, (struct mem_faults){.log_submit_fails = 5});
+            else
+                mem_store_set_faults(d->db, (struct mem_faults){.log_sync_fails = 2});
+            drv_steps(d, drv_below(d, s.steps));
+            bool power = drv_one_in(d, 2);
+            if (!d->violated)
+                drv_crash(d, power);
+            mem_store_set_faults(d->db, (struct mem_faults){0});
+            if (!d->violated)
+                drv_recover(d, power);
+        }
+        end(d);
+    }
+}
+
+/* --- owners ------------------------------------------------------------------------------ */
+
+/* An idle owner hands the volume over when another process needs it, and gets it back. */
+static void idle_owner_hands_over(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("hand-over", 10, 60);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        struct process *a = d->p, *b = process_start(d);
+        process_open(d, b);
+        for (unsigned round = 0; round < 6 && !d->violated; round++) {
+            drv_steps(d, s.steps);
+            if (!drv_drain(d))
+                break;
+            /* From here on the other one works; what it does first asks for the volume. */
+            d->p = d->p == a ? b : a;
+            drv_verify_all(d);
+            if (!d->violated && (a->lost || b->lost))
+                drv_violation(d, "a volume that was handed over counts as lost");
+        }
+        if (!d->violated)
+            process_stop(d, d->p == a ? b : a);
+        end(d);
+    }
+}
+
+/* An owner in use does not hand over; the other one is told so. */
+static void busy_owner_keeps_it(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("busy owner", 6, 400);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        assert_int_equal(drv_write(d, 0, 512, 0), ST_OK);
+        struct process *a = d->p, *b = process_start(d);
+        process_open(d, b);
+        struct knock k;
+        drv_knock(b, &k);
+        /* Requests all the time, a millisecond apart. */
+        for (unsigned step = 0; step < 2000 && !k.answered && !d->violated; step++) {
+            drv_request(d);
+            drv_wait_ms(d, 1);
+        }
+        if (!d->violated && (!k.answered || k.st != ST_PERM))
+            drv_violation(d, "a second process was answered %d, not refused", (int)k.st);
+        if (!d->violated && a->lost)
+            drv_violation(d, "an owner in use lost its volume");
+        drv_drain(d);
+        if (!d->violated)
+            process_stop(d, b);
+        end(d);
+    }
+}
+
+/* An owner that stands still is ended and its log replayed; once it is dead, whatever it still
+ * had under way changes nothing. */
+static void dead_owner_is_replaced(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("dead owner", 12, 120);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        for (unsigned round = 0; round < 4 && !d->violated; round++) {
+            struct process *b = process_start(d);
+            process_open(d, b);
+            drv_steps(d, drv_below(d, s.steps));
+            if (d->violated)
+                break;
+            drv_crash(d, false);
+            d->p = b;
+            drv_recover(d, false);
+        }
+        end(d);
+    }
+}
+
+/* --- the test of the test ---------------------------------------------------------------- */
+
+static bool finds(enum mem_lie lie, bool has_log, uint64_t seed)
+{
+    uint64_t c;
+    struct drv_config config = any_config(seed, &c);
+    config.size = 512 * (400 + pick(&c, 8000));
+    config.store.has_log = has_log;
+    config.no_log = false;
+    config.store.lie = lie;
+    config.seal_age_ms = 3;
+    config.faults = lie == MEM_IGNORES_CHECKS;
+    struct drv *d = drv_new(&config);
+    d->quiet = true;
+    if (lie == MEM_IGNORES_CHECKS) {
+        /* A second owner comes although the first lives, because nothing stops it. */
+        drv_open(d);
+        drv_steps(d, 60);
+        if (!d->violated)
+            drv_two_owners(d);
+    } else {
+        lives(d, 6, 120);
+    }
+    bool found = d->violated;
+    if (!found) {
+        /* Lies may leave anything behind. */
+        d->violated = true;
+    }
+    drv_free(d);
+    return found;
+}
+
+static void lies_are_found_out(void **state)
+{
+    (void)state;
+    static const struct {
+        enum mem_lie lie;
+        bool has_log;
+        const char *what;
+    } lies[] = {
+        {MEM_LOSES_SUBMITS, true, "answered before the log record survives the process"},
+        {MEM_IGNORES_SYNC, true, "a flush that does nothing"},
+        {MEM_REPLAYS_OVER_HOLES, true, "a log replayed over a hole"},
+        {MEM_ACKS_EARLY, false, "answered before the commit"},
+        {MEM_SWAPS_COMMITS, false, "commits swapped"},
+        {MEM_TEARS_COMMITS, false, "a commit that happens in part"},
+        {MEM_LOSES_MUTATIONS, true, "a block that was not stored"},
+        {MEM_IGNORES_CHECKS, true, "the owner is not checked"},
+    };
+    for (size_t i = 0; i < sizeof lies / sizeof lies[0]; i++) {
+        unsigned tries = 0;
+        while (tries < 40 && !finds(lies[i].lie, lies[i].has_log, 1000 + tries))
+            tries++;
+        if (tries == 40)
+            fail_msg("nothing noticed: %s\n", lies[i].what);
+        print_message("# found with seed %u: %s\n", 1000 + tries, lies[i].what);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(crashes),
+        cmocka_unit_test(failing_commits),
+        cmocka_unit_test(failing_log),
+        cmocka_unit_test(idle_owner_hands_over),
+        cmocka_unit_test(busy_owner_keeps_it),
+        cmocka_unit_test(dead_owner_is_replaced),
+        cmocka_unit_test(lies_are_found_out),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
