@@ -82,6 +82,7 @@ class Shape:
     odd: float = 0.3                # share of offsets and lengths off any alignment
     hot: float = 0.4                # share that goes to the hot first part of the volume
     hot_part: int = 16              # which is this part of it
+    pace_us: int = 0                # at least so long from one request to the next
 
 
 class Load:
@@ -135,6 +136,7 @@ class Load:
             c.sock.setblocking(False)
         deadline = time.monotonic() + limit_s
         sending = True
+        next_ns = 0
         while True:
             if stop(self):
                 sending = False
@@ -142,18 +144,27 @@ class Load:
                 sending = False
             open_lanes = [lane for lane in self.lanes if not lane.gone]
             for lane in open_lanes:
-                while sending and len(lane.waiting) < self.shape.depth and not lane.backlogged():
+                while (sending and len(lane.waiting) < self.shape.depth
+                       and not lane.backlogged() and len(self.ops) < self.shape.ops):
+                    if self.shape.pace_us:
+                        if time.monotonic_ns() < next_ns:
+                            break
+                        next_ns = time.monotonic_ns() + 1000 * self.shape.pace_us
                     op = self._next(lane.number)
                     lane.add(op, self._bytes(op))
                     self.ops.append(op)
             busy = [lane for lane in open_lanes if lane.waiting or lane.out]
             if not busy:
+                if sending and open_lanes:
+                    time.sleep(min(0.001, self.shape.pace_us / 1e6))
+                    continue
                 return self
             if time.monotonic() > deadline:
                 stuck = [str(op) for lane in busy for op in lane.waiting.values()]
                 raise AssertionError(f"no answer within {limit_s} s: {stuck[:5]}")
             readable, writable, _ = select.select(
-                [lane.sock for lane in busy], [lane.sock for lane in busy if lane.out], [], 0.05)
+                [lane.sock for lane in busy], [lane.sock for lane in busy if lane.out], [],
+                0.001 if self.shape.pace_us and sending else 0.05)
             for lane in busy:
                 if lane.sock in readable:
                     lane.read()

@@ -485,10 +485,13 @@ class Connection:
             self.store.change(v, 2, offset, length, b"")
             if flags & 2:
                 v.data_blocks.update(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
-        if kind == 3:
-            self.store.sync()
-        elif fua and kind in (1, 4, 6):
-            self.store.sync(fua=True)
+        try:
+            if kind == 3:
+                self.store.sync()
+            elif fua and kind in (1, 4, 6):
+                self.store.sync(fua=True)
+        except OSError:
+            return error(5)
         self.answer(cookie, offset)
 
     def read(self, v, cookie, offset, length):

@@ -274,6 +274,17 @@ static struct env_timer *earliest_timer(struct sim *sim, struct sim_env **owner)
     return first;
 }
 
+bool sim_step_by(struct sim *sim, uint64_t limit_ns)
+{
+    struct sim_env *owner;
+    const struct env_timer *timer = earliest_timer(sim, &owner);
+    if ((sim->n && sim->heap[0].at_ns <= limit_ns) || (timer && timer->due_ns <= limit_ns))
+        return sim_step(sim);
+    if (limit_ns > sim->now_ns)
+        sim->now_ns = limit_ns;
+    return false;
+}
+
 bool sim_step(struct sim *sim)
 {
     struct sim_env *owner = NULL;

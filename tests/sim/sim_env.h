@@ -53,6 +53,9 @@ void sim_forget(struct sim_env *env, const void *arg);
 /* Runs the next event; false where there is none. */
 bool sim_step(struct sim *sim);
 
+/* The same, but only one that is due by `limit_ns`; the clock goes there where there is none. */
+bool sim_step_by(struct sim *sim, uint64_t limit_ns);
+
 /* Runs events until `cond(arg)` holds; false where the world came to rest first or `steps_max`
  * events did not do (a hang). */
 bool sim_run_until(struct sim *sim, bool (*cond)(void *arg), void *arg, uint64_t steps_max);

@@ -128,11 +128,6 @@ static inline struct lm *lm_of(struct store *store)
     return (struct lm *)(void *)store;
 }
 
-static inline const struct lm *lm_of_const(const struct store *store)
-{
-    return (const struct lm *)(const void *)store;
-}
-
 /* ---- engine.c ---- */
 
 /* Opens LMDB and its databases in the store's folder; `create` makes what is missing.

@@ -404,22 +404,6 @@ enum status space_reclaim(struct space *sp, uint64_t oldest, size_t limit)
     return st ? st : rc == MDB_NOTFOUND ? ST_OK : from_lmdb(rc);
 }
 
-enum status space_pending_since(struct space *sp, uint64_t *txn_id)
-{
-    *txn_id = UINT64_MAX;
-    MDB_cursor *c;
-    int rc = mdb_cursor_open(sp->txn, sp->dbis.pending, &c);
-    if (rc)
-        return from_lmdb(rc);
-    MDB_val k, v;
-    rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
-    enum status st = rc && rc != MDB_NOTFOUND ? from_lmdb(rc) : ST_OK;
-    if (!rc && k.mv_size == PENDING_KEY_BYTES)
-        *txn_id = get_be64(k.mv_data);
-    mdb_cursor_close(c);
-    return st;
-}
-
 enum status space_make_holes(struct space *sp, uint64_t units, uint64_t run_min, size_t look_max,
                              uint64_t *moved)
 {

@@ -91,9 +91,6 @@ enum status space_free_now(struct space *sp, uint64_t start, uint64_t units);
 /* Makes what transactions before `oldest` freed free for use, up to `limit` extents. */
 enum status space_reclaim(struct space *sp, uint64_t oldest, size_t limit);
 
-/* The first version whose frees are still pending; UINT64_MAX where nothing is. */
-enum status space_pending_since(struct space *sp, uint64_t *txn_id);
-
 /* Moves up to `units` units in free runs of at least `run_min` units into holes that are
  * not punched yet, looking at no more than `look_max` runs. Returns how many in *moved. */
 enum status space_make_holes(struct space *sp, uint64_t units, uint64_t run_min, size_t look_max,

@@ -1,0 +1,336 @@
+"""The power goes: what the server never synced may be lost, in any part and any order.
+
+A server runs under a write load with powercut.c between it and its files. From the
+journal of that run, folders are built as the disk could hold them after a cut at
+many moments (images.py), a server is started on each, and the volume is read:
+
+ G1  every write whose FLUSH was answered before the cut, and every answered FUA
+     write, is there;
+ G2  what is there is the effect of a first part of the requests, in the order taken;
+ G3  each request is there whole or not at all;
+ G5  nothing reads as EIO: a cut is no damage.
+
+Some cuts are followed by another one, during the recovery from the first; after
+others the volume is written again, flushed, and its server killed.
+
+CUTS (default 300) in all. --seed replays the choices; the timing of a run it cannot
+replay, so a failing image is kept, and its path is printed.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import images
+from harness.fixtures import new_folder
+from harness.history import Check, check_cut, flushed
+from harness.load import FLUSH, Load, Shape, content
+from harness.rawnbd import connect
+from harness.server import SLOW, Server, copy_store, wait_until
+
+HERE = Path(__file__).parent
+MIB = 1 << 20
+CUTS = int(os.environ.get("CUTS", "300"))
+SIZE = 8 * MIB + 512
+
+SMALL = ((512, 6), (4096, 8), (16384, 6), (65536, 2))
+SHAPES = [
+    # One request at a time: the order is total and each FLUSH covers all before it.
+    ("single", Shape(SIZE, connections=1, depth=1, ops=400, pace_us=6000, flush_every=0.1,
+                     lengths=SMALL)),
+    # Several connections, deep, with all sizes.
+    ("mixed", Shape(SIZE, connections=3, depth=4, ops=350, pace_us=10000,
+                    lengths=SMALL + ((300000, 1), (5 * MIB, 0.3)))),
+    # A small part of the volume, over and over: old versions of a block abound.
+    ("hot", Shape(SIZE, connections=1, depth=16, ops=700, pace_us=4000, hot=0.95, hot_part=32,
+                  flush_every=0.04, fua=0.04, lengths=SMALL)),
+    # In bursts without pauses, so that generations fill while others are committed.
+    ("burst", Shape(SIZE, connections=2, depth=16, ops=500, flush_every=0.03, fua=0.02,
+                    lengths=SMALL + ((1 << 20, 1),))),
+    # Zeroes and trims beside writes: space is given back and used again.
+    ("trims", Shape(SIZE, connections=2, depth=4, ops=400, pace_us=8000, zeros=0.25, trims=0.25,
+                    lengths=SMALL + ((300000, 2), (3 * MIB, 1)))),
+]
+
+
+@pytest.fixture(scope="session")
+def shim():
+    folder = new_folder()
+    out = folder / "powercut.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([*compiler.split(), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror",
+                    "-shared", "-fPIC", "-o", out, HERE / "powercut.c", "-lpthread"], check=True)
+    yield out
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def fast_folder():
+    """Memory where there is enough of it: hundreds of images are written and dropped."""
+    where = None
+    try:
+        if shutil.disk_usage("/dev/shm").free > 3 << 30 and os.access("/dev/shm", os.W_OK):
+            where = "/dev/shm"
+    except OSError:
+        pass
+    path = new_folder(where)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def under(shim, root, trace, seed, sync_us="100-4000"):
+    return ["env", f"LD_PRELOAD={shim}", f"POWERCUT_ROOT={root}", f"POWERCUT_TRACE={trace}",
+            f"POWERCUT_SYNC_US={sync_us}", f"POWERCUT_SEED={seed}",
+            # A sanitizer's library would want to be the first one loaded.
+            "ASAN_OPTIONS=verify_asan_link_order=0"]
+
+
+def quiet(trace, for_s):
+    """True once nothing has been added to the trace for a while."""
+    seen = [trace.stat().st_size, time.monotonic()]
+
+    def check():
+        size = trace.stat().st_size
+        if size != seen[0]:
+            seen[:] = [size, time.monotonic()]
+        return time.monotonic() - seen[1] >= for_s
+    return check
+
+
+class Run:
+    """One load under the shim: the volume before, the requests, the journal."""
+
+    def __init__(self, folder, shim, shape, rng, args=()):
+        self.folder = folder
+        self.args = list(args)
+        self.store, self.base, self.trace = folder / "store", folder / "base", folder / "trace"
+        server = Server(folder / "run", {"v": SIZE}, self.args, store=self.store, tcp=False)
+        server.start()
+        with connect(server, "v") as c:
+            for at in range(0, SIZE, MIB):
+                c.write(at, content(1, at, min(at + MIB, SIZE)))
+            c.flush()
+            self.before = c.read_all()
+        server.stop()
+        copy_store(self.store, self.base)
+        server.prefix = under(shim, self.store, self.trace, rng.randrange(1 << 30))
+        server.start()
+        try:
+            self.ops, number = [], 2
+            # Two loads with a rest between: what is done when nothing is asked for
+            # (commits, the reuse of the log) has its cuts too.
+            for part in (0.6, 0.4):
+                load = Load(server, "v", replace(shape, ops=int(shape.ops * part)), rng, number)
+                load.run(limit_s=90 * SLOW)
+                load.close()
+                number = load.number
+                self.ops += load.sent()
+                wait_until(quiet(self.trace, 0.5), 30 * SLOW, "the server comes to rest", 0.05)
+        finally:
+            server.kill()
+        errors = [op for op in self.ops if op.error]
+        assert not errors, f"{errors[0]}\n{server.log_tail()}"
+        images.check_complete(self.base, self.trace, self.store, rng, folder / "complete")
+        shutil.rmtree(folder / "complete")
+
+    def cut_times(self, rng, count):
+        """Just after answers that promise durability, around syncs and writes, anywhere."""
+        records = images.read_trace(self.trace)
+        first, last = records[0].begun_ns, max(r.ended_ns for r in records)
+        promised = [op.answered_ns for op in self.ops
+                    if op.answered_ns and (op.fua or op.kind == FLUSH)]
+        syncs = [r.at_ns for r in records if r.kind in (images.SYNC, images.DONE)]
+        near = [t for r in records for t in (r.begun_ns, r.ended_ns)]
+        out = []
+        for _ in range(count):
+            x = rng.random()
+            if x < 0.3 and promised:
+                out.append(rng.choice(promised))
+            elif x < 0.55 and syncs:
+                out.append(rng.choice(syncs) + rng.choice([-1, 0, 1, 50_000]))
+            elif x < 0.8:
+                out.append(rng.choice(near) + rng.choice([-1, 0, 1]))
+            else:
+                out.append(rng.randrange(first, last))
+        return sorted(out)
+
+
+def read_volume(folder, store, args, prefix=()):
+    """Starts a server on the store, reads the whole volume, and kills the server."""
+    server = Server(folder, {}, args, store=store, tcp=False, prefix=prefix).start()
+    try:
+        with connect(server, "v", structured=True, timeout_s=60 * SLOW) as c:
+            assert c.export.size == SIZE
+            return c.read_all()
+    finally:
+        server.kill()
+
+
+def judge(run, shim, image, folder, time_ns, seed):
+    """Everything one cut is asked. In a thread of its own."""
+    rng = random.Random(seed)
+    told = ""
+    x = rng.random()
+    if x < 0.2:
+        # A second cut, while the server recovers from the first or soon after.
+        trace = folder / "trace"
+        copy_store(image, folder / "base")
+        server = Server(folder / "first", {}, run.args, store=image, tcp=False,
+                        prefix=under(shim, image, trace, rng.randrange(1 << 30), "50-1000"))
+        server.start()
+        if rng.random() < 0.5:
+            with connect(server, "v") as c:
+                c.read(0, MIB)
+                c.flush()
+        server.kill()
+        disk = images.Disk(folder / "base", trace)
+        if disk.records:
+            times = [r.at_ns for r in disk.records]
+            disk.advance(rng.choice(times) + rng.choice([-1, 0, 1]))
+            shutil.rmtree(image)
+            told = "; then " + disk.build(image, rng)
+    after = read_volume(folder / "s", image, run.args)
+    check_cut(run.before, run.ops, after, time_ns)
+    if 0.2 <= x < 0.35:
+        # Life goes on: what is written now is not lost either, nor what was there.
+        server = Server(folder / "next", {}, run.args, store=image, tcp=False).start()
+        with connect(server, "v") as c:
+            for i in range(5):
+                at = rng.randrange(SIZE - 100000)
+                data = content(1_000_000 + i, at, at + rng.randrange(1, 100000))
+                c.write(at, data)
+                after[at:at + len(data)] = data
+            c.flush()
+        server.kill()
+        assert read_volume(folder / "again", image, run.args) == after, \
+            "written after the recovery, and lost by kill -9"
+    return told
+
+
+ROUNDS = max(1, min(len(SHAPES), CUTS // 20)) if CUTS < 500 else CUTS // 100
+
+
+@pytest.mark.limit(240)
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_cuts(shim, fast_folder, seed, round_):
+    """G1, G2, G3, G5 after each of many cuts of one run."""
+    rng = random.Random(f"{seed}:powercut:{round_}")
+    name, shape = SHAPES[round_ % len(SHAPES)]
+    run = Run(fast_folder / "run", shim, shape, rng)
+    count = max(1, CUTS // ROUNDS)
+    disk = images.Disk(run.base, run.trace)
+    waiting, failures = [], []
+    judged = demanding = 0
+
+    def settle(limit):
+        nonlocal judged
+        while len(waiting) > limit:
+            future, what, folder, image = waiting.pop(0)
+            try:
+                future.result()
+                judged += 1
+            except Exception as e:
+                kept = keep(run, folder)
+                failures.append(f"{what}\n{type(e).__name__}: {e}\nkept: {kept}")
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, time_ns in enumerate(run.cut_times(rng, count)):
+            disk.advance(time_ns)
+            folder = fast_folder / f"c{i}"
+            folder.mkdir()
+            image = folder / "store"
+            how = disk.build(image, rng)
+            what = f"{name}, cut {i} at {time_ns}: {how}"
+            demanding += bool(flushed(run.ops, time_ns))
+            waiting.append((pool.submit(judge, run, shim, image, folder, time_ns,
+                                        rng.randrange(1 << 30)), what, folder, image))
+            settle(3)
+            if len(failures) >= 3:
+                break
+        settle(0)
+    assert not failures, f"seed {seed}, round {round_}:\n" + "\n\n".join(failures[:3])
+    assert judged == count
+    # Cuts before anything was promised would be easy to survive.
+    assert demanding >= count // 4
+
+
+def keep(run, folder):
+    """The image of a failure, its journal and the requests, for whoever has to find out."""
+    kept = new_folder()
+    shutil.copytree(folder, kept / "cut", symlinks=True, ignore_dangling_symlinks=True,
+                    ignore=lambda d, names: [n for n in names if n == "s"
+                                             and not os.path.isdir(os.path.join(d, n))])
+    copy_store(run.base, kept / "base")
+    shutil.copy(run.trace, kept / "trace")
+    (kept / "requests").write_text("\n".join(map(str, run.ops)))
+    return kept
+
+
+def test_the_journal_tells_everything(shim, fast_folder, rng):
+    """If something got past the shim, no cut would prove anything; checked in each run too."""
+    Run(fast_folder / "run", shim, SHAPES[1][1], rng)
+
+
+def test_a_failed_sync_is_reported_and_not_forgotten(shim, fast_folder, rng):
+    """B23, G6: FLUSH and FUA fail while syncs do; no later FLUSH succeeds without the data."""
+    store, fault = fast_folder / "store", fast_folder / "fault"
+    server = Server(fast_folder / "s", {"v": SIZE}, store=store, tcp=False).start()
+    with connect(server, "v") as c:
+        c.write(0, content(1, 0, SIZE))
+        c.flush()
+    server.stop()
+    base = copy_store(store, fast_folder / "base")
+    trace = fast_folder / "trace"
+    server.prefix = under(shim, store, trace, 1) + [f"POWERCUT_FAULT={fault}"]
+    server.start()
+    ops = []
+    try:
+        with connect(server, "v") as c:
+            def write(number, at, length, flags=0):
+                from harness.load import Op
+                op = Op(number, 0, 1, at, length, bool(flags))
+                op.sent_ns = time.monotonic_ns()
+                op.error = c.error_of(1, at, flags=flags,
+                                      payload=content(number, at, at + length))
+                op.answered_ns = time.monotonic_ns()
+                ops.append(op)
+                return op
+            write(2, 4096, 8192)
+            c.flush()
+            fault.write_text("sync 5\n")
+            write(3, 100000, 50000)
+            assert c.error_of(3) != 0, "FLUSH was answered although nothing can be synced"
+            assert write(4, 200000, 512, 1).error != 0, "so was a FUA write"
+            fault.unlink()
+            # Either it works again, and then for all that is there, or it keeps failing.
+            from harness.load import Op
+            flush = Op(5, 0, FLUSH)
+            flush.sent_ns = time.monotonic_ns()
+            flush.error = c.error_of(3)
+            flush.answered_ns = time.monotonic_ns()
+            ops.append(flush)
+    finally:
+        server.kill()
+    promised = [op for op in ops if op.kind != FLUSH and not op.error]
+    # The FUA write that failed may be there or not; both are a prefix.
+    for op in ops:
+        if op.error and op.kind != FLUSH:
+            op.error, op.answered_ns = 0, None
+    disk = images.Disk(base, trace)
+    disk.advance(flush.answered_ns)
+    for i in range(12):
+        image = fast_folder / f"i{i}"
+        disk.build(image, rng, "none" if i == 0 else None)
+        after = read_volume(fast_folder / f"r{i}", image, [])
+        required = flushed(ops, flush.answered_ns)
+        if not flush.error:
+            assert set(promised) <= required
+        Check(content(1, 0, SIZE), ops, after, required, flush.answered_ns).run()
