@@ -2,7 +2,7 @@
 
 BUILD = build
 
-.PHONY: all run check check-long clean
+.PHONY: all run check check-long mutants clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -32,6 +32,11 @@ check:
 check-long:
 	@scripts/install-deps.sh build test
 	@/usr/bin/python3 scripts/check.py --long
+
+# Shows that the crash tests notice planted faults.
+mutants:
+	@scripts/install-deps.sh build test
+	@/usr/bin/python3 tests/crash/mutants.py
 
 clean:
 	rm -rf $(BUILD) build-asan

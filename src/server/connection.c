@@ -610,10 +610,10 @@ static void settle(struct conn *c)
     }
     if (c->phase != CONN_SERVING)
         return;
-    if (c->stopping && (c->receive != RECEIVE_NOTHING || c->stash_len))
+    if (c->stopping && !c->at_end)
         take_no_more(c);
-    if ((c->at_end || c->stopping) && c->n_requests == 0 && !c->out_first) {
-        conn_die(c, c->at_end ? "the client is done" : "the server is stopping");
+    if (c->at_end && c->n_requests == 0 && !c->out_first) {
+        conn_die(c, c->stopping ? "the server is stopping" : "the client is done");
         return;
     }
     bool reads = may_read(c);

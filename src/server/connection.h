@@ -301,7 +301,7 @@ void transmission_received(struct conn *c, size_t n);
 /* Goes on with reads that waited for replies to leave. */
 void transmission_go_on(struct conn *c);
 
-/* Undoes a write that is being received. */
+/* Undoes a write that is being received, or forgets a refused one whose payload is. */
 void transmission_abort_receive(struct conn *c);
 
 /* The connection is dead: ends the requests that the volume does not know of. */

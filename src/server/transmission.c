@@ -581,8 +581,22 @@ static size_t receive_payload(struct conn *c, const uint8_t *data, size_t len)
     return used;
 }
 
+/* Not answered: the client has not sent all of it. Earlier pieces may be under way. */
+static void give_up_unsent(struct request *q)
+{
+    q->more = false;
+    if (q->n_pieces == 0)
+        request_free(q);
+}
+
 void transmission_abort_receive(struct conn *c)
 {
+    struct request *refused = c->late_request;
+    c->late_request = NULL;
+    c->late_error = 0;
+    c->discard = 0;
+    if (refused)
+        give_up_unsent(refused);
     if (c->receive == RECEIVE_NOTHING)
         return;
     struct piece *p = c->receiving;
@@ -591,10 +605,7 @@ void transmission_abort_receive(struct conn *c)
     c->receiving = NULL;
     volume_write_abort(c->vol, &p->io);
     piece_over(p);
-    q->more = false;
-    /* Not answered: the client has not sent all of it. Earlier pieces are under way. */
-    if (q->n_pieces == 0)
-        request_free(q);
+    give_up_unsent(q);
 }
 
 void transmission_abandon(struct conn *c)
@@ -602,15 +613,6 @@ void transmission_abandon(struct conn *c)
     transmission_abort_receive(c);
     for (struct list *l; (l = list_pop(&c->stalled));)
         request_free(container_of(l, struct request, stalled));
-    struct request *q = c->late_request;
-    c->late_request = NULL;
-    c->late_error = 0;
-    c->discard = 0;
-    if (q) {
-        q->more = false;
-        if (q->n_pieces == 0)
-            request_free(q);
-    }
 }
 
 /* --- all others ----------------------------------------------------------------------------------- */

@@ -1024,10 +1024,13 @@ static void commit_retry(struct env_timer *timer)
 }
 
 /* The commit failed and nothing happened: the data stays dirty, whoever waits for its
- * durability is told, and it is tried again until it succeeds (G6). */
+ * durability is told, and it is tried again until it succeeds (G6). Where the medium fails,
+ * that goes for all who wait for this commit; a store that is full or out of reach makes
+ * writes wait instead. */
 static void commit_failed(struct gen *g, enum status st)
 {
     struct volume *vol = g->vol;
+    struct list told = LIST_INIT(told);
     vol->stats.commit_retries++;
     if (g->tries++ % 30 == 0)
         log_error("volume %s: a commit failed: %s; it is tried again every %u ms, writes wait",
@@ -1035,12 +1038,15 @@ static void commit_failed(struct gen *g, enum status st)
     vol->commit_failing = true;
     list_for_each_safe(l, next, &g->waiters)
     {
-        struct vol_io *io = container_of(l, struct vol_io, link);
-        if (io->kind == IO_FLUSH || io->kind == IO_SYNC || io->kind == IO_RESIZE) {
-            list_remove(&io->link);
-            volume_end_io(vol, io, st == ST_NOSPC ? ST_NOSPC : ST_IO);
+        const struct vol_io *io = container_of(l, struct vol_io, link);
+        if (st == ST_IO || io->kind == IO_FLUSH || io->kind == IO_SYNC || io->kind == IO_RESIZE) {
+            list_remove(l);
+            list_add_tail(&told, l);
         }
     }
+    struct list *l;
+    while ((l = list_pop(&told)))
+        volume_end_io(vol, container_of(l, struct vol_io, link), st == ST_NOSPC ? ST_NOSPC : ST_IO);
     g->stage = GEN_COMMITTING;
     g->retry.fire = commit_retry;
     env_timer_start(vol->shard->env, &g->retry, RETRY_MS);

@@ -284,8 +284,8 @@ bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wai
         }
         touch(r2);
         const struct row2_entry *entry = &r2->row2.entry[row & (INDEX_FANOUT - 1)];
-        if (entry->kind == ROW2_ROW) {
-            struct row_slot *r1 = slot_find(vol, 1, row);
+        struct row_slot *r1 = slot_find(vol, 1, row);
+        if (r1 || entry->kind == ROW2_ROW) {
             if (!r1) {
                 /* Held until the level-1 row is there, so that a change of its entry
                  * meanwhile can't be overlooked. */
@@ -294,6 +294,7 @@ bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wai
                 load_start(r1, entry->epoch);
                 started++;
             }
+            /* Also where a trim has overtaken the load and the entry names no row any more. */
             if (r1->loading)
                 missing = r1;
             else

@@ -598,6 +598,10 @@ void write_logged(struct volume *vol, struct vol_io *io)
 
 void flush_by_commit(struct volume *vol, struct vol_io *io)
 {
+    if (vol->lost) {
+        io_finish_soon(vol, io, ST_PERM);
+        return;
+    }
     gen_seal(vol, false);
     struct list *l = vol->gens.prev; /* the open one */
     if (l->prev == &vol->gens) {

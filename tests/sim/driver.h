@@ -121,6 +121,8 @@ void drv_reopen(struct drv *d, bool new_process);
 /* Issues one random request; runs the world for a moment; both, many times. */
 void drv_request(struct drv *d);
 void drv_breathe(struct drv *d);
+/* Some events, none of them later than a moment from now. */
+void drv_moment(struct drv *d, uint64_t steps);
 void drv_steps(struct drv *d, uint64_t n);
 void drv_submit(struct drv *d);
 /* Waits until everything is answered; false (and a violation) where that does not come. */

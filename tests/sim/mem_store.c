@@ -642,6 +642,14 @@ static void lie_swap(struct handle *h, struct store_commit *commit)
     }
 }
 
+static bool carries_bodies(const struct store_commit *commit)
+{
+    for (size_t i = 0; i < commit->n_mutations; i++)
+        if (commit->mutations[i].body.len)
+            return true;
+    return false;
+}
+
 static void mem_commit(struct store *store, struct env *env, struct store_commit *commit)
 {
     struct handle *h = handle_of(store);
@@ -650,11 +658,11 @@ static void mem_commit(struct store *store, struct env *env, struct store_commit
     commit->env = env;
     commit->result = ST_OK;
     h->out++;
-    if (!h->dead && commit->n_mutations > 3 && db->config.lie == MEM_ACKS_EARLY) {
+    if (!h->dead && db->config.lie == MEM_ACKS_EARLY && carries_bodies(commit)) {
         lie_early(h, commit);
         return;
     }
-    if (!h->dead && commit->n_mutations > 3 && db->config.lie == MEM_SWAPS_COMMITS) {
+    if (!h->dead && db->config.lie == MEM_SWAPS_COMMITS && carries_bodies(commit)) {
         lie_swap(h, commit);
         return;
     }

@@ -259,7 +259,7 @@ static void inner_lengths(void **state) /* A.3 */
                 option(NBD_OPT_STRUCTURED_REPLY, 0);
                 option(numbers[i], len);
                 for (uint32_t b = 0; b < len; b++) {
-                    uint8_t c = b < 4 ? (uint8_t)(name_lengths[k] >> (24 - 8 * b)) : 'a';
+                    uint8_t c = (uint8_t)(b < 4 ? name_lengths[k] >> (24 - 8 * b) : 'a');
                     raw(&c, 1);
                 }
                 option(99, 0);

@@ -56,8 +56,7 @@ static void lives(struct drv *d, uint64_t n, uint64_t steps)
     for (uint64_t life = 0; life < n && !d->violated; life++) {
         bool power = drv_one_in(d, 2);
         drv_steps(d, drv_below(d, steps));
-        for (uint64_t i = drv_below(d, 40); i > 0 && !d->violated && sim_step(d->sim); i--) {
-        }
+        drv_moment(d, drv_below(d, 40));
         /* What was just answered is what is the easiest to lose. */
         if (!d->violated && drv_one_in(d, 3))
             drv_flush(d);
@@ -69,8 +68,7 @@ static void lives(struct drv *d, uint64_t n, uint64_t steps)
             bool again = drv_one_in(d, 2);
             drv_open(d);
             drv_request_ownership(d);
-            for (uint64_t i = drv_below(d, 120); i > 0 && sim_step(d->sim); i--) {
-            }
+            drv_moment(d, drv_below(d, 120));
             drv_crash(d, again);
             power |= again;
         }

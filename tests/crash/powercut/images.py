@@ -32,9 +32,10 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 SECTOR, PAGE = 512, 4096
 NEVER = 1 << 62
 
-# LMDB's reader table is shared memory that happens to have a name; it is made anew
-# when nobody has it open.
-MAPPED_ALLOWED = ("lock.mdb", "-lock")
+# Shared memory that happens to have a name, and means nothing once the processes are
+# gone: LMDB's reader table, and who has the store open (docs/format-lmdb.md). After a
+# cut they hold pages of any moment.
+MAPPED_ALLOWED = ("lock.mdb", "processes")
 
 
 class Unsound(AssertionError):
@@ -327,8 +328,10 @@ MODES = ["all", "none", "prefix", "sectors", "pages", "changes", "one missing", 
 class Disk:
     """The folder as it went through time; advance() only goes forward."""
 
-    def __init__(self, base, trace):
+    def __init__(self, base, trace, live=None):
         self.base = Path(base)
+        # The folder as the run left it, for what was written through mappings.
+        self.live = Path(live) if live else None
         self.records = read_trace(trace) if not isinstance(trace, list) else trace
         self.next = 0
         self.files = {}
@@ -458,6 +461,13 @@ class Disk:
             chosen = rng.choice(MODES) if mixed else mode
             size, changes = file.choose(rng, chosen)
             file.write(path, size, changes)
+            if file.mapped and self.live and (self.live / name).exists():
+                later = (self.live / name).read_bytes()
+                with open(path, "r+b") as f:
+                    for at in range(0, min(size, len(later)), PAGE):
+                        if rng.random() < 0.5:
+                            f.seek(at)
+                            f.write(later[at:min(at + PAGE, size)])
             if file.pending:
                 told.append(f"{name}: {chosen}, {len(file.pending)} open")
         return "; ".join(told) or "everything was durable"

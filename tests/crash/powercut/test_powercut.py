@@ -190,12 +190,12 @@ def judge(run, shim, image, folder, time_ns, seed):
                 c.read(0, MIB)
                 c.flush()
         server.kill()
-        disk = images.Disk(folder / "base", trace)
+        disk = images.Disk(folder / "base", trace, image)
         if disk.records:
             times = [r.at_ns for r in disk.records]
             disk.advance(rng.choice(times) + rng.choice([-1, 0, 1]))
-            shutil.rmtree(image)
-            told = "; then " + disk.build(image, rng)
+            told = "; then " + disk.build(folder / "second", rng)
+            image = folder / "second"
     after = read_volume(folder / "s", image, run.args)
     check_cut(run.before, run.ops, after, time_ns)
     if 0.2 <= x < 0.35:
@@ -225,7 +225,7 @@ def test_cuts(shim, fast_folder, seed, round_):
     name, shape = SHAPES[round_ % len(SHAPES)]
     run = Run(fast_folder / "run", shim, shape, rng)
     count = max(1, CUTS // ROUNDS)
-    disk = images.Disk(run.base, run.trace)
+    disk = images.Disk(run.base, run.trace, run.store)
     waiting, failures = [], []
     judged = demanding = 0
 
