@@ -248,11 +248,13 @@ static void wake_waiters(struct blk *e)
 static void base_damaged(struct volume *vol, struct blk *e, struct fetch_block *b)
 {
     struct mask had;
-    e->bad_base = true;
     if (!b->ok || !mask_decode(&had, vol->block_size, b->mask)) {
+        /* Nothing is remembered of it: it may read the next time. Where the block was written
+         * in part, its generation decides what is lost. */
         buf_unref(b->buf);
         return;
     }
+    e->bad_base = true;
     if (e->buf) {
         mask_merge(&e->mask, vol->block_size, e->buf->data, b->buf->data, &had);
         mask_free(&had);

@@ -85,7 +85,6 @@ struct gen *gen_open(struct volume *vol)
     struct gen *g = mem_zalloc(sizeof *g);
     g->vol = vol;
     g->no = ++vol->gen_next;
-    g->trash_done = ~0ull;
     list_init(&g->dirty);
     list_init(&g->waiters);
     list_add_tail(&vol->gens, &g->link);
@@ -96,7 +95,7 @@ struct gen *gen_open(struct volume *vol)
 bool gen_empty(const struct gen *g)
 {
     return !g->n_dirty && !g->n_ranges && !g->n_clears && !g->force && list_empty(&g->waiters) &&
-           g->trash_done == ~0ull && !g->new_size;
+           !g->n_trash_done && !g->new_size;
 }
 
 void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
@@ -441,6 +440,17 @@ static void bases_read(struct store_read *read, enum status st)
     struct gen_bases *b = container_of(read, struct gen_bases, read);
     struct gen *g = b->gen;
     struct volume *vol = g->vol;
+    if (st != ST_OK && st != ST_IO && !vol->lost) {
+        /* The store is out of reach: that says nothing about these blocks. */
+        g->bases_wanted = (size_t)(b->base[0].item - g->items);
+        for (uint32_t i = 0; i < b->n; i++)
+            buf_unref(b->base[i].buf);
+        store_read_release(read);
+        free(b);
+        g->inflight--;
+        env_timer_start(vol->shard->env, &g->retry, RETRY_MS);
+        return;
+    }
     for (uint32_t i = 0; i < b->n; i++) {
         struct gen_base *got = &b->base[i];
         struct gen_item *item = got->item;
@@ -707,20 +717,36 @@ static void set_fixed(struct gen *g, uint64_t no, uint8_t kind)
     row_changed(g, r1);
 }
 
-static void add_trash(struct gen *g, uint64_t first, uint64_t end)
+static void put_trash(struct gen *g)
 {
     struct volume *vol = g->vol;
-    struct trash_record rec = {
-        .epoch = vol->header.epoch, .first_block = first, .end_block = end};
+    if (g->trash_first == g->trash_end)
+        return;
+    struct trash_record rec = {.epoch = vol->header.epoch,
+                               .first_block = g->trash_first,
+                               .end_block = g->trash_end};
     struct key key;
     uint8_t bytes[RECORD_BYTES_MAX];
     key_trash(&key, vol->branch, g->state_after.trash_next++);
     size_t len = trash_encode(&rec, key_slice(&key), bytes);
     mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
+    g->trash_first = g->trash_end = 0;
+}
+
+/* What one trim left becomes one record, with what lies close before it: the cleaner reads the
+ * keys that exist, so untouched holes between cost nothing and live blocks little. */
+static void add_trash(struct gen *g, uint64_t first, uint64_t end, uint64_t trim_first)
+{
+    bool near = first >= g->trash_end && trim_first <= g->trash_end + 2 * INDEX_FANOUT;
+    if (g->trash_first != g->trash_end && !near)
+        put_trash(g);
+    if (g->trash_first == g->trash_end)
+        g->trash_first = first;
+    g->trash_end = end;
 }
 
 /* Whole level-1 rows [row, end) inside one level-2 row get one source. */
-static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind)
+static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind, uint64_t trim_first)
 {
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row >> INDEX_SHIFT);
@@ -738,19 +764,25 @@ static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind)
     row_changed(g, r2);
     index_fix_rows1(vol, row, end, kind);
     if (any)
-        add_trash(g, row << INDEX_SHIFT, end << INDEX_SHIFT);
+        add_trash(g, row << INDEX_SHIFT, end << INDEX_SHIFT, trim_first);
 }
 
-static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan *scan)
+static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan *scan,
+                     uint64_t trim_first)
 {
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row2);
     struct key key;
     bool rows = false;
     if (r2) {
-        for (unsigned i = 0; i < INDEX_FANOUT; i++)
-            rows |= r2->row2.entry[i].kind == ROW2_ROW;
-        vol->data_blocks -= row2_n_data(&r2->row2);
+        for (unsigned i = 0; i < INDEX_FANOUT; i++) {
+            if (r2->row2.entry[i].kind != ROW2_ROW)
+                continue;
+            /* A row that this generation changed already counts for itself. */
+            struct row_slot *r1 = index_row1(vol, (row2 << INDEX_SHIFT) + i);
+            vol->data_blocks -= r1 ? r1->row1.n_data : r2->row2.entry[i].n_data;
+            rows = true;
+        }
     } else if (scan && !scan->fixed) {
         rows = true;
         vol->data_blocks -= scan->n_data;
@@ -775,7 +807,7 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     if (r2)
         row_changed(g, r2);
     if (rows)
-        add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT));
+        add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT), trim_first);
 }
 
 static void build_range(struct gen *g, const struct gen_range *range)
@@ -792,7 +824,7 @@ static void build_range(struct gen *g, const struct gen_range *range)
                 set_fixed(g, no, kind);
         } else if (no % unit2 || range->end - no < unit2) {
             uint64_t stop = min_u64(range->end / unit1 * unit1, (no / unit2 + 1) * unit2);
-            fix_rows1(g, no >> INDEX_SHIFT, stop >> INDEX_SHIFT, kind);
+            fix_rows1(g, no >> INDEX_SHIFT, stop >> INDEX_SHIFT, kind, range->first);
             no = stop;
         } else {
             uint64_t end_row2 = range->end / unit2;
@@ -802,11 +834,11 @@ static void build_range(struct gen *g, const struct gen_range *range)
                 for (; row2 < end_row2; row2++) {
                     struct gen_scan *scan = find_scan(g, row2);
                     if (scan || index_knows_row2(vol, row2))
-                        fix_row2(g, row2, kind, scan);
+                        fix_row2(g, row2, kind, scan, range->first);
                 }
             } else {
                 for (; row2 < end_row2; row2++)
-                    fix_row2(g, row2, kind, find_scan(g, row2));
+                    fix_row2(g, row2, kind, find_scan(g, row2), range->first);
             }
             no = end_row2 * unit2;
         }
@@ -933,8 +965,8 @@ static void build_state(struct gen *g)
         len = header_encode(&header, key_slice(&key), bytes);
         mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
     }
-    if (g->trash_done != ~0ull) {
-        key_trash(&key, vol->branch, g->trash_done);
+    for (size_t i = 0; i < g->n_trash_done; i++) {
+        key_trash(&key, vol->branch, g->trash_done[i]);
         clear_key(g, &key);
     }
 }
@@ -948,6 +980,7 @@ static void build(struct gen *g, const struct state_record *before)
         CHECK(!g->pinned[i]->loading);
     for (size_t i = 0; i < g->n_ranges; i++)
         build_range(g, &g->ranges[i]);
+    put_trash(g);
     vol->n_ranges_unbuilt -= g->n_ranges;
     for (size_t i = 0; i < g->n_items; i++)
         build_item(g, &g->items[i]);
@@ -996,6 +1029,7 @@ static void gen_free(struct gen *g)
     free(g->items);
     free(g->ranges);
     free(g->clears);
+    free(g->trash_done);
     free(g->scan);
     free(g->pinned);
     free(g->mutations);

@@ -5,6 +5,7 @@
 #include "volume/internal.h"
 
 #define ROWS_LOADED_AT_ONCE 512u
+#define RETRY_MS 1000u
 
 void index_init(struct index *ix)
 {
@@ -138,6 +139,7 @@ struct row_load {
     struct key key, end;
     struct row_slot *slot;
     uint64_t epoch;
+    struct env_timer retry;
 };
 
 /* Sources that name nothing: the store lacks them, so every read of them is EIO (G5). */
@@ -168,12 +170,28 @@ static void fix_slot(struct row_slot *r, uint8_t kind)
     }
 }
 
+static void load_read(struct row_load *load);
+
+static void load_again(struct env_timer *timer)
+{
+    load_read(container_of(timer, struct row_load, retry));
+}
+
 static void load_done(struct store_read *read, enum status st)
 {
     struct row_load *load = container_of(read, struct row_load, read);
     struct row_slot *r = load->slot;
     struct volume *vol = r->vol;
     bool bad = st != ST_OK;
+
+    if (bad && st != ST_IO && !vol->lost) {
+        /* The store is out of reach: that says nothing about the row, which would be stored
+         * as a damaged one with the next change below it. */
+        store_read_release(read);
+        load->retry.fire = load_again;
+        env_timer_start(vol->shard->env, &load->retry, RETRY_MS);
+        return;
+    }
 
     if (r->level == 2) {
         if (!bad && load->range.n_pairs) {
@@ -241,15 +259,24 @@ static void load_start(struct row_slot *r, uint64_t epoch)
                                            .end = key_slice(&load->end),
                                            .limit = 1,
                                            .reverse = true};
+    } else {
+        key_row(&load->key, vol->branch, 1, r->no, epoch);
+    }
+    load_read(load);
+}
+
+static void load_read(struct row_load *load)
+{
+    struct volume *vol = load->slot->vol;
+    load->read = (struct store_read){.done = load_done};
+    if (load->slot->level == 2) {
         load->read.ranges = &load->range;
         load->read.n_ranges = 1;
     } else {
-        key_row(&load->key, vol->branch, 1, r->no, epoch);
-        load->get.key = key_slice(&load->key);
+        load->get = (struct store_get){.key = key_slice(&load->key)};
         load->read.gets = &load->get;
         load->read.n_gets = 1;
     }
-    load->read.done = load_done;
     store_read(vol->shard->store, vol->shard->env, &load->read);
 }
 

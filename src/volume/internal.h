@@ -134,7 +134,9 @@ struct gen {
     size_t n_ranges, cap_ranges;
     struct gen_clear *clears; /* candidates of the cleaner */
     size_t n_clears, cap_clears;
-    uint64_t trash_done; /* ("t", branch, n) that is finished with this commit, else ~0 */
+    uint64_t *trash_done; /* ("t", branch, n) that are finished with this commit */
+    size_t n_trash_done, cap_trash_done;
+    uint64_t trash_first, trash_end; /* build: blocks for the next trash record */
     uint64_t first_seq, last_seq; /* log records; first 0: none */
     uint64_t replayed_log, replayed_seq; /* while replaying another log */
     uint64_t new_size; /* 0: the size stays */

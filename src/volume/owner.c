@@ -166,8 +166,15 @@ static void logs_settled(struct vol_io *io)
 {
     struct acquire *a = container_of(io, struct acquire, sync);
     struct volume *vol = a->vol;
+    if (!vol->lost && io->st != ST_OK) {
+        /* The commit is tried again by itself; wait for it again. */
+        volume_begin_io(vol, io);
+        io->kind = IO_SYNC;
+        flush_by_commit(vol, io);
+        return;
+    }
     a->inflight = false;
-    if (vol->lost || io->st != ST_OK) {
+    if (vol->lost) {
         acquire_fail(a, ST_PERM, "its owner changed while its log was replayed");
         return;
     }

@@ -19,13 +19,18 @@ struct cleaner {
     struct store_read read;
     struct store_range range;
     struct key begin, end;
-    bool reading, waiting, urgent, found_none;
-    bool have; /* a record is being worked on */
-    uint64_t n;
+    bool reading;
+    bool urgent;
+    bool have;           /* a record is being gone through */
+    uint64_t n;          /* its number */
+    uint64_t after;      /* records below this one are done, as far as generations go */
     struct trash_record rec;
-    unsigned level; /* 0: blocks; 1: level-1 rows */
+    unsigned level;      /* 0: blocks; 1: level-1 rows */
     uint64_t next;
-    uint64_t seen_next; /* state.trash_next when no record was found */
+    size_t batch;        /* keys given to generations since the last wait */
+    uint64_t wait_gen;   /* go on when this generation has committed; 0: not waiting */
+    bool found_none;
+    uint64_t seen_next;  /* state.trash_next when no record was found */
 };
 
 static void clean_step(struct cleaner *c);
@@ -42,7 +47,6 @@ static void batch_read(struct store_read *read, enum status st)
         return;
     }
     struct gen *g = vol->open;
-    size_t had = g->n_clears;
     uint64_t last = 0;
     for (uint32_t i = 0; i < c->range.n_pairs; i++) {
         uint64_t branch, no = 0, epoch = 0;
@@ -55,33 +59,32 @@ static void batch_read(struct store_read *read, enum status st)
             continue;
         mem_grow(&g->clears, &g->cap_clears, g->n_clears + 1, sizeof *g->clears);
         g->clears[g->n_clears++] = (struct gen_clear){.epoch = epoch, .no = no, .level = c->level};
+        c->batch++;
     }
     bool more = c->range.more;
     store_read_release(read);
     if (more) {
-        c->next = last + (c->level ? 0 : 1);
-        /* Several epochs of one row may stand across two batches; seeing a key twice is
-         * harmless, standing still is not. */
-        if (c->level && c->next == c->rec.first_block >> INDEX_SHIFT)
-            c->next++;
+        /* Of a row there may be several epochs, and the limit may cut between them: seeing a
+         * key twice is harmless, standing still is not. */
+        c->next = max_u64(last + (c->level ? 0 : 1), c->next + 1);
     } else if (c->level == 0) {
         c->level = 1;
         c->next = c->rec.first_block >> INDEX_SHIFT;
     } else {
-        g->trash_done = c->n;
+        mem_grow(&g->trash_done, &g->cap_trash_done, g->n_trash_done + 1, sizeof *g->trash_done);
+        g->trash_done[g->n_trash_done++] = c->n;
+        c->after = c->n + 1;
         c->have = false;
     }
-    if (g->n_clears == had && c->have) {
+    if (!g->opened_ns)
+        g->opened_ns = env_now_ns(vol->shard->env);
+    shard_age_start(vol->shard);
+    if (c->batch < BATCH_KEYS && g->n_trash_done < BATCH_KEYS) {
         clean_step(c);
         return;
     }
-    c->waiting = true;
-    if (!g->opened_ns)
-        g->opened_ns = env_now_ns(vol->shard->env);
-    if (c->urgent)
-        gen_seal(vol, false);
-    else
-        shard_age_start(vol->shard);
+    c->wait_gen = g->no;
+    gen_seal(vol, false);
 }
 
 static void record_read(struct store_read *read, enum status st)
@@ -100,6 +103,7 @@ static void record_read(struct store_read *read, enum status st)
         } else {
             log_error("volume %s: a trash record is damaged: the space behind it is not given back",
                       vol->name);
+            c->after = c->n + 1;
             c->found_none = true;
         }
     } else {
@@ -107,10 +111,15 @@ static void record_read(struct store_read *read, enum status st)
         c->seen_next = vol->state.trash_next;
     }
     store_read_release(read);
-    if (c->have && vol->ownership == VOL_OWNED)
-        clean_step(c);
-    else
-        shard_wake_writers(vol->shard); /* who waited for space need not wait for trash */
+    if (vol->ownership == VOL_OWNED) {
+        if (c->have)
+            clean_step(c);
+        else if (c->urgent)
+            gen_seal(vol, false);
+        /* Who waits for space need not wait for trash any more. */
+        if (!c->have)
+            shard_wake_writers(vol->shard);
+    }
     volume_progress(vol);
 }
 
@@ -120,8 +129,8 @@ static void clean_step(struct cleaner *c)
     struct shard *s = vol->shard;
     c->reading = true;
     if (!c->have) {
-        key_prefix_branch(&c->begin, 't', vol->branch);
-        c->end = c->begin;
+        key_trash(&c->begin, vol->branch, c->after);
+        key_prefix_branch(&c->end, 't', vol->branch);
         key_prefix_end(&c->end);
         c->range = (struct store_range){.limit = 1};
         c->read = (struct store_read){.done = record_read};
@@ -157,23 +166,23 @@ bool trash_kick(struct volume *vol, bool urgent)
     if (c->found_none && c->seen_next == vol->state.trash_next)
         return false;
     c->found_none = false;
-    if (!c->reading && !c->waiting)
+    if (!c->reading && !c->wait_gen) {
+        c->batch = 0;
         clean_step(c);
-    else if (c->waiting && urgent)
-        gen_seal(vol, false);
+    }
     return true;
 }
 
 void trash_committed(struct volume *vol, struct gen *g)
 {
     struct cleaner *c = vol->cleaner;
-    if (!c || vol->ownership != VOL_OWNED)
+    if (!c || vol->ownership != VOL_OWNED || c->reading || g->no < c->wait_gen)
         return;
-    if (c->waiting && (g->n_clears || g->trash_done != ~0ull)) {
-        c->waiting = false;
-        clean_step(c);
-    } else if (!c->reading && !c->waiting && c->seen_next != vol->state.trash_next) {
+    bool waited = c->wait_gen != 0;
+    c->wait_gen = 0;
+    if (waited || c->seen_next != vol->state.trash_next) {
         c->found_none = false;
+        c->batch = 0;
         clean_step(c);
     }
 }
@@ -188,8 +197,8 @@ void trash_stop(struct volume *vol)
     struct cleaner *c = vol->cleaner;
     if (!c)
         return;
-    c->waiting = c->have = false;
-    c->found_none = false;
+    c->have = c->found_none = false;
+    c->wait_gen = c->after = 0;
     if (!c->reading) {
         vol->cleaner = NULL;
         free(c);

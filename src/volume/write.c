@@ -123,8 +123,8 @@ static int space_take(struct shard *s, struct vol_io *io, struct store_reservati
 bool write_try_grant(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
-    if (vol->lost) {
-        io->st = ST_PERM;
+    if (vol->lost || io->offset + io->length > vol->size) {
+        io->st = vol->lost ? ST_PERM : ST_NOSPC;
         return true;
     }
     uint64_t blocks = blocks_needed(vol, io);
@@ -215,12 +215,13 @@ bool volume_write_begin(struct volume *vol, struct vol_io *io)
 void write_granted(struct volume *vol, struct vol_io *io)
 {
     if (io->kind == IO_WRITE) {
-        if (io->st != ST_OK) {
+        bool refused = io->st != ST_OK;
+        if (refused) {
             io->vol = NULL;
             vol->busy--;
         }
-        io->granted(io);
-        if (io->st != ST_OK)
+        io->granted(io); /* who is refused may free it */
+        if (refused)
             volume_progress(vol);
     } else if (io->st != ST_OK) {
         volume_end_io(vol, io, io->st);
@@ -502,6 +503,13 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
     uint32_t lo = (uint32_t)(io->offset & (vol->block_size - 1));
     uint64_t left = io->length;
 
+    if (vol->lost || io->offset + io->length > vol->size) {
+        /* Lost, or made smaller, while the payload was on its way. */
+        volume_release_segs(io);
+        release_held(vol, io);
+        io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_NOSPC);
+        return;
+    }
     make_generation_fit(vol, io->held_bytes);
     if (data)
         iov[n_iov++] = (struct iovec){.iov_base = (void *)(uintptr_t)data, .iov_len = io->length};

@@ -284,7 +284,7 @@ static void judge_suspects(struct drv *d)
     d->suspects = false;
     for (size_t j = 0; j < d->n_journal; j++) {
         struct effect *e = &d->journal[j];
-        if (e->suspect && !e->answered)
+        if (e->suspect && !e->answered && !e->failed)
             drv_violation(d, "a read showed a write (%llu+%llu) that is not committed",
                           (unsigned long long)e->off, (unsigned long long)e->len);
         e->suspect = false;
@@ -393,6 +393,8 @@ static bool failure_allowed(struct drv *d, const struct request *r)
         d->seen_io++;
         return true;
     }
+    if (d->c.faults && r->io.st == ST_UNAVAIL)
+        return true;
     if (d->c.faults && r->io.st == ST_NOSPC)
         return true; /* a commit failed with it, although it had reserved */
     if (d->c.expect_nospc && r->io.st == ST_NOSPC && (r->kind == R_WRITE || r->kind == R_ZERO)) {
@@ -433,6 +435,8 @@ static void done(struct vol_io *io)
         /* (Where the store failed, it may still get there, and need not.) */
         if (r->kind == R_WRITE && r->effective && !r->result && !d->c.faults)
             drv_violation(d, "a write that took effect was answered with an error");
+        if (r->effective)
+            d->journal[r->effect].failed = true;
         request_finish(r);
         return;
     }
@@ -997,7 +1001,12 @@ struct process *process_start(struct drv *d)
     struct err e;
     p->env = sim_env_new(d->sim);
     p->store = mem_store_attach(d->db, p->env);
-    if (session_begin(&p->session, p->store, &p->env->base, sim_run_once, 3000, "test", &e) != ST_OK)
+    enum status st;
+    unsigned tries = 0;
+    do
+        st = session_begin(&p->session, p->store, &p->env->base, sim_run_once, 3000, "test", &e);
+    while (st != ST_OK && d->c.faults && ++tries < 100);
+    if (st != ST_OK)
         drv_violation(d, "no session: %s", e.text);
     struct shard_config config = {.store = p->store,
                                   .env = &p->env->base,
@@ -1025,6 +1034,9 @@ void process_close(struct drv *d, struct process *p)
 static void process_free(struct drv *d, struct process *p)
 {
     struct sim *own = p->env->sim == d->sim ? NULL : p->env->sim;
+    if (p->beside)
+        process_close(d, p->beside);
+    free(p->beside);
     shard_free(p->shard);
     if (!p->dead)
         session_end(&p->session, &p->env->base, sim_run_once);
@@ -1054,7 +1066,7 @@ static bool no_zombies(void *arg)
  * the code that also handles a lost volume. */
 static void bury(struct drv *d, struct process *p)
 {
-    struct sim *own = sim_env_detach(p->env);
+    struct sim *own = p->env->sim == d->sim ? sim_env_detach(p->env) : p->env->sim;
     list_for_each_safe(l, next, &d->shown)
     {
         struct request *r = container_of(l, struct request, link);
@@ -1104,8 +1116,39 @@ static void bury(struct drv *d, struct process *p)
         process_free(d, p);
 }
 
+void drv_stop_process(struct drv *d, struct process *p)
+{
+    sim_env_detach(p->env);
+    p->stopped = true;
+    list_init(&p->flying);
+    list_init(&p->ready);
+    list_init(&p->shown);
+    list_splice_tail(&p->flying, &d->flying);
+    list_splice_tail(&p->ready, &d->ready);
+    list_splice_tail(&p->shown, &d->shown);
+    p->n_flying = d->n_flying;
+    p->n_inline = d->n_inline;
+    p->cap_inline = d->cap_inline;
+    p->inline_data = d->inline_data;
+    d->n_flying = d->n_inline = d->cap_inline = 0;
+    d->inline_data = NULL;
+    d->p = NULL;
+}
+
 void process_crash(struct drv *d, struct process *p)
 {
+    if (p->stopped) {
+        if (!drv_drain(d))
+            return;
+        list_splice_tail(&d->flying, &p->flying);
+        list_splice_tail(&d->ready, &p->ready);
+        list_splice_tail(&d->shown, &p->shown);
+        d->n_flying = p->n_flying;
+        free(d->inline_data);
+        d->n_inline = p->n_inline;
+        d->cap_inline = p->cap_inline;
+        d->inline_data = p->inline_data;
+    }
     p->dead = true;
     mem_store_crash_process(p->store);
     bury(d, p);
@@ -1123,12 +1166,13 @@ static bool op_is_finished(void *arg)
     return ((struct catalog_op *)arg)->meta.created_ns == 1;
 }
 
-static void make_volume(struct drv *d)
+static uint64_t make_volume(struct drv *d, const char *name)
 {
     struct sim_env *env = sim_env_new(d->sim);
     struct store *store = mem_store_attach(d->db, env);
     struct volume_spec spec = {
-        .name = "v", .size = d->c.size, .block_size = d->c.block_size, .codec = d->c.codec};
+        .size = d->c.size, .block_size = d->c.block_size, .codec = d->c.codec};
+    snprintf(spec.name, sizeof spec.name, "%s", name);
     struct catalog_op op = {.done = finished_op};
     catalog_create(&op, store, &env->base, &spec);
     sim_run_until(d->sim, op_is_finished, &op, 1000);
@@ -1136,13 +1180,29 @@ static void make_volume(struct drv *d)
         drv_violation(d, "the volume can't be made: %s", op.err.text);
     catalog_op_free(&op);
     op = (struct catalog_op){.done = finished_op};
-    catalog_find(&op, store, &env->base, "v");
+    catalog_find(&op, store, &env->base, name);
     sim_run_until(d->sim, op_is_finished, &op, 1000);
     CHECK(op.st == ST_OK);
-    d->branch = op.entries[0].branch;
+    uint64_t branch = op.entries[0].branch;
     catalog_op_free(&op);
     store_close(store);
     sim_env_free(env);
+    return branch;
+}
+
+struct process *process_beside(struct drv *d, struct process *p, uint64_t *branch)
+{
+    struct process *q = p->beside = mem_zalloc(sizeof *q);
+    uint64_t own = d->branch;
+    q->env = p->env;
+    q->store = p->store;
+    q->shard = p->shard;
+    if (!*branch)
+        *branch = make_volume(d, "w");
+    d->branch = *branch;
+    process_open(d, q);
+    d->branch = own;
+    return q;
 }
 
 static void make_regions(struct drv *d)
@@ -1182,7 +1242,7 @@ struct drv *drv_new(const struct drv_config *config)
     list_init(&d->ready);
     list_init(&d->shown);
     log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
-    make_volume(d);
+    d->branch = make_volume(d, "v");
     make_regions(d);
     return d;
 }
@@ -1220,12 +1280,169 @@ void drv_open(struct drv *d)
     process_open(d, d->p);
 }
 
+/* --- the stored form ----------------------------------------------------------------- */
+
+struct trash_range {
+    uint64_t first, end;
+};
+
+struct check {
+    struct drv *d;
+    uint64_t data_blocks;
+    struct trash_range *trash;
+    size_t n_trash, cap_trash;
+    struct row1 row1; /* the level-1 row looked at last */
+    uint64_t row1_no;
+    bool row1_there;
+};
+
+static bool in_trash(const struct check *c, uint64_t first, uint64_t end)
+{
+    for (size_t i = 0; i < c->n_trash; i++)
+        if (c->trash[i].first <= first && end <= c->trash[i].end)
+            return true;
+    return false;
+}
+
+static void check_trash(void *arg, struct slice key, struct slice head, struct slice body)
+{
+    struct check *c = arg;
+    struct trash_record rec;
+    (void)body;
+    if (!trash_decode(key, head, &rec)) {
+        drv_violation(c->d, "a trash record does not decode");
+        return;
+    }
+    mem_grow(&c->trash, &c->cap_trash, c->n_trash + 1, sizeof *c->trash);
+    c->trash[c->n_trash++] = (struct trash_range){rec.first_block, rec.end_block};
+}
+
+/* The level-1 row `no`, where level 2 names it. */
+static bool load_row1(struct check *c, uint64_t no)
+{
+    struct drv *d = c->d;
+    struct key key;
+    struct slice head, body;
+    static struct row2 row2;
+    if (c->row1_no == no)
+        return c->row1_there;
+    row1_free(&c->row1);
+    row1_init(&c->row1);
+    c->row1_no = no;
+    c->row1_there = false;
+    key_row(&key, d->branch, 2, no >> INDEX_SHIFT, 1);
+    if (!mem_store_peek(d->db, key_slice(&key), &head, &body))
+        return false;
+    if (!row2_decode(&row2, key_slice(&key), head)) {
+        drv_violation(d, "a level-2 row does not decode");
+        return false;
+    }
+    const struct row2_entry *e = &row2.entry[no & (INDEX_FANOUT - 1)];
+    if (e->kind != ROW2_ROW)
+        return false;
+    key_row(&key, d->branch, 1, no, e->epoch);
+    if (!mem_store_peek(d->db, key_slice(&key), &head, &body) ||
+        !row1_decode(&c->row1, key_slice(&key), head)) {
+        drv_violation(d, "level-1 row %llu is named and not there", (unsigned long long)no);
+        return false;
+    }
+    if (c->row1.n_data != e->n_data)
+        drv_violation(d, "level-1 row %llu has %u data blocks, level 2 says %u",
+                      (unsigned long long)no, c->row1.n_data, e->n_data);
+    c->row1_there = true;
+    return true;
+}
+
+static void check_row(void *arg, struct slice key, struct slice head, struct slice body)
+{
+    struct check *c = arg;
+    struct drv *d = c->d;
+    uint64_t branch, no, epoch;
+    unsigned level;
+    (void)body;
+    if (!key_parse_row(key, &branch, &level, &no, &epoch)) {
+        drv_violation(d, "a key among the rows is none");
+    } else if (level == 2) {
+        struct row2 *row2 = mem_alloc(sizeof *row2);
+        if (!row2_decode(row2, key, head))
+            drv_violation(d, "a level-2 row does not decode");
+        for (unsigned i = 0; i < INDEX_FANOUT && !d->violated; i++)
+            if (row2->entry[i].kind == ROW2_ROW)
+                load_row1(c, (no << INDEX_SHIFT) + i);
+        free(row2);
+    } else if (!load_row1(c, no)) {
+        if (!in_trash(c, no << INDEX_SHIFT, (no + 1) << INDEX_SHIFT))
+            drv_violation(d, "level-1 row %llu is there and nothing names it",
+                          (unsigned long long)no);
+    } else {
+        for (unsigned i = 0; i < INDEX_FANOUT && !d->violated; i++) {
+            const struct row_source *s = row1_data(&c->row1, i);
+            struct slice h, b;
+            struct key k;
+            if (!s)
+                continue;
+            c->data_blocks++;
+            key_block(&k, s->branch, s->epoch, (no << INDEX_SHIFT) + i);
+            if (!mem_store_peek(d->db, key_slice(&k), &h, &b))
+                drv_violation(d, "block %llu is named and not there",
+                              (unsigned long long)((no << INDEX_SHIFT) + i));
+        }
+    }
+}
+
+static void check_block(void *arg, struct slice key, struct slice head, struct slice body)
+{
+    struct check *c = arg;
+    uint64_t branch, epoch, no;
+    (void)head;
+    (void)body;
+    if (!key_parse_block(key, &branch, &epoch, &no))
+        drv_violation(c->d, "a key among the blocks is none");
+    else if ((!load_row1(c, no >> INDEX_SHIFT) || !row1_data(&c->row1, no & (INDEX_FANOUT - 1))) &&
+             !in_trash(c, no, no + 1))
+        drv_violation(c->d, "block %llu is there and nothing names it", (unsigned long long)no);
+}
+
+static void check_keys(struct check *c, char tag,
+                       void (*see)(void *arg, struct slice key, struct slice head,
+                                   struct slice body))
+{
+    struct key begin, stop;
+    key_prefix_branch(&begin, tag, c->d->branch);
+    stop = begin;
+    key_prefix_end(&stop);
+    mem_store_each(c->d->db, key_slice(&begin), key_slice(&stop), see, c);
+}
+
+void drv_check_store(struct drv *d)
+{
+    struct check c = {.d = d, .row1_no = UINT64_MAX};
+    struct key key;
+    struct slice head, body;
+    struct state_record state = {0};
+    row1_init(&c.row1);
+    key_state(&key, d->branch);
+    if (!mem_store_peek(d->db, key_slice(&key), &head, &body) ||
+        !state_decode(key_slice(&key), head, &state))
+        drv_violation(d, "the state record is not there");
+    check_keys(&c, 't', check_trash);
+    check_keys(&c, 'i', check_row);
+    check_keys(&c, 'b', check_block);
+    if (c.data_blocks != state.data_blocks)
+        drv_violation(d, "%llu data blocks, and the state record says %llu",
+                      (unsigned long long)c.data_blocks, (unsigned long long)state.data_blocks);
+    row1_free(&c.row1);
+    free(c.trash);
+}
+
 void drv_close(struct drv *d)
 {
     if (!drv_drain(d))
         return;
     process_stop(d, d->p);
     d->p = NULL;
+    if (!d->c.damaged && !d->violated)
+        drv_check_store(d);
 }
 
 /* Everything up to here is in the store: the journal begins anew. */
@@ -1243,6 +1460,8 @@ void drv_reopen(struct drv *d, bool new_process)
     if (!drv_drain(d))
         return;
     process_close(d, d->p);
+    if (!d->c.damaged && !d->violated)
+        drv_check_store(d);
     if (d->violated)
         return;
     if (new_process) {
@@ -1264,6 +1483,8 @@ static bool read_back(struct drv *d, uint8_t **actual)
         for (uint64_t at = r->start; at < end && !d->violated;) {
             uint64_t n = min_u64(end - at, VOLUME_READ_BYTES_MAX);
             enum status st = drv_read(d, at, n, actual[i] + (at - r->start));
+            for (unsigned tries = 0; d->c.faults && st != ST_OK && tries < 1000; tries++)
+                st = drv_read(d, at, n, actual[i] + (at - r->start));
             if (st != ST_OK)
                 drv_violation(d, "%llu+%llu can't be read back: %s", (unsigned long long)at,
                               (unsigned long long)n, status_text(st));

@@ -34,6 +34,7 @@ struct drv_config {
     bool resize;       /* sizes change now and then */
     bool expect_nospc; /* writes may be refused; not checked against the array */
     bool faults;       /* requests may fail with ST_IO */
+    bool damaged; /* the store is damaged on purpose: drv_close does not check it */
     struct mem_config store;
 };
 
@@ -52,6 +53,7 @@ struct effect {
     uint64_t off, len, id;
     uint8_t pattern;
     bool answered;
+    bool failed;  /* answered with an error: it may be there or not, from now on */
     bool suspect; /* shown to a reader before it was answered */
 };
 
@@ -64,7 +66,13 @@ struct process {
     struct volume *vol;
     struct volume_open open;
     struct volume_watcher watcher;
+    struct process *beside; /* another volume open on the same shard; see process_beside */
     bool opened, closed, lost, dead;
+    /* What it had under way when it was stopped. */
+    bool stopped;
+    struct list flying, ready, shown;
+    size_t n_flying, n_inline, cap_inline;
+    uint8_t **inline_data;
 };
 
 struct drv {
@@ -108,11 +116,17 @@ void drv_violation(struct drv *d, const char *format, ...) __attribute__((format
 struct process *process_start(struct drv *d);
 /* Opens the volume in a process that has no volume open. */
 bool process_open(struct drv *d, struct process *p);
+/* Opens another volume, made here, in the same process and shard. */
+struct process *process_beside(struct drv *d, struct process *p, uint64_t *branch);
 /* Closes the volume and waits; then the process ends in good order. */
 void process_close(struct drv *d, struct process *p);
 void process_stop(struct drv *d, struct process *p);
 /* It dies. drv_bury() afterwards frees its remains. */
 void process_crash(struct drv *d, struct process *p);
+
+/* It stands still from now on (until it is crashed); what it had under way stays unanswered
+ * and is not waited for. */
+void drv_stop_process(struct drv *d, struct process *p);
 
 void drv_open(struct drv *d);  /* process_start into d->p */
 void drv_close(struct drv *d); /* drains, and ends d->p in good order */
@@ -131,6 +145,9 @@ bool drv_drain(struct drv *d);
 /* The process dies, or the machine; the volume is opened by another one and compared. */
 void drv_crash(struct drv *d, bool power);
 void drv_recover(struct drv *d, bool power);
+/* Looks at the stored form of the closed volume: every block the index names is there, nothing
+ * else is but what trash records name, and the counts are right. */
+void drv_check_store(struct drv *d);
 /* Reads everything and compares with the array: nothing may be missing. */
 void drv_verify_all(struct drv *d);
 

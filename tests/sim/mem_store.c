@@ -268,7 +268,7 @@ static void read_answer(void *arg)
     struct store_read *read = arg;
     handle_of(read->store)->out--;
     if (handle_of(read->store)->dead)
-        read->result = ST_UNAVAIL;
+        read->result = ST_IO;
     read->done(read, read->result);
 }
 
@@ -338,6 +338,8 @@ static void read_run(void *arg)
     struct mem_store *db = h->db;
     read->result = ST_OK;
     if (h->dead) {
+        read->result = ST_IO;
+    } else if (db->faults.reads_unavailable && sim_one_in(db->sim, db->faults.reads_unavailable)) {
         read->result = ST_UNAVAIL;
     } else {
         for (uint32_t i = 0; i < read->n_gets; i++)
@@ -1289,6 +1291,16 @@ bool mem_store_nth_key(struct mem_store *db, struct slice begin, struct slice en
             return true;
         }
     return false;
+}
+
+void mem_store_each(struct mem_store *db, struct slice begin, struct slice end,
+                    void (*see)(void *arg, struct slice key, struct slice head, struct slice body),
+                    void *arg)
+{
+    for (struct node *n = map_seek(db, begin, NULL);
+         n && compare(n->key, n->key_len, end.data, end.len) < 0; n = n->next[0])
+        see(arg, node_key(n), (struct slice){n->head, n->head_len},
+            (struct slice){n->body, n->body_len});
 }
 
 bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head, struct slice *body)

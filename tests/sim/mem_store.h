@@ -64,6 +64,7 @@ void mem_store_believe_dead(struct mem_store *db, const uint8_t id[STORE_ID_BYTE
 struct mem_faults {
     uint32_t commit_fails; /* ST_IO, nothing happened */
     uint32_t get_fails;    /* ST_IO for one get that asks for a body */
+    uint32_t reads_unavailable; /* ST_UNAVAIL for a whole read */
     uint32_t log_submit_fails, log_sync_fails;
     enum status commit_status; /* 0: ST_IO */
 };
@@ -83,6 +84,11 @@ bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head,
 /* The nth key (from 0) in [begin, end); false past the last. Valid until it is removed. */
 bool mem_store_nth_key(struct mem_store *db, struct slice begin, struct slice end, uint64_t n,
                        struct slice *key);
+
+/* Calls `see` for each key in [begin, end), in order. */
+void mem_store_each(struct mem_store *db, struct slice begin, struct slice end,
+                    void (*see)(void *arg, struct slice key, struct slice head, struct slice body),
+                    void *arg);
 
 /* Damage: flips a bit of the head or the body of a key, or takes the key away. */
 enum mem_damage { MEM_FLIP_HEAD, MEM_FLIP_BODY, MEM_REMOVE };

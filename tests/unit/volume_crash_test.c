@@ -112,14 +112,38 @@ static void failing_commits(void **state)
             if (!d->violated && drv_one_in(d, 2)) {
                 bool power = drv_one_in(d, 2);
                 drv_crash(d, power);
-                if (drv_one_in(d, 2))
-                    mem_store_set_faults(d->db, (struct mem_faults){.commit_fails = 4});
-                mem_store_set_faults(d->db, (struct mem_faults){0});
+                if (drv_one_in(d, 3))
+                    mem_store_set_faults(d->db, (struct mem_faults){0});
                 drv_recover(d, power);
             }
             mem_store_set_faults(d->db, (struct mem_faults){0});
             if (!d->violated && drv_drain(d) && drv_sync(d) != ST_OK)
                 drv_violation(d, "a sync fails although the store works again");
+        }
+        end(d);
+    }
+}
+
+/* A store that is out of reach for a while, and single reads that fail: errors perhaps, but
+ * nothing is lost and nothing is wrong afterwards. */
+static void failing_reads(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("failing reads", 15, 250);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        config.faults = true;
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        for (unsigned round = 0; round < 4 && !d->violated; round++) {
+            drv_steps(d, s.steps / 4);
+            mem_store_set_faults(d->db, (struct mem_faults){.reads_unavailable = 3});
+            drv_steps(d, s.steps / 4);
+            mem_store_set_faults(d->db, (struct mem_faults){0});
+            drv_verify_all(d);
+            if (!d->violated)
+                drv_reopen(d, drv_one_in(d, 2));
         }
         end(d);
     }
@@ -241,6 +265,216 @@ static void dead_owner_is_replaced(void **state)
     }
 }
 
+/* A write of whole blocks by any process, outside of the driver's books. */
+struct raw {
+    struct vol_io io;
+    struct vol_seg segs[VOL_SEGS(65536, 4096)];
+    bool granted, answered;
+};
+
+static void raw_granted(struct vol_io *io)
+{
+    container_of(io, struct raw, io)->granted = true;
+}
+
+static void raw_done(struct vol_io *io)
+{
+    container_of(io, struct raw, io)->answered = true;
+}
+
+static bool raw_is_granted(void *arg)
+{
+    return ((struct raw *)arg)->granted;
+}
+
+static bool raw_is_answered(void *arg)
+{
+    return ((struct raw *)arg)->answered;
+}
+
+static enum status raw_begin(struct drv *d, struct process *p, struct raw *r, uint64_t off,
+                             uint64_t len)
+{
+    *r = (struct raw){.io = {.done = raw_done,
+                             .granted = raw_granted,
+                             .offset = off,
+                             .length = len,
+                             .segs_cap = sizeof r->segs / sizeof r->segs[0]}};
+    r->io.segs = r->segs;
+    if (volume_write_begin(p->vol, &r->io))
+        r->granted = true;
+    if (!sim_run_until(d->sim, raw_is_granted, r, 100000))
+        drv_violation(d, "a write is never granted");
+    return r->io.st;
+}
+
+static enum status raw_commit(struct drv *d, struct process *p, struct raw *r)
+{
+    volume_write_buffers(p->vol, &r->io);
+    for (uint32_t i = 0; i < r->io.n_segs; i++)
+        memset(r->segs[i].buf->data + r->segs[i].offset, 0xee, r->segs[i].len);
+    volume_write_commit(p->vol, &r->io, NULL);
+    shard_submit(p->shard);
+    if (!sim_run_until(d->sim, raw_is_answered, r, 100000))
+        drv_violation(d, "a write is never answered");
+    return r->io.st;
+}
+
+/* One that lost its volume without knowing it commits nothing and answers no write (G4). */
+static void stale_owner_is_fenced(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("stale owner", 10, 100);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        config.size = 4u << 20;
+        config.no_log = true; /* with a log the stale one is dead, not fenced */
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        drv_steps(d, s.steps);
+        drv_verify_all(d);
+        struct process *a = d->p, *b = process_start(d);
+        process_open(d, b);
+        struct raw early, late;
+        if (!d->violated && raw_begin(d, a, &early, 0, 4096) != ST_OK)
+            drv_violation(d, "a write was refused");
+        mem_store_believe_dead(d->db, a->session.id);
+        d->p = b;
+        drv_verify_all(d);
+        drv_steps(d, s.steps / 2);
+        drv_verify_all(d);
+        if (!d->violated) {
+            enum status st = raw_begin(d, a, &late, 8192, 4096);
+            if (st == ST_OK)
+                st = raw_commit(d, a, &late);
+            if (st == ST_OK)
+                drv_violation(d, "a stale owner answered a write");
+            if (!a->lost)
+                drv_violation(d, "a stale owner does not know that it lost the volume");
+            if (raw_commit(d, a, &early) != ST_PERM)
+                drv_violation(d, "a stale owner answered a write that was under way");
+        }
+        drv_verify_all(d);
+        if (!d->violated)
+            process_stop(d, a);
+        end(d);
+    }
+}
+
+static void on_kill(void *arg, struct store *handle)
+{
+    *(struct store **)arg = handle;
+    mem_store_crash_process(handle);
+}
+
+/* An owner that stands still and does not answer for a lease is ended by who needs the volume. */
+static void silent_owner_is_ended(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("silent owner", 8, 100);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        struct drv_config config = any_config(s.first + i, &c);
+        struct drv *d = drv_new(&config);
+        struct store *killed = NULL;
+        mem_store_on_kill(d->db, on_kill, &killed);
+        drv_open(d);
+        drv_steps(d, s.steps);
+        struct process *a = d->p, *b = process_start(d);
+        process_open(d, b);
+        if (d->violated) {
+            end(d);
+            continue;
+        }
+        drv_stop_process(d, a);
+        d->p = b;
+        drv_recover(d, false);
+        if (!d->violated && drv_write(d, 0, 512, 0) != ST_OK)
+            drv_violation(d, "the volume can't be written after its owner was ended");
+        if (!d->violated && killed != a->store)
+            drv_violation(d, "the silent owner was not ended");
+        if (!d->violated)
+            process_crash(d, a);
+        end(d);
+    }
+}
+
+/* Two volumes on one log: what commits of the one give back may hold records of the other. */
+static void volumes_share_a_log(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_begin("shared log", 12, 0);
+    for (uint64_t i = 0; i < s.count; i++) {
+        struct drv_config config = {.seed = s.first + i,
+                                    .size = 4u << 20,
+                                    .block_size = 16384,
+                                    .log_bytes = 4u << 20,
+                                    .seal_age_ms = 100000,
+                                    .store = {.has_log = true}};
+        struct drv *d = drv_new(&config);
+        struct raw r;
+        uint64_t other = 0;
+        drv_open(d);
+        struct process *q = process_beside(d, d->p, &other);
+        uint64_t n = 1 + drv_below(d, 20);
+        for (uint64_t k = 0; k < n && !d->violated; k++) {
+            if (raw_begin(d, q, &r, k * 32768, 32768) != ST_OK || raw_commit(d, q, &r) != ST_OK)
+                drv_violation(d, "a write to the second volume failed");
+            for (uint64_t m = drv_below(d, 12); m > 0 && !d->violated; m--) {
+                drv_write(d, drv_below(d, 64) * 16384, 16384 * (1 + drv_below(d, 16)), 0);
+                if (drv_one_in(d, 3))
+                    drv_sync(d);
+            }
+        }
+        if (!d->violated) {
+            drv_crash(d, false);
+            drv_recover(d, false);
+        }
+        if (!d->violated) {
+            struct process *p = d->p;
+            q = process_beside(d, p, &other);
+            struct volume *own = p->vol;
+            uint8_t *got = mem_alloc(32768);
+            p->vol = q->vol;
+            for (uint64_t k = 0; k < n && !d->violated; k++) {
+                bool right = drv_read(d, k * 32768, 32768, got) == ST_OK;
+                for (unsigned at = 0; at < 32768 && right; at++)
+                    right = got[at] == 0xee;
+                if (!right)
+                    drv_violation(d, "the second volume lost an answered write");
+            }
+            p->vol = own;
+            free(got);
+        }
+        end(d);
+    }
+}
+
+/* A write that was begun, and then the volume was made smaller. */
+static void shrinking_meets_a_write_under_way(void **state)
+{
+    (void)state;
+    for (unsigned has_log = 0; has_log < 2; has_log++) {
+        struct drv_config config = {.seed = 1 + has_log,
+                                    .size = 1u << 20,
+                                    .block_size = 4096,
+                                    .store = {.has_log = has_log}};
+        struct drv *d = drv_new(&config);
+        struct raw r;
+        drv_open(d);
+        drv_write(d, 0, 1u << 20, 0);
+        assert_int_equal(raw_begin(d, d->p, &r, (1u << 20) - 8192, 8192), ST_OK);
+        assert_int_equal(drv_resize(d, (1u << 20) - 4096), ST_OK);
+        assert_int_equal(raw_commit(d, d->p, &r), ST_NOSPC);
+        assert_int_equal(drv_resize(d, 1u << 20), ST_OK);
+        drv_verify_all(d);
+        drv_reopen(d, true);
+        drv_verify_all(d);
+        end(d);
+    }
+}
+
 /* --- the test of the test ---------------------------------------------------------------- */
 
 static bool finds(enum mem_lie lie, bool has_log, uint64_t seed)
@@ -265,6 +499,8 @@ static bool finds(enum mem_lie lie, bool has_log, uint64_t seed)
         lives(d, 6, 120);
     }
     bool found = d->violated;
+    if (found)
+        print_message("# %s\n", d->what);
     if (!found) {
         /* Lies may leave anything behind. */
         d->violated = true;
@@ -296,7 +532,7 @@ static void lies_are_found_out(void **state)
             tries++;
         if (tries == 40)
             fail_msg("nothing noticed: %s\n", lies[i].what);
-        print_message("# found with seed %u: %s\n", 1000 + tries, lies[i].what);
+        print_message("# seed %u finds out: %s\n", 1000 + tries, lies[i].what);
     }
 }
 
@@ -305,10 +541,15 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(crashes),
         cmocka_unit_test(failing_commits),
+        cmocka_unit_test(failing_reads),
         cmocka_unit_test(failing_log),
         cmocka_unit_test(idle_owner_hands_over),
         cmocka_unit_test(busy_owner_keeps_it),
         cmocka_unit_test(dead_owner_is_replaced),
+        cmocka_unit_test(stale_owner_is_fenced),
+        cmocka_unit_test(silent_owner_is_ended),
+        cmocka_unit_test(volumes_share_a_log),
+        cmocka_unit_test(shrinking_meets_a_write_under_way),
         cmocka_unit_test(lies_are_found_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -272,6 +272,7 @@ static void damaged_blocks_are_errors(void **state)
             .size = 4u << 20,
             .block_size = 4096u << seed % 5,
             .codec = (int)(seed / 5 % 3),
+            .damaged = true,
             .store = {.has_log = seed % 2},
         };
         uint32_t bs = config.block_size;
@@ -334,7 +335,8 @@ static void damaged_rows_are_errors(void **state)
                 .size = 12u << 20,
                 .block_size = 4096,
                 .codec = CODEC_NONE,
-                .store = {.has_log = true},
+                .damaged = true,
+            .store = {.has_log = true},
             };
             struct drv *d = drv_new(&config);
             drv_open(d);
@@ -388,6 +390,7 @@ static void any_damage_is_noticed(void **state)
             .size = (1u << 20) + 512 * (seed % 77),
             .block_size = 4096u << seed % 3,
             .codec = (int)(seed / 3 % 3),
+            .damaged = true,
             .store = {.has_log = seed % 2},
         };
         uint32_t bs = config.block_size;
@@ -441,7 +444,8 @@ static void damaged_records_are_refused(void **state)
         struct drv_config config = {.seed = which,
                                     .size = 1u << 20,
                                     .block_size = 4096,
-                                    .store = {.has_log = true}};
+                                    .damaged = true,
+            .store = {.has_log = true}};
         struct drv *d = drv_new(&config);
         drv_open(d);
         drv_write(d, 0, 4096, 0);

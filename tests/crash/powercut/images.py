@@ -4,7 +4,9 @@ A cut at time T knows:
  - a change that a returned sync covers (it had returned before that sync began), or
    that was made through an O_DSYNC file and had returned, is there;
  - any other change that had begun may be there, in whole, in part, or not at all;
- - nothing that began later is there.
+ - nothing that began later is there;
+ - what a failed sync should have made durable, no later sync does: Linux takes the
+   pages for clean after the error. Only writing to a page again changes that.
 
 Parts are sectors of 512 bytes, or pages of 4096: each keeps one of its versions, the
 durable one or that after any later change to it, since a page in memory holds all
@@ -26,7 +28,7 @@ from pathlib import Path
 RECORD = struct.Struct("<LBBHLLQQQQQ")
 MAGIC = 0x54554350
 (FILE_SEEN, WRITE, TRUNCATE, ALLOCATE, SYNC, DONE, RENAME, REMOVE, MAPPED, MAKE_FOLDER,
- UNSOUND) = range(1, 12)
+ UNSOUND, FAILED) = range(1, 13)
 DURABLE, ZEROS, EVERYTHING = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 SECTOR, PAGE = 512, 4096
@@ -57,7 +59,7 @@ class Record:
 
     @property
     def at_ns(self):
-        return self.ended_ns if self.kind == DONE else self.begun_ns
+        return self.ended_ns if self.kind in (DONE, FAILED) else self.begun_ns
 
 
 def read_trace(path):
@@ -87,6 +89,7 @@ class Change:
     size: int = None                # new size of the file, if it changed
     truncates: bool = False
     returned: int = NEVER           # position in the journal from which a sync covers it
+    lost: bool = False              # a sync of it failed
     settled: list = field(default_factory=list)     # ranges already in the durable state
 
     def pieces(self, low, high):
@@ -145,9 +148,10 @@ class File:
             if id(change) not in chosen:
                 left.append(change)
                 continue
-            low = change.offset // SECTOR * SECTOR
-            high = -(-(change.offset + change.length) // SECTOR) * SECTOR
             for earlier in left:
+                unit = PAGE if earlier.lost else SECTOR
+                low = change.offset // unit * unit
+                high = -(-(change.offset + change.length) // unit) * unit
                 if change.length and earlier.offset < high \
                         and low < earlier.offset + earlier.length:
                     for a, b, data in list(earlier.pieces(low, high)):
@@ -396,6 +400,8 @@ class Disk:
             self.syncs[r.extra] = r.position
         elif r.kind == DONE:
             self._done(r)
+        elif r.kind == FAILED:
+            self._failed(r)
         else:
             self._change(r)
 
@@ -437,7 +443,15 @@ class Disk:
         began = self.syncs[r.extra]
         for number, file in self.files.items():
             if r.flags & EVERYTHING or number == r.file:
-                file.settle([c for c in file.pending if c.returned < began])
+                file.settle([c for c in file.pending if c.returned < began and not c.lost])
+
+    def _failed(self, r):
+        if r.extra in self.durable:
+            self.durable.pop(r.extra)[1].lost = True
+            return
+        for change in self.files[r.file].pending:
+            if change.returned < self.syncs[r.extra]:
+                change.lost = True
 
     def pending_bytes(self):
         return sum(c.length for f in self.files.values() for c in f.pending)

@@ -58,6 +58,7 @@ enum kind {
 	MAPPED = 9,	  /* the file was mapped shared and writable */
 	MAKE_FOLDER = 10, /* data: path */
 	UNSOUND = 11,	  /* data: what happened that this journal cannot tell */
+	FAILED = 12,	  /* a sync failed; extra: its number */
 };
 
 enum { DURABLE = 1, ZEROS = 2, EVERYTHING = 4 };
@@ -322,12 +323,16 @@ static ssize_t do_write(int fd, const struct iovec *data, int count, off_t offse
 		pthread_mutex_unlock(&lock);
 		delay(shim.sync_us, 2);
 		ssize_t n = syscall(SYS_pwritev2, fd, data, count, offset, 0, how);
-		int saved = errno;
+		int saved = errno, error = fault("sync");
+		if (error) {
+			saved = error;
+			n = -1;
+		}
 		delay(shim.sync_us, 2);
 		pthread_mutex_lock(&lock);
-		if (n != (ssize_t)length)
+		if (n >= 0 && n != (ssize_t)length)
 			put_text(UNSOUND, (uint32_t)file, "short durable write", 19, 0);
-		put((struct record){ .kind = DONE, .file = (uint32_t)file, .extra = r.extra,
+		put((struct record){ .kind = n < 0 ? FAILED : DONE, .file = (uint32_t)file, .extra = r.extra,
 				     .begun_ns = r.begun_ns, .ended_ns = now_ns() }, NULL, 0);
 		pthread_mutex_unlock(&lock);
 		errno = saved;
@@ -361,21 +366,15 @@ static int do_sync(int fd, long call)
 	if (file < 0)
 		return (int)syscall(call, fd);
 	delay(shim.sync_us, 2);
-	int error = fault("sync");
-	if (error) {
-		errno = error;
-		return -1;
-	}
-	int result = (int)syscall(call, fd);
-	int saved = errno;
+	int saved = fault("sync"), result = saved ? -1 : (int)syscall(call, fd);
+	if (!saved)
+		saved = errno;
 	delay(shim.sync_us, 2);
-	if (result == 0) {
-		r.kind = DONE;
-		pthread_mutex_lock(&lock);
-		r.ended_ns = now_ns();
-		put(r, NULL, 0);
-		pthread_mutex_unlock(&lock);
-	}
+	r.kind = result == 0 ? DONE : FAILED;
+	pthread_mutex_lock(&lock);
+	r.ended_ns = now_ns();
+	put(r, NULL, 0);
+	pthread_mutex_unlock(&lock);
 	errno = saved;
 	return result;
 }
