@@ -104,7 +104,7 @@ def suites(long_run):
                 "--timeout-multiplier", multiplier],
                dict(counts, **env), folder / "meson-logs" / "testlog.junit.xml")
 
-    for folder in ("protocol", "cli", "interop", "kernel", "limits", "crash"):
+    for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
         yield pytest_suite(folder, folder, BUILD, counts)
     yield pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))
 

@@ -42,22 +42,26 @@ CUTS = int(os.environ.get("CUTS", "300"))
 SIZE = 8 * MIB + 512
 
 SMALL = ((512, 6), (4096, 8), (16384, 6), (65536, 2))
+# name, load, how many microseconds longer each sync takes
 SHAPES = [
     # One request at a time: the order is total and each FLUSH covers all before it.
     ("single", Shape(SIZE, connections=1, depth=1, ops=400, pace_us=6000, flush_every=0.1,
-                     lengths=SMALL)),
+                     lengths=SMALL), "100-4000"),
     # Several connections, deep, with all sizes.
     ("mixed", Shape(SIZE, connections=3, depth=4, ops=350, pace_us=10000,
-                    lengths=SMALL + ((300000, 1), (5 * MIB, 0.3)))),
+                    lengths=SMALL + ((300000, 1), (5 * MIB, 0.3))), "100-4000"),
     # A small part of the volume, over and over: old versions of a block abound.
     ("hot", Shape(SIZE, connections=1, depth=16, ops=700, pace_us=4000, hot=0.95, hot_part=32,
-                  flush_every=0.04, fua=0.04, lengths=SMALL)),
+                  flush_every=0.04, fua=0.04, lengths=SMALL), "100-4000"),
+    # A disk so slow that the next generation is ready before the last one is in.
+    ("slow", Shape(SIZE, connections=1, depth=32, ops=500, pace_us=9000, hot=0.7, hot_part=64,
+                   flush_every=0.01, fua=0.005, lengths=SMALL), "200000-800000"),
     # In bursts without pauses, so that generations fill while others are committed.
     ("burst", Shape(SIZE, connections=2, depth=16, ops=500, flush_every=0.03, fua=0.02,
-                    lengths=SMALL + ((1 << 20, 1),))),
+                    lengths=SMALL + ((1 << 20, 1),)), "100-4000"),
     # Zeroes and trims beside writes: space is given back and used again.
     ("trims", Shape(SIZE, connections=2, depth=4, ops=400, pace_us=8000, zeros=0.25, trims=0.25,
-                    lengths=SMALL + ((300000, 2), (3 * MIB, 1)))),
+                    lengths=SMALL + ((300000, 2), (3 * MIB, 1))), "100-4000"),
 ]
 
 
@@ -86,7 +90,7 @@ def fast_folder():
     shutil.rmtree(path, ignore_errors=True)
 
 
-def under(shim, root, trace, seed, sync_us="100-4000"):
+def under(shim, root, trace, seed, sync_us):
     return ["env", f"LD_PRELOAD={shim}", f"POWERCUT_ROOT={root}", f"POWERCUT_TRACE={trace}",
             f"POWERCUT_SYNC_US={sync_us}", f"POWERCUT_SEED={seed}",
             # A sanitizer's library would want to be the first one loaded.
@@ -108,11 +112,9 @@ def quiet(trace, for_s):
 class Run:
     """One load under the shim: the volume before, the requests, the journal."""
 
-    def __init__(self, folder, shim, shape, rng, args=()):
-        self.folder = folder
-        self.args = list(args)
+    def __init__(self, folder, shim, shape, sync_us, rng):
         self.store, self.base, self.trace = folder / "store", folder / "base", folder / "trace"
-        server = Server(folder / "run", {"v": SIZE}, self.args, store=self.store, tcp=False)
+        server = Server(folder / "run", {"v": SIZE}, store=self.store, tcp=False)
         server.start()
         with connect(server, "v") as c:
             for at in range(0, SIZE, MIB):
@@ -121,7 +123,7 @@ class Run:
             self.before = c.read_all()
         server.stop()
         copy_store(self.store, self.base)
-        server.prefix = under(shim, self.store, self.trace, rng.randrange(1 << 30))
+        server.prefix = under(shim, self.store, self.trace, rng.randrange(1 << 30), sync_us)
         server.start()
         try:
             self.ops, number = [], 2
@@ -133,7 +135,7 @@ class Run:
                 load.close()
                 number = load.number
                 self.ops += load.sent()
-                wait_until(quiet(self.trace, 0.5), 30 * SLOW, "the server comes to rest", 0.05)
+                wait_until(quiet(self.trace, 1), 30 * SLOW, "the server comes to rest", 0.05)
         finally:
             server.kill()
         errors = [op for op in self.ops if op.error]
@@ -163,9 +165,9 @@ class Run:
         return sorted(out)
 
 
-def read_volume(folder, store, args, prefix=()):
+def read_volume(folder, store):
     """Starts a server on the store, reads the whole volume, and kills the server."""
-    server = Server(folder, {}, args, store=store, tcp=False, prefix=prefix).start()
+    server = Server(folder, store=store, tcp=False).start()
     try:
         with connect(server, "v", structured=True, timeout_s=60 * SLOW) as c:
             assert c.export.size == SIZE
@@ -183,7 +185,7 @@ def judge(run, shim, image, folder, time_ns, seed):
         # A second cut, while the server recovers from the first or soon after.
         trace = folder / "trace"
         copy_store(image, folder / "base")
-        server = Server(folder / "first", {}, run.args, store=image, tcp=False,
+        server = Server(folder / "first", store=image, tcp=False,
                         prefix=under(shim, image, trace, rng.randrange(1 << 30), "50-1000"))
         server.start()
         if rng.random() < 0.5:
@@ -197,11 +199,11 @@ def judge(run, shim, image, folder, time_ns, seed):
             disk.advance(rng.choice(times) + rng.choice([-1, 0, 1]))
             told = "; then " + disk.build(folder / "second", rng)
             image = folder / "second"
-    after = read_volume(folder / "s", image, run.args)
+    after = read_volume(folder / "s", image)
     check_cut(run.before, run.ops, after, time_ns)
     if 0.2 <= x < 0.35:
         # Life goes on: what is written now is not lost either, nor what was there.
-        server = Server(folder / "next", {}, run.args, store=image, tcp=False).start()
+        server = Server(folder / "next", store=image, tcp=False).start()
         with connect(server, "v") as c:
             for i in range(5):
                 at = rng.randrange(SIZE - 100000)
@@ -210,7 +212,7 @@ def judge(run, shim, image, folder, time_ns, seed):
                 after[at:at + len(data)] = data
             c.flush()
         server.kill()
-        assert read_volume(folder / "again", image, run.args) == after, \
+        assert read_volume(folder / "again", image) == after, \
             "written after the recovery, and lost by kill -9"
     return told
 
@@ -223,8 +225,8 @@ ROUNDS = max(1, min(len(SHAPES), CUTS // 20)) if CUTS < 500 else CUTS // 100
 def test_cuts(shim, fast_folder, seed, round_):
     """G1, G2, G3, G5 after each of many cuts of one run."""
     rng = random.Random(f"{seed}:powercut:{round_}")
-    name, shape = SHAPES[round_ % len(SHAPES)]
-    run = Run(fast_folder / "run", shim, shape, rng)
+    name, shape, sync_us = SHAPES[round_ % len(SHAPES)]
+    run = Run(fast_folder / "run", shim, shape, sync_us, rng)
     count = max(1, CUTS // ROUNDS)
     disk = images.Disk(run.base, run.trace, run.store)
     waiting, failures = [], []
@@ -277,7 +279,8 @@ def keep(run, folder):
 
 def test_the_journal_tells_everything(shim, fast_folder, rng):
     """If something got past the shim, no cut would prove anything; checked in each run too."""
-    Run(fast_folder / "run", shim, SHAPES[1][1], rng)
+    _, shape, sync_us = SHAPES[1]
+    Run(fast_folder / "run", shim, shape, sync_us, rng)
 
 
 def test_a_failed_sync_is_reported_and_not_forgotten(shim, fast_folder, rng):
@@ -291,7 +294,7 @@ def test_a_failed_sync_is_reported_and_not_forgotten(shim, fast_folder, rng):
         c.flush()
     server.stop()
     base, trace = copy_store(store, fast_folder / "base"), fast_folder / "trace"
-    server.prefix = under(shim, store, trace, 1) + [f"POWERCUT_FAULT={fault}"]
+    server.prefix = under(shim, store, trace, 1, "0-1000") + [f"POWERCUT_FAULT={fault}"]
     server.start()
     ops = []
 
@@ -347,5 +350,5 @@ def test_a_failed_sync_is_reported_and_not_forgotten(shim, fast_folder, rng):
     for i in range(12):
         image = fast_folder / f"i{i}"
         disk.build(image, rng, "none" if i == 0 else None)
-        after = read_volume(fast_folder / f"r{i}", image, [])
+        after = read_volume(fast_folder / f"r{i}", image)
         check_cut(content(1, 0, SIZE), ops, after, last.answered_ns)
