@@ -135,6 +135,12 @@ enum nbd_verdict nbd_request_parse(const struct nbd_session *s, const uint8_t *h
     }
 }
 
+bool nbd_request_is_disconnect(const struct nbd_session *s, const uint8_t *head)
+{
+    uint32_t magic = s->extended ? NBD_EXTENDED_REQUEST_MAGIC : NBD_REQUEST_MAGIC;
+    return get_be32(head) == magic && get_be16(head + 6) == NBD_CMD_DISC;
+}
+
 bool nbd_request_has_status_payload(const struct nbd_request *r)
 {
     return r->command == NBD_CMD_BLOCK_STATUS && (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN);

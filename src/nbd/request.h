@@ -48,6 +48,9 @@ static inline size_t nbd_request_bytes(const struct nbd_session *s)
 enum nbd_verdict nbd_request_parse(const struct nbd_session *s, const uint8_t *head,
                                    struct nbd_request *r);
 
+/* Whether the header at `head` is NBD_CMD_DISC; of a look ahead, so anything may lie there. */
+bool nbd_request_is_disconnect(const struct nbd_session *s, const uint8_t *head);
+
 /* Whether an OK request is a BLOCK_STATUS that brings a payload, to be read with
  * nbd_request_parse_status() when it is there. */
 bool nbd_request_has_status_payload(const struct nbd_request *r);

@@ -587,14 +587,29 @@ static void resume(struct conn *c)
     free(data);
 }
 
-/* The peer closed its side. What it sent before is still worth taking, at once and in one go,
- * so that nothing newer can come before it; but not what a paused connection left unread. */
+/* Whether the client announced its end: all that it sent and nobody read yet ends with
+ * NBD_CMD_DISC. Only what fits the receive buffer is looked at. */
+static bool said_goodbye(struct conn *c)
+{
+    struct lane *lane = c->lane;
+    size_t head_bytes = nbd_request_bytes(&c->session);
+    ssize_t n = recv(c->fd, lane->receive, LANE_RECEIVE_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    if (n < (ssize_t)head_bytes || n == LANE_RECEIVE_BYTES)
+        return false;
+    return nbd_request_is_disconnect(&c->session, lane->receive + (size_t)n - head_bytes);
+}
+
+/* The peer closed its side. One that said so first is owed all it asked for. Of one that just
+ * went, what is unread is thrown away: it may have sent the same again on another connection,
+ * where newer requests were answered already (G8). */
 static void hang_up(struct conn *c)
 {
     c->hung_up = true;
-    while (c->phase == CONN_SERVING && may_read(c) && serve_once(c))
-        continue;
-    if (c->phase == CONN_SERVING && !c->at_end && !may_read(c))
+    if (may_read(c) && said_goodbye(c)) {
+        while (c->phase == CONN_SERVING && may_read(c) && serve_once(c))
+            continue;
+    }
+    if (c->phase == CONN_SERVING && !c->at_end)
         take_no_more(c);
 }
 
@@ -650,10 +665,10 @@ static void on_poll(uv_poll_t *handle, int status, int events)
         if (list_empty(&c->flush_link))
             list_add_tail(&c->lane->flush, &c->flush_link);
     }
-    if (events & UV_READABLE && may_read(c))
-        serve_once(c);
-    if (c->phase == CONN_SERVING && events & UV_DISCONNECT && !c->hung_up)
+    if (events & UV_DISCONNECT && !c->hung_up)
         hang_up(c);
+    else if (events & UV_READABLE && may_read(c))
+        serve_once(c);
     if (c->phase == CONN_SERVING)
         settle(c);
 }

@@ -18,7 +18,17 @@
 #define HANG_STEPS 3000000u
 #define EXTENTS 16u
 
-enum request_kind { R_READ, R_WRITE, R_ZERO, R_TRIM, R_FLUSH, R_SYNC, R_STATUS, R_PREFETCH, R_RESIZE };
+enum request_kind {
+    R_READ,
+    R_WRITE,
+    R_ZERO,
+    R_TRIM,
+    R_FLUSH,
+    R_SYNC,
+    R_STATUS,
+    R_PREFETCH,
+    R_RESIZE
+};
 
 struct request {
     struct vol_io io;
@@ -36,7 +46,7 @@ struct request {
     uint8_t *snapshot;    /* a read: what must show */
     uint64_t shown_hash;
     bool waiting_zero;
-    bool alone; /* a status: nothing else was under way */
+    bool alone;          /* a status: nothing else was under way */
     enum status *result; /* somebody waits for it */
     bool *finished;
     uint8_t *out;
@@ -193,8 +203,7 @@ static void take_effect(struct drv *d, struct request *r)
  * order among them makes no difference. */
 static void look_at_zeros(struct drv *d)
 {
-    list_for_each(l, &d->flying)
-    {
+    list_for_each (l, &d->flying) {
         struct request *r = container_of(l, struct request, link);
         if (r->waiting_zero && r->io.stage != IO_PARKED && r->io.stage != IO_WAITING &&
             r->io.st == ST_OK)
@@ -243,8 +252,7 @@ static bool later_value(struct drv *d, const struct request *r, uint64_t at, uin
         if (byte == got)
             return true;
     }
-    list_for_each(l, &d->flying)
-    {
+    list_for_each (l, &d->flying) {
         const struct request *z = container_of(l, const struct request, link);
         if (z->waiting_zero && got == 0 && z->io.offset <= at && at < z->io.offset + z->io.length)
             return true;
@@ -356,7 +364,8 @@ static void check_status(struct drv *d, struct request *r)
             for (uint64_t b = from; b < to && !d->violated; b = (b / bs + 1) * bs) {
                 uint64_t end = min_u64((b / bs + 1) * bs, to);
                 uint8_t alloc = g->alloc[b / bs - g->start / bs];
-                if ((x->flags & VOL_EXTENT_ZERO) && !block_is_zero(g->now + (b - g->start), end - b))
+                if ((x->flags & VOL_EXTENT_ZERO) &&
+                    !block_is_zero(g->now + (b - g->start), end - b))
                     drv_violation(d, "the block status calls data at %llu zeros",
                                   (unsigned long long)b);
                 if (alloc == ALLOC_HOLE && !(x->flags & VOL_EXTENT_HOLE))
@@ -543,8 +552,7 @@ static void write_some(struct drv *d, bool all)
 {
     while (!list_empty(&d->ready) && (all || !drv_one_in(d, 4))) {
         struct request *r = container_of(d->ready.next, struct request, link);
-        list_for_each(l, &d->ready)
-        {
+        list_for_each (l, &d->ready) {
             if (drv_one_in(d, 3))
                 break;
             r = container_of(l, struct request, link);
@@ -703,10 +711,9 @@ static bool nothing_flies(const struct drv *d)
 
 void drv_request(struct drv *d)
 {
-    static const uint8_t kinds[] = {R_READ,  R_READ,  R_READ, R_READ,  R_READ,  R_READ,
-                                    R_READ,  R_WRITE, R_WRITE, R_WRITE, R_WRITE, R_WRITE,
-                                    R_WRITE, R_WRITE, R_WRITE, R_ZERO,  R_TRIM,  R_FLUSH,
-                                    R_STATUS, R_PREFETCH};
+    static const uint8_t kinds[] = {
+        R_READ,  R_READ,  R_READ,  R_READ,  R_READ,  R_READ, R_READ, R_WRITE, R_WRITE,  R_WRITE,
+        R_WRITE, R_WRITE, R_WRITE, R_WRITE, R_WRITE, R_ZERO, R_TRIM, R_FLUSH, R_STATUS, R_PREFETCH};
     if (d->n_flying >= FLYING_MAX)
         return;
     enum request_kind kind = kinds[drv_below(d, sizeof kinds)];
@@ -775,8 +782,8 @@ static bool step_by(struct drv *d, uint64_t limit_ns)
     if (d->p && d->p->shard) {
         uint64_t used = buf_pool_used(d->p->shard->pool);
         if (used > d->c.cache_bytes + (8u << 20))
-            drv_violation(d, "%llu bytes in buffers with a budget of %llu", (unsigned long long)used,
-                          (unsigned long long)d->c.cache_bytes);
+            drv_violation(d, "%llu bytes in buffers with a budget of %llu",
+                          (unsigned long long)used, (unsigned long long)d->c.cache_bytes);
     }
     return went;
 }
@@ -797,8 +804,7 @@ void drv_breathe(struct drv *d)
     for (uint64_t i = 0; i < n && !d->violated; i++)
         if (!step_by(d, limit))
             break;
-    list_for_each_safe(l, next, &d->shown)
-    {
+    list_for_each_safe (l, next, &d->shown) {
         if (drv_one_in(d, 3))
             unshow(d, container_of(l, struct request, link));
     }
@@ -1067,25 +1073,21 @@ static bool no_zombies(void *arg)
 static void bury(struct drv *d, struct process *p)
 {
     struct sim *own = p->env->sim == d->sim ? sim_env_detach(p->env) : p->env->sim;
-    list_for_each_safe(l, next, &d->shown)
-    {
+    list_for_each_safe (l, next, &d->shown) {
         struct request *r = container_of(l, struct request, link);
         volume_release_segs(&r->io);
         list_remove(&r->link);
         request_free(r);
     }
-    list_for_each(l, &d->flying)
-    {
+    list_for_each (l, &d->flying) {
         container_of(l, struct request, link)->zombie = true;
     }
-    list_for_each_safe(l, next, &d->ready)
-    {
+    list_for_each_safe (l, next, &d->ready) {
         struct request *r = container_of(l, struct request, link);
         volume_write_abort(p->vol, &r->io);
         request_finish(r);
     }
-    list_for_each_safe(l, next, &d->flying)
-    {
+    list_for_each_safe (l, next, &d->flying) {
         struct request *r = container_of(l, struct request, link);
         if (r->kind == R_WRITE && (r->io.stage == IO_WAITING || r->io.stage == IO_PARKED)) {
             volume_write_abort(p->vol, &r->io);
@@ -1219,7 +1221,8 @@ static void make_regions(struct drv *d)
             /* The edges of index rows of both levels are where it goes wrong. */
             uint64_t unit = drv_one_in(d, 2) ? bs << 10 : bs << 20;
             uint64_t edge = (r->start + unit - 1) / unit * unit;
-            if (!drv_one_in(d, 4) && edge >= r->start + r->len / 2 && edge < r->start + slot - r->len)
+            if (!drv_one_in(d, 4) && edge >= r->start + r->len / 2 &&
+                edge < r->start + slot - r->len)
                 r->start = edge - (drv_one_in(d, 2) ? r->len / 2 / bs * bs : 0);
         }
         r->now = mem_zalloc(r->len);
@@ -1562,8 +1565,7 @@ static void match_prefix(struct drv *d, uint8_t **actual, uint64_t at_least)
                       "after a crash the volume is no prefix of the %zu effects that holds the "
                       "first %llu: nearest to the first %llu, with %llu bytes wrong%s",
                       d->n_journal, (unsigned long long)at_least, (unsigned long long)best,
-                      (unsigned long long)best_wrong,
-                      size == actual_size ? "" : "; another size");
+                      (unsigned long long)best_wrong, size == actual_size ? "" : "; another size");
         return;
     }
     d->size = size;
@@ -1578,8 +1580,7 @@ void drv_recover(struct drv *d, bool power)
         match_prefix(d, actual, power ? d->durable : d->answered);
         checkpoint(d);
         for (unsigned i = 0; i < d->n_regions; i++)
-            memset(d->regions[i].alloc, ALLOC_UNKNOWN,
-                   d->regions[i].len / d->c.block_size + 1);
+            memset(d->regions[i].alloc, ALLOC_UNKNOWN, d->regions[i].len / d->c.block_size + 1);
     }
     for (unsigned i = 0; i < d->n_regions; i++)
         free(actual[i]);

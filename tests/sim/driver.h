@@ -25,7 +25,7 @@ struct drv_config {
     uint32_t block_size;
     int codec;
     uint64_t cache_bytes;
-    bool no_log; /* answer at the commit although the store has a log */
+    bool no_log;        /* answer at the commit although the store has a log */
     unsigned n_regions; /* 1: one from 0 to the end; more: spread over the volume */
     uint64_t region_bytes;
     uint64_t write_bytes_max; /* longest write; 0: 4 MiB */
@@ -34,7 +34,7 @@ struct drv_config {
     bool resize;       /* sizes change now and then */
     bool expect_nospc; /* writes may be refused; not checked against the array */
     bool faults;       /* requests may fail with ST_IO */
-    bool damaged; /* the store is damaged on purpose: drv_close does not check it */
+    bool damaged;      /* the store is damaged on purpose: drv_close does not check it */
     struct mem_config store;
 };
 
@@ -87,8 +87,8 @@ struct drv {
     struct effect *journal;
     size_t n_journal, cap_journal;
     uint64_t next_id;
-    uint64_t durable;  /* effects that must survive the machine */
-    uint64_t answered; /* ... the process */
+    uint64_t durable;   /* effects that must survive the machine */
+    uint64_t answered;  /* ... the process */
     struct list flying; /* requests */
     struct list ready;  /* writes that were granted and wait for their commit */
     struct list shown;  /* answered reads whose buffers are still "being sent" */
@@ -97,7 +97,7 @@ struct drv {
     size_t n_flying;
     bool suspects; /* some effect is one; judged after the step */
     uint64_t seen_nospc, seen_io, reads_checked, bytes_checked, requests;
-    bool quiet;     /* violations are expected: no message */
+    bool quiet; /* violations are expected: no message */
     bool violated;
     char what[400]; /* the first violation */
 };

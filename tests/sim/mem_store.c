@@ -407,15 +407,12 @@ static void mem_watch_stop(struct store_watch *w)
 
 static void watches_changed(struct mem_store *db, struct slice begin, struct slice end, bool one)
 {
-    list_for_each(l, &db->handles)
-    {
+    list_for_each (l, &db->handles) {
         struct handle *h = container_of(l, struct handle, link);
-        list_for_each_safe(m, next, &h->watches)
-        {
+        list_for_each_safe (m, next, &h->watches) {
             struct store_watch *w = container_of(m, struct store_watch, link);
             int c = compare(w->key.data, w->key.len, begin.data, begin.len);
-            if (one ? c == 0
-                    : c >= 0 && compare(w->key.data, w->key.len, end.data, end.len) < 0)
+            if (one ? c == 0 : c >= 0 && compare(w->key.data, w->key.len, end.data, end.len) < 0)
                 watch_fire(w);
         }
     }
@@ -498,8 +495,7 @@ static enum status commit_execute(struct handle *h, struct store_commit *commit)
         sum)
         return ST_NOSPC;
     apply(db, commit, commit->n_mutations);
-    if (db->config.capacity_bytes && sum &&
-        db->counts.body_bytes_used > db->config.capacity_bytes)
+    if (db->config.capacity_bytes && sum && db->counts.body_bytes_used > db->config.capacity_bytes)
         broken(db, "a commit that was reserved for does not fit");
     db->counts.commits++;
     return ST_OK;
@@ -748,8 +744,7 @@ static uint64_t mem_body_cost(const struct store *store, uint64_t len)
 
 static struct session_entry *session_find(struct mem_store *db, const uint8_t *id)
 {
-    list_for_each(l, &db->sessions)
-    {
+    list_for_each (l, &db->sessions) {
         struct session_entry *s = container_of(l, struct session_entry, link);
         if (!memcmp(s->id, id, STORE_ID_BYTES))
             return s;
@@ -947,7 +942,8 @@ static enum status log_submit(struct store_log *base)
     log->db->counts.submits++;
     if (log->owner->dead || log->poisoned)
         return ST_IO;
-    if (log->db->faults.log_submit_fails && sim_one_in(log->db->sim, log->db->faults.log_submit_fails)) {
+    if (log->db->faults.log_submit_fails &&
+        sim_one_in(log->db->sim, log->db->faults.log_submit_fails)) {
         log->poisoned = true;
         return ST_IO;
     }
@@ -1010,8 +1006,7 @@ static void log_sync(struct store_log *base, struct store_log_sync *sync)
 
 static struct mem_log *log_find(struct mem_store *db, uint64_t id)
 {
-    list_for_each(l, &db->logs)
-    {
+    list_for_each (l, &db->logs) {
         struct mem_log *log = container_of(l, struct mem_log, link);
         if (log->id == id)
             return log;
@@ -1056,8 +1051,7 @@ static enum status log_remove_unused(struct store *store, const uint64_t *needed
 {
     struct mem_store *db = handle_of(store)->db;
     (void)e;
-    list_for_each_safe(l, next, &db->logs)
-    {
+    list_for_each_safe (l, next, &db->logs) {
         struct mem_log *log = container_of(l, struct mem_log, link);
         bool keep = log->owner && !log->owner->dead;
         for (size_t i = 0; i < n; i++)
@@ -1094,8 +1088,7 @@ static void mem_close(struct store *store)
         broken(db, "a store is closed while watches are armed");
     if (!h->dead && (h->reserved_bytes || h->reserved_keys))
         broken(db, "a store is closed while space is reserved");
-    list_for_each_safe(l, next, &db->sessions)
-    {
+    list_for_each_safe (l, next, &db->sessions) {
         struct session_entry *s = container_of(l, struct session_entry, link);
         if (s->handle == h) {
             list_remove(&s->link);
@@ -1185,13 +1178,15 @@ void mem_store_crash_process(struct store *store)
         return;
     /* What was under way happened up to some point. */
     while (!list_empty(&h->commits) && !sim_one_in(db->sim, 2)) {
-        struct store_commit *commit = container_of(list_pop(&h->commits), struct store_commit, link);
+        struct store_commit *commit =
+            container_of(list_pop(&h->commits), struct store_commit, link);
         commit_execute(h, commit);
         commit->result = ST_CONFLICT;
         answer_later(h, commit);
     }
     if (db->config.lie == MEM_TEARS_COMMITS && !list_empty(&h->commits)) {
-        struct store_commit *commit = container_of(list_pop(&h->commits), struct store_commit, link);
+        struct store_commit *commit =
+            container_of(list_pop(&h->commits), struct store_commit, link);
         apply(db, commit, sim_below(db->sim, commit->n_mutations));
         answer_later(h, commit);
     }
@@ -1199,8 +1194,7 @@ void mem_store_crash_process(struct store *store)
         commit_copy_free(db->swapped);
         db->swapped = NULL;
     }
-    list_for_each(l, &db->logs)
-    {
+    list_for_each (l, &db->logs) {
         struct mem_log *log = container_of(l, struct mem_log, link);
         if (log->owner != h)
             continue;
@@ -1216,8 +1210,7 @@ void mem_store_crash_process(struct store *store)
     db->counts.reserved_bytes -= h->reserved_bytes;
     db->counts.reserved_keys -= h->reserved_keys;
     h->reserved_bytes = h->reserved_keys = 0;
-    list_for_each(l, &db->sessions)
-    {
+    list_for_each (l, &db->sessions) {
         struct session_entry *s = container_of(l, struct session_entry, link);
         if (s->handle == h)
             s->alive = false;
@@ -1226,10 +1219,9 @@ void mem_store_crash_process(struct store *store)
 
 void mem_store_power_cut(struct mem_store *db)
 {
-    list_for_each(l, &db->handles)
+    list_for_each (l, &db->handles)
         CHECK(container_of(l, struct handle, link)->dead);
-    list_for_each(l, &db->logs)
-    {
+    list_for_each (l, &db->logs) {
         struct mem_log *log = container_of(l, struct mem_log, link);
         bool prefix = sim_one_in(db->sim, 2);
         uint64_t cut = log->synced + sim_below(db->sim, log->submitted - log->synced + 1);

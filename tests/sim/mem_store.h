@@ -24,22 +24,22 @@ struct mem_store;
 
 enum mem_lie {
     MEM_HONEST,
-    MEM_LOSES_SUBMITS,    /* submitted records do not survive the process */
-    MEM_IGNORES_SYNC,     /* a sync is answered and nothing was made to survive */
+    MEM_LOSES_SUBMITS,      /* submitted records do not survive the process */
+    MEM_IGNORES_SYNC,       /* a sync is answered and nothing was made to survive */
     MEM_REPLAYS_OVER_HOLES, /* a replay goes on behind a record that is missing */
-    MEM_ACKS_EARLY,       /* commits are answered before they happened, and lost in a crash */
-    MEM_SWAPS_COMMITS,    /* a commit happens after the one behind it */
-    MEM_TEARS_COMMITS,    /* a commit under way in a crash happens in part */
-    MEM_IGNORES_CHECKS,   /* checks are taken as passed */
-    MEM_LOSES_MUTATIONS,  /* now and then a body that was set is the old one */
+    MEM_ACKS_EARLY,         /* commits are answered before they happened, and lost in a crash */
+    MEM_SWAPS_COMMITS,      /* a commit happens after the one behind it */
+    MEM_TEARS_COMMITS,      /* a commit under way in a crash happens in part */
+    MEM_IGNORES_CHECKS,     /* checks are taken as passed */
+    MEM_LOSES_MUTATIONS,    /* now and then a body that was set is the old one */
 };
 
 struct mem_config {
     bool has_log;
-    uint64_t batch_bytes_max;    /* 0: 16 MiB */
-    uint64_t capacity_bytes;     /* of bodies; 0: without end */
+    uint64_t batch_bytes_max;                         /* 0: 16 MiB */
+    uint64_t capacity_bytes;                          /* of bodies; 0: without end */
     uint64_t read_ns_max, commit_ns_max, sync_ns_max; /* random delays; 0: 300 us */
-    uint64_t commit_bytes_per_ms; /* a slow medium; 0: bytes take no time */
+    uint64_t commit_bytes_per_ms;                     /* a slow medium; 0: bytes take no time */
     enum mem_lie lie;
 };
 
@@ -62,8 +62,8 @@ void mem_store_believe_dead(struct mem_store *db, const uint8_t id[STORE_ID_BYTE
 
 /* Faults, from now on: one in so many (0: never). */
 struct mem_faults {
-    uint32_t commit_fails; /* ST_IO, nothing happened */
-    uint32_t get_fails;    /* ST_IO for one get that asks for a body */
+    uint32_t commit_fails;      /* ST_IO, nothing happened */
+    uint32_t get_fails;         /* ST_IO for one get that asks for a body */
     uint32_t reads_unavailable; /* ST_UNAVAIL for a whole read */
     uint32_t log_submit_fails, log_sync_fails;
     enum status commit_status; /* 0: ST_IO */
@@ -79,8 +79,7 @@ struct mem_counts {
 };
 void mem_store_counts(const struct mem_store *db, struct mem_counts *counts);
 uint64_t mem_store_keys_in(struct mem_store *db, struct slice begin, struct slice end);
-bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head,
-                    struct slice *body);
+bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head, struct slice *body);
 /* The nth key (from 0) in [begin, end); false past the last. Valid until it is removed. */
 bool mem_store_nth_key(struct mem_store *db, struct slice begin, struct slice end, uint64_t n,
                        struct slice *key);

@@ -259,11 +259,9 @@ struct sim *sim_env_detach(struct sim_env *env)
 static struct env_timer *earliest_timer(struct sim *sim, struct sim_env **owner)
 {
     struct env_timer *first = NULL;
-    list_for_each(e, &sim->envs)
-    {
+    list_for_each (e, &sim->envs) {
         struct sim_env *env = container_of(e, struct sim_env, link);
-        list_for_each(l, &env->timers)
-        {
+        list_for_each (l, &env->timers) {
             struct env_timer *t = container_of(l, struct env_timer, link);
             if (!first || t->due_ns < first->due_ns) {
                 first = t;

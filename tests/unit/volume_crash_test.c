@@ -29,8 +29,7 @@ static struct drv_config any_config(uint64_t seed, uint64_t *c)
         .no_log = pick(c, 6) == 0,
         .seal_age_ms = pick(c, 2) ? 0 : 3,
         .write_bytes_max = pick(c, 2) ? 0 : 300000,
-        .store = {.has_log = pick(c, 5) != 0,
-                  .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20},
+        .store = {.has_log = pick(c, 5) != 0, .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20},
     };
     if (pick(c, 3) == 0)
         config.log_bytes = 8u << 20;
@@ -103,9 +102,9 @@ static void failing_commits(void **state)
         drv_open(d);
         for (unsigned round = 0; round < 6 && !d->violated; round++) {
             drv_steps(d, s.steps / 4);
-            mem_store_set_faults(d->db, (struct mem_faults){
-                                            .commit_fails = 2 + (uint32_t)drv_below(d, 3),
-                                            .commit_status = drv_one_in(d, 3) ? ST_NOSPC : ST_IO});
+            mem_store_set_faults(
+                d->db, (struct mem_faults){.commit_fails = 2 + (uint32_t)drv_below(d, 3),
+                                           .commit_status = drv_one_in(d, 3) ? ST_NOSPC : ST_IO});
             /* Writes wait for memory or a place in line while nothing commits; the clock of
              * the simulation runs through the retries. */
             drv_steps(d, drv_below(d, s.steps / 2));

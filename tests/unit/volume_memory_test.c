@@ -104,7 +104,8 @@ static void client_write(struct client *c)
     }
     volume_write_buffers(d->p->vol, &c->io);
     for (uint32_t i = 0; i < c->io.n_segs; i++)
-        memset(c->segs[i].buf->data + c->segs[i].offset, (int)drv_below(d, 255) + 1, c->segs[i].len);
+        memset(c->segs[i].buf->data + c->segs[i].offset, (int)drv_below(d, 255) + 1,
+               c->segs[i].len);
     volume_write_commit(d->p->vol, &c->io, NULL);
 }
 
@@ -159,8 +160,7 @@ static void crowd_run(bool has_log, uint32_t block_size, uint64_t seed)
     if (crowd.busy && !d->violated)
         drv_violation(d, "%u clients are never answered", crowd.busy);
     if (!d->violated)
-        print_message("# most in buffers: %llu KiB of %llu\n",
-                      (unsigned long long)crowd.most >> 10,
+        print_message("# most in buffers: %llu KiB of %llu\n", (unsigned long long)crowd.most >> 10,
                       (unsigned long long)d->c.cache_bytes >> 10);
     if (!d->violated && drv_flush(d) != ST_OK)
         drv_violation(d, "the flush at the end failed");
@@ -210,6 +210,8 @@ static void a_full_store_refuses_writes_only(void **state)
         /* Full to the brim, as far as whole blocks go. */
         uint64_t bs = config.block_size;
         bool full = false;
+        if (!d->violated && drv_zero(d, config.size / 2, config.size / 2, true, 0) != ST_OK)
+            drv_violation(d, "a trim failed because the store is full");
         for (uint64_t at = 0; at < config.size && !d->violated; at += bs) {
             enum status st = drv_write(d, at, bs, 0);
             full |= st == ST_NOSPC;
@@ -221,7 +223,6 @@ static void a_full_store_refuses_writes_only(void **state)
         if (!d->violated && drv_flush(d) != ST_OK)
             drv_violation(d, "a flush failed because the store is full");
         drv_verify_all(d);
-        /* A trim of less than a block needs no space either. */
         if (!d->violated && drv_zero(d, 0, config.size / 2, true, 0) != ST_OK)
             drv_violation(d, "a trim failed because the store is full");
         for (uint64_t at = 0; at < config.size / 4 && !d->violated; at += bs)
@@ -336,7 +337,7 @@ static void damaged_rows_are_errors(void **state)
                 .block_size = 4096,
                 .codec = CODEC_NONE,
                 .damaged = true,
-            .store = {.has_log = true},
+                .store = {.has_log = true},
             };
             struct drv *d = drv_new(&config);
             drv_open(d);
@@ -408,8 +409,8 @@ static void any_damage_is_noticed(void **state)
         key_prefix_end(&stop);
         uint64_t n = mem_store_keys_in(d->db, key_of(&begin), key_of(&stop));
         struct slice key;
-        bool damaged = n && mem_store_nth_key(d->db, key_of(&begin), key_of(&stop),
-                                              drv_below(d, n), &key);
+        bool damaged =
+            n && mem_store_nth_key(d->db, key_of(&begin), key_of(&stop), drv_below(d, n), &key);
         if (damaged) {
             uint8_t copy[KEY_BYTES_MAX];
             memcpy(copy, key.data, key.len);
@@ -445,7 +446,7 @@ static void damaged_records_are_refused(void **state)
                                     .size = 1u << 20,
                                     .block_size = 4096,
                                     .damaged = true,
-            .store = {.has_log = true}};
+                                    .store = {.has_log = true}};
         struct drv *d = drv_new(&config);
         drv_open(d);
         drv_write(d, 0, 4096, 0);
@@ -545,12 +546,12 @@ static void trim_of_64_tib(void **state)
     if (!d->violated) {
         volume_get_stats(d->p->vol, &stats);
         if (stats.data_blocks || keys_with(d, 'b') || keys_with(d, 'i') || keys_with(d, 't'))
-            drv_violation(d, "left behind a trim of everything: %llu data blocks by count, "
-                             "%llu blocks, %llu rows, %llu trash records",
-                          (unsigned long long)stats.data_blocks,
-                          (unsigned long long)keys_with(d, 'b'),
-                          (unsigned long long)keys_with(d, 'i'),
-                          (unsigned long long)keys_with(d, 't'));
+            drv_violation(
+                d,
+                "left behind a trim of everything: %llu data blocks by count, "
+                "%llu blocks, %llu rows, %llu trash records",
+                (unsigned long long)stats.data_blocks, (unsigned long long)keys_with(d, 'b'),
+                (unsigned long long)keys_with(d, 'i'), (unsigned long long)keys_with(d, 't'));
     }
     end(d);
     assert_true(opening < 0.05 * SLOWER);
