@@ -40,8 +40,15 @@ def pytest_configure(config):
         _seed = random.SystemRandom().randrange(1 << 32) if given is None else given
 
 
-def pytest_report_header(config):
-    return f"seed: {_seed}"
+_told = False
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Always, also with -q, which leaves the header out; once, however many folders."""
+    global _told
+    if not _told:
+        terminalreporter.write_line(f"seed: {_seed}")
+        _told = True
 
 
 @pytest.hookimpl(hookwrapper=True)

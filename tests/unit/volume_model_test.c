@@ -64,7 +64,7 @@ static struct drv_config any_config(uint64_t seed, struct chooser *c)
 static void small_volumes(void **state)
 {
     (void)state;
-    struct seeds s = seeds_begin("small volumes", 12, 700);
+    struct seeds s = seeds_begin("small volumes", 25, 700);
     for (uint64_t i = 0; i < s.count; i++) {
         struct chooser c;
         struct drv_config config = any_config(s.first + i, &c);
@@ -78,7 +78,7 @@ static void small_volumes(void **state)
 static void volumes_larger_than_the_cache(void **state)
 {
     (void)state;
-    struct seeds s = seeds_begin("volumes larger than the cache", 3, 1500);
+    struct seeds s = seeds_begin("volumes larger than the cache", 5, 1500);
     for (uint64_t i = 0; i < s.count; i++) {
         struct chooser c;
         struct drv_config config = any_config(s.first + i, &c);
@@ -92,7 +92,7 @@ static void volumes_larger_than_the_cache(void **state)
 static void huge_volumes(void **state)
 {
     (void)state;
-    struct seeds s = seeds_begin("huge volumes", 6, 1000);
+    struct seeds s = seeds_begin("huge volumes", 12, 1000);
     for (uint64_t i = 0; i < s.count; i++) {
         struct chooser c;
         struct drv_config config = any_config(s.first + i, &c);

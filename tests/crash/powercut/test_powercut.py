@@ -21,11 +21,9 @@ import os
 import random
 import shutil
 import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +34,6 @@ from harness.load import FLUSH, WRITE, Load, Op, Shape, content
 from harness.rawnbd import FLAG_FUA, connect
 from harness.server import SLOW, Server, copy_store, wait_until
 
-HERE = Path(__file__).parent
 MIB = 1 << 20
 CUTS = int(os.environ.get("CUTS", "300"))
 SIZE = 8 * MIB + 512
@@ -63,17 +60,6 @@ SHAPES = [
     ("trims", Shape(SIZE, connections=2, depth=4, ops=400, pace_us=8000, zeros=0.25, trims=0.25,
                     lengths=SMALL + ((300000, 2), (3 * MIB, 1))), "100-4000"),
 ]
-
-
-@pytest.fixture(scope="session")
-def shim():
-    folder = new_folder()
-    out = folder / "powercut.so"
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([*compiler.split(), "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror",
-                    "-shared", "-fPIC", "-o", out, HERE / "powercut.c", "-lpthread"], check=True)
-    yield out
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
