@@ -45,6 +45,18 @@ class Unit:
         return f"{self.op}{piece}"
 
 
+def writer_of(volume, where, last_number):
+    """Which request the bytes at `where` come from, of all numbers up to the last."""
+    have = bytes(volume[where:where + 64])
+    if not any(have):
+        return "nobody (zeros)"
+    for length in (len(have), 16):
+        for number in range(last_number, 0, -1):
+            if content(number, where, where + length) == have[:length]:
+                return f"#{number}"
+    return f"nobody known ({have[:16].hex()})"
+
+
 def flushed(ops, until_ns):
     """The requests a power cut at until_ns must not undo: FUA ones that were answered,
     and all that were answered before a FLUSH was sent which was answered."""
@@ -164,7 +176,10 @@ class Check:
         for low, high, _ in cells + [(len(self.before), None, None)]:
             if self.before[at:low] != self.after[at:low]:
                 where = next(i for i in range(at, low) if self.before[i] != self.after[i])
-                raise Violation(f"byte {where} changed, which nobody wrote to")
+                last = max((op.number for op in self.ops), default=1)
+                raise Violation(f"byte {where} changed, which nobody wrote to: it was of "
+                                f"{writer_of(self.before, where, last)}, it is of "
+                                f"{writer_of(self.after, where, last)}")
             at = high
 
     def _close(self, included):

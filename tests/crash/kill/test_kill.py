@@ -72,6 +72,7 @@ def test_kill_9_under_load(servers, seed):
             c.write(at, content(1, at, min(at + MIB, SIZE)))
         before = c.read_all()
     number, cut_short = 2, 0
+    rounds = []
     for round_ in range(KILLS):
         rng = random.Random(f"{seed}:kill:{round_}")
         name = rng.choice(list(SHAPES))
@@ -97,6 +98,7 @@ def test_kill_9_under_load(servers, seed):
         load.close()
         number = load.number
         ops = load.sent()
+        rounds = rounds[-5:] + [(round_, name, ops[0].number if ops else number, number - 1)]
         errors = [op for op in ops if op.error]
         assert not errors, f"round {round_}: {errors[0]}\n{s.log_tail()}"
         cut_short += any(op.answered_ns is None for op in ops)
@@ -107,7 +109,8 @@ def test_kill_9_under_load(servers, seed):
             check_death(before, ops, after)
         except AssertionError as e:
             raise AssertionError(
-                f"round {round_} of seed {seed} ({name}, {len(ops)} requests): {e}") from None
+                f"round {round_} of seed {seed} ({name}, {len(ops)} requests): {e}\n"
+                    f"requests of the last rounds: {rounds}") from None
         # What is there after one death must not be undone by the next.
         before = after
     # Kills that all came when nothing was under way would prove little.

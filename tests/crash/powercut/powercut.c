@@ -15,7 +15,8 @@
  *   POWERCUT_WRITE_US  "low-high": so does each write
  *   POWERCUT_SEED      of those delays
  *   POWERCUT_FAULT     path; while that file exists, its lines "sync ERRNO" and
- *                      "write ERRNO" make those calls fail
+ *                      "write ERRNO" make those calls fail, and "sync 0" makes
+ *                      syncs wait until it is gone
  *
  * What it takes for granted: creating, renaming and removing a file is durable at
  * once. What it does not see (stores through a shared writable mapping, stdio,
@@ -247,23 +248,31 @@ static void delay(const unsigned range[2], unsigned parts)
 	nanosleep(&t, NULL);
 }
 
-/* The error this call is to fail with, or 0. */
-static int fault(const char *what)
+/* The error this call is to fail with, 0 if it is to wait, -1 for nothing. */
+static int fault_now(const char *what)
 {
 	char text[256], word[32];
 	int error;
 	if (!shim.fault_path)
-		return 0;
+		return -1;
 	int fd = (int)syscall(SYS_openat, AT_FDCWD, shim.fault_path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
-		return 0;
+		return -1;
 	ssize_t n = read(fd, text, sizeof text - 1);
 	syscall(SYS_close, fd);
 	text[n > 0 ? n : 0] = 0;
 	for (char *line = text; line && *line; line = strchr(line, '\n'), line += line != NULL)
 		if (sscanf(line, "%31s %d", word, &error) == 2 && strcmp(word, what) == 0)
 			return error;
-	return 0;
+	return -1;
+}
+
+static int fault(const char *what)
+{
+	int error;
+	while ((error = fault_now(what)) == 0)
+		nanosleep(&(struct timespec){ 0, 5000000 }, NULL);
+	return error > 0 ? error : 0;
 }
 
 static bool all_zeros(const struct iovec *data, int count, size_t length)
