@@ -176,7 +176,7 @@ class Check:
         for low, high, _ in cells + [(len(self.before), None, None)]:
             if self.before[at:low] != self.after[at:low]:
                 where = next(i for i in range(at, low) if self.before[i] != self.after[i])
-                last = max((op.number for op in self.ops), default=1)
+                last = max((u.op.number for u in self.units), default=1)
                 raise Violation(f"byte {where} changed, which nobody wrote to: it was of "
                                 f"{writer_of(self.before, where, last)}, it is of "
                                 f"{writer_of(self.after, where, last)}")
