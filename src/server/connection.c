@@ -16,6 +16,7 @@
 
 #define TICK_MS 500u
 #define TICK_STOPPING_MS 20u
+#define TRICKLE_PART 3u
 #define RECEIVE_PIECES 256
 /* Part of a reactor's cache that replies to all its connections may hold back. */
 #define REPLY_CACHE_PART 8
@@ -702,14 +703,35 @@ static void lane_turn(struct reactor_hook *hook)
     } while (!list_empty(&lane->ready) || !list_empty(&lane->flush));
 }
 
-/* A client that stops in the middle of a payload keeps memory from others. */
+/* A client that stops in the middle of a payload keeps memory from others. So does one that
+ * only trickles: while others wait, a piece has to be whole in a part of that time. */
 static bool has_stalled(struct conn *c, unsigned timeout_ms)
 {
     bool inside = c->receive == RECEIVE_GRANTED || c->receive == RECEIVE_BUFFERS;
     if (!inside || c->received != c->received_seen)
         c->idle_ticks = 0;
     c->received_seen = c->received;
-    return inside && c->idle_ticks++ >= timeout_ms / TICK_MS;
+    if (!inside || c->grants != c->grants_seen || !shard_writers_wait(c->lane->shard))
+        c->held_ticks = 0;
+    c->grants_seen = c->grants;
+    return inside && (c->idle_ticks++ >= timeout_ms / TICK_MS ||
+                      c->held_ticks++ >= timeout_ms / TRICKLE_PART / TICK_MS);
+}
+
+/* Whether a connection was paused for so long that its client may have sent the same again on
+ * another one. The last connection of a volume stays: with nobody else to overtake it, what
+ * it holds is not old. Waiting for the volume itself to become ours does not count. */
+static bool is_stale(const struct conn *c, uint64_t now_ms, unsigned pause_close_ms)
+{
+    if (!c->is_tcp || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
+        !volume_is_owned(c->vol))
+        return false;
+    list_for_each (l, &c->lane->conns) {
+        const struct conn *other = container_of(l, struct conn, link);
+        if (other != c && other->phase == CONN_SERVING && other->vol == c->vol)
+            return true;
+    }
+    return false;
 }
 
 static void lane_tick(struct env_timer *timer)
@@ -725,8 +747,7 @@ static void lane_tick(struct env_timer *timer)
             if (now - c->since_ms >= limits->handshake_timeout_ms)
                 conn_die(c, "the handshake took too long");
         } else if (c->phase == CONN_SERVING) {
-            bool stale = c->is_tcp && c->since_ms && volume_refs(c->vol) > 1 &&
-                         now - c->since_ms >= limits->pause_close_ms;
+            bool stale = is_stale(c, now, limits->pause_close_ms);
             if (stale)
                 log_warning("client %s: closed after it had to wait for %u ms: its volume has "
                             "another connection, where it may have sent the same again",

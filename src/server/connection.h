@@ -16,7 +16,7 @@
  *
  * A connection is paused (not read) while the volume grants no memory or the
  * client takes no replies. If it is paused for longer than pause_close_ms and
- * its volume has another connection, it is closed with what is unread: its
+ * its volume has another connection (the last one stays), it is closed with what is unread: its
  * client may have given up and sent the same writes again elsewhere, and over TCP
  * the end of such a connection cannot be seen behind a closed window (G8). A
  * Unix socket's end is always seen.
@@ -145,6 +145,8 @@ struct conn {
     uint8_t *stash; /* received and not parsed */
     uint32_t stash_len;
     uint64_t discard; /* payload bytes to be thrown away */
+    uint64_t grants, grants_seen; /* pieces begun; at the last tick */
+    unsigned held_ticks;          /* for so many ticks one piece kept others waiting */
     struct request *late_request; /* refused; answered when its payload was thrown away */
     struct nbd_reply_to late_to;  /* the same where there is no struct request, if late_error */
     uint32_t late_error;

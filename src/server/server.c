@@ -188,7 +188,7 @@ static void fill_limits(struct server *s)
     s->limits.connections_max = or_default(s->config->connections_max, 1024);
     s->limits.handshakes_max = or_default(s->config->handshakes_max, 128);
     s->limits.handshake_timeout_ms = or_default(s->config->handshake_timeout_ms, 10000);
-    s->limits.pause_close_ms = or_default(s->config->pause_close_ms, 5000);
+    s->limits.pause_close_ms = or_default(s->config->pause_close_ms, 10000);
     s->limits.receive_timeout_ms = or_default(s->config->receive_timeout_ms, 30000);
     s->limits.drain_ms = or_default(s->config->drain_ms, 10000);
 }

@@ -31,7 +31,7 @@ struct server_config {
     unsigned connections_max;      /* 0: 1024 */
     unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
     unsigned handshake_timeout_ms; /* 0: 10000 */
-    unsigned pause_close_ms;       /* 0: 5000; see connection.h */
+    unsigned pause_close_ms;       /* 0: 10000; see connection.h */
     unsigned receive_timeout_ms;   /* 0: 30000; see connection.h */
     unsigned drain_ms;             /* 0: 10000; how long a stop waits for requests under way */
     /* Called once when clients can connect, with the addresses listened on ("127.0.0.1:10809",

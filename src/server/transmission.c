@@ -455,6 +455,7 @@ static void write_begun(struct conn *c, struct piece *p)
     if (p->io.st == ST_OK) {
         c->receive = RECEIVE_GRANTED;
         c->receiving = p;
+        c->grants++;
         return;
     }
     c->receive = RECEIVE_NOTHING;

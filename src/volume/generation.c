@@ -15,6 +15,7 @@
 #define ENCODE_BLOCKS 64u
 #define BASES_AT_ONCE 256u
 #define RETRY_MS 1000u
+#define BASE_TRIES 3u
 
 /* Memory that lives as long as the generation's commit. */
 struct chunk {
@@ -440,8 +441,12 @@ static void bases_read(struct store_read *read, enum status st)
     struct gen_bases *b = container_of(read, struct gen_bases, read);
     struct gen *g = b->gen;
     struct volume *vol = g->vol;
-    if (st != ST_OK && st != ST_IO && !vol->lost) {
-        /* The store is out of reach: that says nothing about these blocks. */
+    /* A store out of reach says nothing about these blocks, and what a disk failed to read once
+     * it may read the next time; what is given up here is lost. */
+    bool unread = st == ST_IO;
+    for (uint32_t i = 0; i < b->n && st == ST_OK; i++)
+        unread |= b->gets[i].st == ST_IO;
+    if (!vol->lost && ((st != ST_OK && st != ST_IO) || (unread && g->base_tries++ < BASE_TRIES))) {
         g->bases_wanted = (size_t)(b->base[0].item - g->items);
         for (uint32_t i = 0; i < b->n; i++)
             buf_unref(b->base[i].buf);
@@ -451,6 +456,7 @@ static void bases_read(struct store_read *read, enum status st)
         env_timer_start(vol->shard->env, &g->retry, RETRY_MS);
         return;
     }
+    g->base_tries = 0;
     for (uint32_t i = 0; i < b->n; i++) {
         struct gen_base *got = &b->base[i];
         struct gen_item *item = got->item;

@@ -147,6 +147,7 @@ struct gen {
     struct gen_item *items;
     size_t n_items;
     size_t bases_wanted; /* items before this one have their base or wait for its read */
+    unsigned base_tries;
     unsigned inflight;   /* reads, works and commits that will come back to it */
     struct row_wait row_wait;
     struct row_slot **pinned;
@@ -183,7 +184,9 @@ struct volume {
     uint64_t tag;
     uint64_t branch;
     char name[NAME_BYTES_MAX + 1];
-    bool read_only, lost, closing, in_progress;
+    bool read_only;        /* its format has features this build can only read */
+    bool served_read_only; /* clients may not write; commands may resize */
+    bool lost, closing, in_progress;
     unsigned refs;
     struct env_task free_task;
     struct env_task fail_task;

@@ -14,6 +14,7 @@
 #include "volume/internal.h"
 
 #define ACQUIRE_TRIES_MAX 20u
+#define TIMES_BUSY_MAX 3u /* so often a slow owner is asked again */
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
 
 struct acquire {
@@ -37,6 +38,10 @@ struct acquire {
     struct vol_io sync;
     unsigned tries;
     bool inflight;
+    struct env_work kill;
+    enum status kill_st;
+    struct err kill_err;
+    unsigned times_busy;
 };
 
 struct release {
@@ -181,15 +186,50 @@ static void logs_settled(struct vol_io *io)
     owned(vol);
 }
 
+static void disowned(struct store_commit *commit, enum status st)
+{
+    struct acquire *a = container_of(commit, struct acquire, commit);
+    struct volume *vol = a->vol;
+    (void)st; /* at worst the owner key still names us, and whoever asks is answered so */
+    a->inflight = false;
+    volume_lose(vol, "the write log of its last owner can't be replayed");
+    acquire_fail(a, ST_IO, "the write log of its last owner can't be replayed");
+}
+
+/* A volume nobody can have must not look owned: others would wait for its owner's answer and
+ * end this process. What its log holds stays where it is. */
+static void disown(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    a->owner = vol->owner;
+    memset(a->owner.session, 0, sizeof a->owner.session);
+    size_t len = owner_encode(&a->owner, key_slice(&vol->owner_key), a->owner_bytes);
+    a->checks[0] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                        .key = key_slice(&vol->owner_key),
+                                        .value = {vol->owner_bytes, vol->owner_len}};
+    a->mutations[0] = (struct store_mutation){
+        .kind = STORE_SET, .key = key_slice(&vol->owner_key), .head = {a->owner_bytes, len}};
+    a->commit = (struct store_commit){.checks = a->checks,
+                                      .n_checks = 1,
+                                      .mutations = a->mutations,
+                                      .n_mutations = 1,
+                                      .wake_watchers = true,
+                                      .reserved = true,
+                                      .done = disowned};
+    store_commit(vol->shard->store, vol->shard->env, &a->commit);
+}
+
 static void replayed(struct volume *vol, enum status st)
 {
     struct acquire *a = vol->acquire;
     if (st != ST_OK || vol->lost) {
-        a->inflight = false;
         vol->replaying = false;
-        if (!vol->lost)
-            volume_lose(vol, "the write log of its last owner can't be read");
-        acquire_fail(a, ST_IO, "the write log of its last owner can't be read");
+        if (!vol->lost) {
+            disown(a);
+            return;
+        }
+        a->inflight = false;
+        acquire_fail(a, ST_PERM, "its owner changed while its log was replayed");
         return;
     }
     /* Everything of the old logs is in the store: from here on only ours counts. */
@@ -286,6 +326,27 @@ static void acquire_take(struct acquire *a)
     store_commit(s->store, s->env, &a->commit);
 }
 
+static void kill_work(struct env_work *work)
+{
+    struct acquire *a = container_of(work, struct acquire, kill);
+    a->kill_st = store_session_kill(a->vol->shard->store, a->entry.owner.session, &a->kill_err);
+}
+
+/* An owner that stood still is ended now. One that is only slow is asked again: it may be
+ * writing what it has to before it lets go. */
+static void kill_done(struct env_work *work)
+{
+    struct acquire *a = container_of(work, struct acquire, kill);
+    a->inflight = false;
+    if (a->kill_st == ST_OK)
+        log_warning("volume %s: its owner, process %u, stood still and was ended", a->vol->name,
+                    a->entry.owner.pid);
+    if (a->kill_st == ST_OK || (a->kill_st == ST_BUSY && ++a->times_busy < TIMES_BUSY_MAX))
+        acquire_retry(a, 1);
+    else
+        acquire_fail(a, ST_PERM, a->kill_err.text);
+}
+
 static void acquire_asked(struct catalog_op *op)
 {
     struct acquire *a = container_of(op, struct acquire, ask);
@@ -301,13 +362,13 @@ static void acquire_asked(struct catalog_op *op)
     }
     if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==
                                 STORE_SESSION_ALIVE) {
-        log_warning("volume %s: its owner, process %u on %s, gave no answer for %u ms: ending it",
-                    vol->name, a->entry.owner.pid, a->entry.owner.host, s->session->lease_ms);
-        st = store_session_kill(s->store, a->entry.owner.session, &e);
-        if (st != ST_OK) {
-            acquire_fail(a, ST_PERM, e.text);
-            return;
-        }
+        log_warning("volume %s: its owner, process %u on %s, gave no answer for %u ms", vol->name,
+                    a->entry.owner.pid, a->entry.owner.host, s->session->lease_ms);
+        a->kill.work = kill_work;
+        a->kill.done = kill_done;
+        a->inflight = true;
+        env_work(s->env, &a->kill);
+        return;
     }
     acquire_retry(a, 1);
 }
@@ -581,7 +642,10 @@ static void mail_io_done(struct vol_io *io)
 {
     struct mailbox *m = container_of(io, struct mailbox, io);
     m->inflight--;
-    mailbox_answer(m, io->st, io->st == ST_OK ? "done" : status_text(io->st));
+    const char *text = io->st == ST_OK ? "done" : status_text(io->st);
+    if (m->mail.kind == MAIL_RESIZE && io->st == ST_INVAL)
+        text = "it is larger than that already; making it smaller cuts data off and needs --shrink";
+    mailbox_answer(m, io->st, text);
 }
 
 static void mail_evicted(struct env_timer *timer)

@@ -186,6 +186,11 @@ void shard_wake_writers(struct shard *s)
     }
 }
 
+bool shard_writers_wait(const struct shard *s)
+{
+    return !list_empty(&s->write_waiters);
+}
+
 void shard_wake_readers(struct shard *s)
 {
     while (!list_empty(&s->read_waiters)) {

@@ -69,7 +69,7 @@ static void open_read(struct store_read *read, enum status st)
         vol = mem_zalloc(sizeof *vol);
         vol->shard = s;
         vol->branch = op->branch;
-        vol->read_only = op->read_only;
+        vol->served_read_only = op->read_only;
         memcpy(vol->name, op->name, sizeof vol->name);
         st = volume_set_header(vol, &header, &op->err);
         if (st != ST_OK) {
@@ -327,9 +327,9 @@ const char *volume_description(const struct volume *vol)
     return vol->header.description;
 }
 
-unsigned volume_refs(const struct volume *vol)
+bool volume_is_owned(const struct volume *vol)
 {
-    return vol->refs;
+    return vol->ownership == VOL_OWNED;
 }
 
 void volume_watch_loss(struct volume *vol, struct volume_watcher *w)

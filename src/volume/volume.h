@@ -56,6 +56,9 @@ void shard_free(struct shard *shard);
  * gathered. */
 void shard_submit(struct shard *shard);
 
+/* Whether writes wait for memory, log room or space that others hold. */
+bool shard_writers_wait(const struct shard *shard);
+
 /* A run of bytes of a block buffer; buf NULL: that many zeros. */
 struct vol_seg {
     struct buf *buf;
@@ -113,7 +116,7 @@ struct vol_io {
 struct volume_open {
     uint64_t branch;           /* in */
     char name[NAME_BYTES_MAX + 1]; /* in: for messages */
-    bool read_only;            /* in: no request may change it */
+    bool read_only;            /* in: clients may not change it */
     void (*done)(struct volume_open *op);
     struct volume *vol;        /* out: one reference, see volume_close */
     enum status st;            /* out */
@@ -138,12 +141,12 @@ uint32_t volume_block_size(const struct volume *vol);
 uint64_t volume_branch(const struct volume *vol);
 const char *volume_description(const struct volume *vol);
 
-/* How many references there are: the server tells from it whether another connection exists. */
-unsigned volume_refs(const struct volume *vol);
+/* Whether this process owns it just now. While it does not, requests wait for the ownership. */
+bool volume_is_owned(const struct volume *vol);
 
 /* Called (reactor thread) when this process lost the volume for good or an administrator
  * evicted it: connections to it must be closed at once; requests in flight are answered
- * with errors. One per open volume reference holder; `arg` is passed on. */
+ * with errors. Any number of watchers; each stays the caller's. */
 struct volume_watcher {
     void (*lost)(struct volume_watcher *w, const char *why);
     struct list link;

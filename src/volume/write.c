@@ -179,8 +179,9 @@ static bool admit(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
     CHECK(io->length > 0 && io->offset + io->length >= io->offset);
-    if (vol->read_only || io->offset + io->length > vol->size) {
-        io->st = vol->read_only ? ST_PERM : ST_NOSPC;
+    bool read_only = vol->read_only || vol->served_read_only;
+    if (read_only || io->offset + io->length > vol->size) {
+        io->st = read_only ? ST_PERM : ST_NOSPC;
         return true;
     }
     bool ahead = io->kind != IO_WRITE && blocks_needed(vol, io) == 0;
@@ -355,13 +356,18 @@ static void zero_entry(struct blk *e, bool hole)
     entry_full(e);
 }
 
-static void zero_part(struct volume *vol, struct vol_io *io, uint64_t no, uint32_t lo, uint32_t hi)
+static void zero_part(struct volume *vol, struct vol_io *io, uint64_t no, uint32_t lo, uint32_t hi,
+                      bool hole)
 {
     struct blk *e = entry_to_change(vol, no);
-    if (e->zero)
-        gen_touch(vol, e, NULL);
-    else
+    if (!e->zero) {
         apply_bytes(vol, io, no, lo, hi, zeros, NULL);
+        return;
+    }
+    /* Zeros already; but what is not to be a hole has to become allocated. */
+    if (!hole)
+        e->hole = false;
+    gen_touch(vol, e, NULL);
 }
 
 /* All of [first, end) becomes zeros by one line in the generation. */
@@ -415,16 +421,16 @@ static void apply_zeros(struct volume *vol, struct vol_io *io, uint64_t offset, 
     }
     if (lo && first == last) {
         if (edges)
-            zero_part(vol, io, first, lo, hi);
+            zero_part(vol, io, first, lo, hi, hole);
         return;
     }
     if (lo) {
         if (edges)
-            zero_part(vol, io, first, lo, vol->block_size);
+            zero_part(vol, io, first, lo, vol->block_size, hole);
         first++;
     }
     if (hi && edges)
-        zero_part(vol, io, last, 0, hi);
+        zero_part(vol, io, last, 0, hi, hole);
     if (last <= first)
         return;
     if (last - first <= TRIM_EACH_MAX) {

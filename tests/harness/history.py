@@ -80,6 +80,7 @@ class Check:
         self.required = required
         self.until_ns = until_ns
         self.units = []
+        self.why = {}               # unit -> how we know that it is part of the volume
         lanes = defaultdict(list)
         for op in sorted((op for op in ops if op.kind != FLUSH and op.sent_ns is not None),
                          key=lambda op: op.number):
@@ -165,6 +166,7 @@ class Check:
                     (only,) = possible
                     if only is not None and only not in included:
                         included.add(only)
+                        self.why[only] = f"bytes {low}..{high} are from it"
                         grown = True
             if not grown:
                 break
@@ -186,13 +188,22 @@ class Check:
         """Adds whatever came before anything that is included."""
         while True:
             size = len(included)
-            last = max((u.sent_ns for u in included), default=-1)
-            place = defaultdict(lambda: -1)
+            last = max(included, key=lambda u: u.sent_ns, default=None)
+            lanes = {}
             for u in included:
-                place[u.connection] = max(place[u.connection], u.place)
+                if u.connection not in lanes or u.place > lanes[u.connection].place:
+                    lanes[u.connection] = u
             for u in self.units:
-                if u.place < place[u.connection] or u.done_ns < last:
-                    included.add(u)
+                if u in included:
+                    continue
+                later = lanes.get(u.connection)
+                if later and u.place < later.place:
+                    self.why[u] = f"came before {later}"
+                elif last and u.done_ns < last.sent_ns:
+                    self.why[u] = f"had been taken when {last} was sent"
+                else:
+                    continue
+                included.add(u)
             if len(included) == size:
                 return
 
@@ -269,7 +280,8 @@ class Check:
     def _lost(self, low, high, found, there):
         held = ", ".join("what was there before" if c is None else str(c) for c in found)
         newer = [t for t in there if all(c is None or self._before(c, t) for c in found)]
-        why = [f"{t}{' (required: G1)' if t.op in self.required else ''}" for t in newer or there]
+        why = [f"{t} ({'required: G1' if t.op in self.required else self.why.get(t)})"
+               for t in newer or there]
         return (f"bytes {low}..{high} hold {held}, but these came after it and are part of the "
                 f"volume (G1, G2):\n  " + "\n  ".join(why))
 
