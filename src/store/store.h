@@ -301,7 +301,9 @@ static inline enum store_liveness store_session_probe(struct store *store,
 }
 
 /* Ends the process behind a session for good (pidfd, SIGKILL) and waits for its end; for
- * owners that have been silent for longer than a lease. ST_UNSUP where an engine can't. */
+ * owners that have been silent for longer than a lease. First it is watched for up to 2 s:
+ * one that is alive and at work, only slow, is not ended: ST_BUSY. ST_UNSUP where an engine
+ * can't. Blocks: on a worker thread. */
 static inline enum status store_session_kill(struct store *store,
                                              const uint8_t id[STORE_ID_BYTES], struct err *e)
 {

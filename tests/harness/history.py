@@ -5,9 +5,12 @@ asks: is there an order of the requests, in agreement with what is known of it, 
 that the volume holds exactly the effect of some first part of that order, and
 every request in `required` is in that part?
 
-Known of the order: requests on one connection are taken in the order sent; one
-that was answered before another was sent came first. A request of more than 4 MiB
-is a sequence of pieces of 4 MiB (G3).
+Known of the order: a request that was answered before another was sent came first;
+requests on one connection are taken in the order sent. Only a WRITE_ZEROES with
+NO_HOLE may be overtaken by later ones on its connection: it waits for space, which
+other zeroes and trims do not need, and NBD promises no order among requests in
+flight. (A write waits too, but nothing behind its payload has been read then.)
+A request of more than 4 MiB is a sequence of pieces of 4 MiB (G3).
 
 The volume is cut into cells, the ranges between any two borders of requests. All
 of a cell must come from one request (G3), from none that another one in the part
@@ -16,10 +19,11 @@ must have overwritten (G1, G2), and all cells together must allow one order (G3)
 
 import bisect
 import heapq
+import json
 from collections import defaultdict
 from dataclasses import dataclass
 
-from .load import FLUSH, TRIM, WRITE, ZERO, content
+from .load import FLUSH, WRITE, Op, content
 
 PIECE = 4 << 20
 
@@ -99,8 +103,9 @@ class Check:
             # Whoever was answered took everything before it first.
             done = float("inf")
             for unit in reversed(lane):
-                done = min(done, self._answered_ns(unit.op))
-                unit.done_ns = done
+                own = self._answered_ns(unit.op)
+                done = min(done, own)
+                unit.done_ns = own if unit.op.no_hole else done
 
     def _answered_ns(self, op):
         if op.answered_ns is None or (self.until_ns is not None
@@ -111,7 +116,7 @@ class Check:
     @staticmethod
     def _before(a, b):
         """a is known to have been taken before b."""
-        if a.connection == b.connection:
+        if a.connection == b.connection and (not a.op.no_hole or a.op is b.op):
             return a.place < b.place
         return a.done_ns < b.sent_ns
 
@@ -197,7 +202,7 @@ class Check:
                 if u in included:
                     continue
                 later = lanes.get(u.connection)
-                if later and u.place < later.place:
+                if later and u.place < later.place and self._before(u, later):
                     self.why[u] = f"came before {later}"
                 elif last and u.done_ns < last.sent_ns:
                     self.why[u] = f"had been taken when {last} was sent"
@@ -210,11 +215,18 @@ class Check:
     def _one_order(self, cells, holders, included):
         """A cycle in who must have come before whom means there is no such order."""
         n = len(self.units)
+        shown = {}                  # edge -> the bytes that show it
         times = sorted({u.done_ns for u in self.units if u.done_ns != float("inf")})
         after = [[] for _ in range(n + len(times))]
         for lane in self.lanes.values():
-            for a, b in zip(lane, lane[1:]):
-                after[a.index].append(b.index)
+            last = None
+            for a, b in zip([None] + lane, lane):
+                if a and a.op.no_hole and a.op is b.op:
+                    after[a.index].append(b.index)
+                elif last:
+                    after[last.index].append(b.index)
+                if not b.op.no_hole:
+                    last = b
         for i in range(len(times) - 1):
             after[n + i].append(n + i + 1)
         for u in self.units:
@@ -236,6 +248,7 @@ class Check:
             for t in there:
                 if t is not only:
                     after[t.index].append(only.index)
+                    shown[t.index, only.index] = f"bytes {low}..{high} are of the later one"
         waits = [0] * len(after)
         for targets in after:
             for t in targets:
@@ -251,9 +264,30 @@ class Check:
                 if waits[t] == 0:
                     heapq.heappush(ready, t)
         if done != len(after):
-            circle = [str(u) for u in self.units if waits[u.index] > 0]
-            raise Violation("no order of the requests gives this volume (G2, G3); among:\n  "
-                            + "\n  ".join(circle[:20]))
+            raise Violation("no order of the requests gives this volume (G2, G3):"
+                            + self._circle(after, waits, shown))
+
+    def _circle(self, after, waits, shown):
+        """One circle of requests of which each must have come before the next."""
+        stuck = {i for i, w in enumerate(waits) if w > 0}
+        came_from = {}
+        for i in stuck:
+            for t in after[i]:
+                if t in stuck:
+                    came_from[t] = i
+        seen, i = [], next(iter(stuck))
+        while i not in seen:
+            seen.append(i)
+            i = came_from[i]
+        circle = list(reversed(seen[seen.index(i):]))
+        out = ""
+        for a, b in zip(circle, circle[1:] + circle[:1]):
+            if a >= len(self.units):
+                continue            # a moment between an answer and a sending
+            why = shown.get((a, b), "answered before the next was sent" if b >= len(self.units)
+                            else "sent before the next on its connection")
+            out += f"\n  {self.units[a]}\n    before the next: {why}"
+        return out
 
     # -- what to say -------------------------------------------------------
 
@@ -286,6 +320,22 @@ class Check:
                 f"volume (G1, G2):\n  " + "\n  ".join(why))
 
 
+def keep_evidence(folder, before, ops, after):
+    """What a verdict was made of; recall() takes it up again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "before").write_bytes(before)
+    (folder / "after").write_bytes(after)
+    (folder / "requests.json").write_text(json.dumps([vars(op) for op in ops], indent=0))
+    (folder / "requests").write_text("\n".join(map(str, ops)))
+    return folder
+
+
+def recall(folder):
+    """(before, ops, after) as kept."""
+    ops = [Op(**fields) for fields in json.loads((folder / "requests.json").read_text())]
+    return (folder / "before").read_bytes(), ops, bytearray((folder / "after").read_bytes())
+
+
 def check_death(before, ops, after):
     """After kill -9: everything answered is there."""
     return Check(before, ops, after, answered(ops)).run()
@@ -294,6 +344,3 @@ def check_death(before, ops, after):
 def check_cut(before, ops, after, until_ns):
     """After a power cut at until_ns: everything flushed is there, nothing newer than the cut."""
     return Check(before, ops, after, flushed(ops, until_ns), until_ns).run()
-
-
-__all__ = ["Check", "Violation", "answered", "check_cut", "check_death", "flushed", "TRIM", "ZERO"]

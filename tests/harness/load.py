@@ -32,11 +32,17 @@ class Op:
     answered_ns: int = None     # after its answer had come in
     error: int = 0
 
+    @property
+    def no_hole(self):
+        """Every other zeroing keeps its space."""
+        return self.kind == ZERO and self.number % 2 == 1
+
     def __str__(self):
         what = {WRITE: "write", ZERO: "zero", TRIM: "trim", FLUSH: "flush"}[self.kind]
         state = ("unanswered" if self.answered_ns is None else
                  f"answered {self.answered_ns}" if not self.error else f"error {self.error}")
-        return (f"#{self.number} {what}{' FUA' if self.fua else ''} {self.offset}+{self.length} "
+        flags = (" FUA" if self.fua else "") + (" NO_HOLE" if self.no_hole else "")
+        return (f"#{self.number} {what}{flags} {self.offset}+{self.length} "
                 f"on {self.connection}, sent {self.sent_ns}, {state}")
 
 
@@ -122,7 +128,7 @@ class Load:
 
     def _bytes(self, op):
         flags = FLAG_FUA if op.fua else 0
-        if op.kind == ZERO and op.number % 2:
+        if op.no_hole:
             flags |= FLAG_NO_HOLE
         head = struct.pack(">LHHQQL", rawnbd.REQUEST_MAGIC, flags, op.kind, op.number,
                            op.offset, op.length)

@@ -304,6 +304,55 @@ static void test_truncated_data_file(void **state)
     store_read_release(&r.read);
 }
 
+/* A data.mdb that lost its end is refused at the door, wherever it was cut; bytes behind its
+ * last page are nobody's. */
+static void test_index_cut_short(void **state)
+{
+    struct test_store *t = *state;
+    char path[300], copy[300], key[32], head[1000];
+    memset(head, 'h', sizeof head);
+    for (int i = 0; i < 300; i++) {
+        snprintf(key, sizeof key, "key-%03d", i);
+        struct store_mutation m = {STORE_SET, text(key), {head, sizeof head}, {NULL, 0}};
+        assert_int_equal(test_commit(t, NULL, 0, &m, 1), ST_OK);
+    }
+    store_close(t->store);
+    t->store = NULL;
+    snprintf(path, sizeof path, "%s/data.mdb", t->dir);
+    snprintf(copy, sizeof copy, "%s/copy", t->dir);
+    char command[700];
+    snprintf(command, sizeof command, "cp %s %s", path, copy);
+    assert_int_equal(system(command), 0);
+    snprintf(command, sizeof command, "cp %s %s", copy, path);
+    int refused = 0;
+    for (int pages = 2; pages < 160; pages++) {
+        assert_int_equal(truncate(path, pages * 4096 - (pages % 3) * 100), 0);
+        struct err e = {0};
+        enum status st = store_open(t->uri, 0, LEASE_MS, &t->store, &e);
+        if (st == ST_OK) {
+            test_expect(t, "nothing", NULL);
+            store_close(t->store);
+        } else if (pages > 2) {
+            assert_int_equal(st, ST_UNAVAIL);
+            assert_non_null(strstr(e.text, "is cut short"));
+            refused++;
+        }
+        t->store = NULL;
+        assert_int_equal(system(command), 0);
+    }
+    print_message("# %d lengths of data.mdb refused\n", refused);
+    assert_true(refused > 60);
+    test_store_reopen(t);
+    test_expect(t, "nothing", NULL);
+    /* A file in the place of the folder. */
+    struct err e = {0};
+    struct store *none;
+    char uri[320];
+    snprintf(uri, sizeof uri, "lmdb:%s", copy);
+    assert_int_equal(store_open(uri, 0, LEASE_MS, &none, &e), ST_NOTFOUND);
+    assert_non_null(strstr(e.text, "not a folder"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -312,6 +361,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_meta_write_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_flips_in_an_index_page, begin, end),
         cmocka_unit_test_setup_teardown(test_truncated_data_file, begin, end),
+        cmocka_unit_test_setup_teardown(test_index_cut_short, begin, end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

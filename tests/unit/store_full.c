@@ -4,9 +4,12 @@
  * without a restart.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/mount.h>
 #include <sys/statvfs.h>
+#include <sys/wait.h>
 
 #include "store_test.h"
 
@@ -257,6 +260,58 @@ static void test_restart_when_full(void **state)
     free(k);
 }
 
+/* Takes what is left of the disk, to the last inode's block. */
+static void disk_stuff(const char *path)
+{
+    static const char block[4096];
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    assert_true(fd >= 0);
+    for (size_t size = sizeof block; size > 0; size /= 2)
+        while (write(fd, block, size) == (ssize_t)size)
+            ;
+    close(fd);
+}
+
+/* Server after server is killed on a disk without a free block: the next one can always
+ * begin its session, for a ballast was set aside while there was space. */
+static void test_session_when_full(void **state)
+{
+    if (!*state)
+        skip();
+    struct test_store *t = *state;
+    char stuffing[300], reserve[300];
+    snprintf(stuffing, sizeof stuffing, "%s/stuffing", mount_point);
+    snprintf(reserve, sizeof reserve, "%s/reserve", t->dir);
+    struct stat sb;
+    assert_int_equal(stat(reserve, &sb), 0);
+    assert_true(sb.st_size == 1 << 20 && sb.st_blocks * 512 >= 1 << 20);
+    store_close(t->store);
+    t->store = NULL;
+    for (uint8_t turn = 0; turn < 4; turn++) {
+        disk_stuff(stuffing);
+        fflush(NULL);
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (pid == 0) {
+            struct err e = {0};
+            uint8_t id[STORE_ID_BYTES] = {turn, 1};
+            if (store_open(t->uri, 0, LEASE_MS, &t->store, &e) ||
+                store_session_begin(t->store, id, &e)) {
+                fprintf(stderr, "# turn %d: %s\n", turn, e.text);
+                _exit(1);
+            }
+            kill(getpid(), SIGKILL);
+        }
+        int status;
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_true(WIFSIGNALED(status));
+    }
+    unlink(stuffing);
+    test_store_reopen(t);
+    assert_int_equal(stat(reserve, &sb), 0);
+    assert_int_equal(sb.st_size, 1 << 20);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -264,6 +319,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_overwrite_when_full, begin, end),
         cmocka_unit_test_setup_teardown(test_reserved_first_committed_last, begin, end),
         cmocka_unit_test_setup_teardown(test_restart_when_full, begin, end),
+        cmocka_unit_test_setup_teardown(test_session_when_full, begin, end),
     };
     return cmocka_run_group_tests(tests, group_begin, group_end);
 }

@@ -312,6 +312,39 @@ static void test_torn_and_damaged(void **state)
     }
 }
 
+/* Damage in another stream's payload is not this stream's; a file cut short is an error. */
+static void test_damage_of_another_stream(void **state)
+{
+    struct test_store *t = *state;
+    struct store_log *log = log_begin(t);
+    uint8_t memory[12][512];
+    uint64_t place[12];
+    for (int i = 0; i < 12; i++) {
+        place[i] = 4096 + (LOG_BYTES - store_log_room(log));
+        append(log, (uint64_t)(i % 2) + 7, memory[i], 500);
+        assert_int_equal(store_log_submit(log), ST_OK);
+    }
+    assert_int_equal(sync_log(t, log), ST_OK);
+    append(log, 7, memory[0], 500);
+    assert_int_equal(store_log_submit(log), ST_OK);
+    uint64_t id = store_log_id(log);
+    store_log_close(log, false);
+    char path[300];
+    log_path(t, id, path);
+    flip(path, place[5] + 80 + 100); /* record 6, of stream 8 */
+    struct taken whole = {.stream = 7, .next = 1, .gaps = true};
+    assert_int_equal(replay(t, id, 0, &whole), ST_OK);
+    assert_int_equal(whole.count, 7);
+    struct taken hit = {.stream = 8, .next = 1, .gaps = true};
+    assert_int_equal(replay(t, id, 0, &hit), ST_IO);
+    assert_int_equal(hit.last, 4);
+    assert_int_equal(truncate(path, 4096 + 3000), 0);
+    struct err e = {0};
+    struct taken cut = {.stream = 7, .next = 1, .gaps = true};
+    assert_int_equal(store_log_replay(t->store, id, 7, 0, take, &cut, &e), ST_IO);
+    assert_non_null(strstr(e.text, "shorter than its header says"));
+}
+
 /* A recycled file is full of the records of another log: none of them is ever taken. */
 static void test_recycled_file(void **state)
 {
@@ -415,6 +448,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_wrap, begin, end),
         cmocka_unit_test_setup_teardown(test_largest_records, begin, end),
         cmocka_unit_test_setup_teardown(test_torn_and_damaged, begin, end),
+        cmocka_unit_test_setup_teardown(test_damage_of_another_stream, begin, end),
         cmocka_unit_test_setup_teardown(test_recycled_file, begin, end),
         cmocka_unit_test_setup_teardown(test_failed_sync_is_final, begin, end),
         cmocka_unit_test_setup_teardown(test_remove_unused, begin, end),

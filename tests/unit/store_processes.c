@@ -350,6 +350,46 @@ static void test_session_killed_and_log_replayed(void **state)
     close(fd);
 }
 
+static void session_and_work(int ready_fd)
+{
+    struct test_store t = {0};
+    struct err e = {0};
+    store_here(&t, 5000);
+    CHECK(store_session_begin(t.store, session, &e) == ST_OK);
+    say_ready(ready_fd);
+    for (;;)
+        usleep(400000);
+}
+
+/* Who is at work is not ended; who stands still is, even where nobody stopped it. */
+static void test_session_at_work_is_not_killed(void **state)
+{
+    (void)state;
+    int fd, status;
+    char c;
+    pid_t pid = child(session_and_work, &fd);
+    wait_ready(fd);
+    struct test_store t = {0};
+    struct err e = {0};
+    store_here(&t, 5000);
+    assert_int_equal(store_session_kill(t.store, session, &e), ST_BUSY);
+    assert_non_null(strstr(e.text, "alive and at work"));
+    assert_int_equal(waitpid(pid, &status, WNOHANG), 0);
+    kill(pid, SIGKILL);
+    waitpid(pid, &status, 0);
+    close(fd);
+    assert_int_equal(store_log_remove_unused(t.store, NULL, 0, &e), ST_OK); /* its file */
+    store_leave(&t);
+    pid = child(session_and_log, &fd);
+    assert_int_equal(read(fd, &c, 1), 1);
+    store_here(&t, 5000);
+    assert_int_equal(store_session_kill(t.store, session, &e), ST_OK);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+    store_leave(&t);
+    close(fd);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -358,6 +398,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_idle_stopped_process_lives, begin, end),
         cmocka_unit_test_setup_teardown(test_watch_across_processes, begin, end),
         cmocka_unit_test_setup_teardown(test_session_killed_and_log_replayed, begin, end),
+        cmocka_unit_test_setup_teardown(test_session_at_work_is_not_killed, begin, end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

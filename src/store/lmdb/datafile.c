@@ -7,6 +7,7 @@
 #include <linux/fs.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
@@ -16,6 +17,8 @@
 #include "store/lmdb/engine.h"
 
 #define HEADER_HASHED_BYTES 32u
+#define BALLAST_BYTES (1ull << 20)
+#define BALLAST_BYTES_MIN (64ull << 10)
 
 static const char magic[8] = {'f', 'n', 'b', 'd', 'b', 'l', 'k', '1'};
 
@@ -97,6 +100,69 @@ enum status lm_datafile_open(struct lm *lm, bool create, struct err *e)
                     "names another store; restore the whole folder from one backup",
                     lm->dir);
     return ST_OK;
+}
+
+/* ---- ballast ---- */
+
+static int ballast_write(int fd, uint64_t bytes)
+{
+    /* Drawn by chance, for a file system that compresses would keep nothing of zeros. */
+    uint8_t block[4096];
+    for (uint64_t at = 0; at < bytes; at += sizeof block) {
+        if (getrandom(block, sizeof block, 0) != (ssize_t)sizeof block)
+            return -1;
+        struct iovec iov = {block, sizeof block};
+        enum status st = lm_write_all(fd, &iov, 1, at);
+        if (st) {
+            errno = st == ST_NOSPC ? ENOSPC : EIO;
+            return -1;
+        }
+    }
+    return fdatasync(fd);
+}
+
+static bool ballast_try(int fd, uint64_t bytes)
+{
+    struct stat sb;
+    if (fstat(fd, &sb) < 0)
+        return false;
+    if ((uint64_t)sb.st_size >= bytes && (uint64_t)sb.st_blocks * 512 >= bytes)
+        return true;
+    int rc = fallocate(fd, 0, 0, (off_t)bytes);
+    if (rc < 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
+        rc = ballast_write(fd, bytes);
+    return rc == 0;
+}
+
+void lm_ballast_make(struct lm *lm)
+{
+    int fd = openat(lm->dir_fd, "reserve", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd < 0)
+        return;
+    struct stat sb;
+    if (fstat(fd, &sb) == 0 && sb.st_size == 0)
+        lm_file_adopt(lm, fd);
+    /* A part of it is worth having too: what a start takes is a few blocks. */
+    bool made = false;
+    for (uint64_t bytes = BALLAST_BYTES; !made && bytes >= BALLAST_BYTES_MIN; bytes /= 2) {
+        made = ballast_try(fd, bytes);
+        if (!made && ftruncate(fd, (off_t)(bytes / 2)) < 0)
+            break;
+    }
+    if (!made)
+        unlinkat(lm->dir_fd, "reserve", 0);
+    close(fd);
+}
+
+bool lm_ballast_drop(struct lm *lm)
+{
+    int fd = openat(lm->dir_fd, "reserve", O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return false;
+    /* First cut, for some file systems free the blocks of a removed file only later. */
+    bool dropped = ftruncate(fd, 0) == 0;
+    close(fd);
+    return unlinkat(lm->dir_fd, "reserve", 0) == 0 || dropped;
 }
 
 /* The spare log is worth less than anybody's data. */

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -215,14 +216,85 @@ static enum status store_format(struct lm *lm, struct err *e)
     return ST_OK;
 }
 
-enum status lm_env_open(struct lm *lm, bool create, struct err *e)
+static int env_begin(struct lm *lm)
 {
     /* Address space may be limited; the map need only be as large as the index grows. */
     int rc = ENOMEM;
     for (uint64_t size = MAP_BYTES_MAX; rc == ENOMEM && size >= MAP_BYTES_MIN; size /= 2)
         rc = env_try(lm, size);
+    return rc;
+}
+
+/* How many pages from `first` on LMDB's free list names. */
+static uint64_t pages_free_from(struct lm *lm, uint64_t first)
+{
+    MDB_txn *txn;
+    MDB_cursor *c;
+    uint64_t pages = 0;
+    if (mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &txn))
+        return 0;
+    if (!mdb_cursor_open(txn, 0, &c)) {
+        MDB_val k, v;
+        int rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
+        for (; !rc; rc = mdb_cursor_get(c, &k, &v, MDB_NEXT)) {
+            const size_t *list = v.mv_data;
+            size_t n = v.mv_size / sizeof *list;
+            for (size_t i = 1; i < n && i <= list[0]; i++)
+                pages += list[i] >= first;
+        }
+        mdb_cursor_close(c);
+    }
+    mdb_txn_abort(txn);
+    return pages;
+}
+
+/* A read behind the end of a mapped file is a SIGBUS, so a file that was cut short must be
+ * seen before. The one whole file that is shorter than LMDB's last page ends in pages that
+ * were taken and freed within one transaction: never written, and never read. */
+static enum status length_check(struct lm *lm, struct err *e)
+{
+    MDB_envinfo info;
+    MDB_stat stat;
+    struct stat sb;
+    /* In this order: the file may grow in between, and does not shrink. */
+    mdb_env_info(lm->mdb, &info);
+    mdb_env_stat(lm->mdb, &stat);
+    uint64_t need = ((uint64_t)info.me_last_pgno + 1) * stat.ms_psize;
+    if (fstatat(lm->dir_fd, "data.mdb", &sb, 0) < 0)
+        return fail(e, ST_UNAVAIL, "cannot look at %s/data.mdb: %s", lm->dir, strerror(errno));
+    uint64_t there = (uint64_t)sb.st_size;
+    if (there >= need)
+        return ST_OK;
+    void *map;
+    size_t len;
+    bool whole = false;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t from = (there + page - 1) / page * page, to = (need + page - 1) / page * page;
+    if (lm_map_find(lm, &map, &len) && to <= len) {
+        /* Zeros in the place of what is missing, so that the free list can be walked. */
+        whole = from == to || mmap((uint8_t *)map + from, to - from, PROT_READ,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+        uint64_t first = there / stat.ms_psize;
+        whole = whole && pages_free_from(lm, first) == info.me_last_pgno + 1 - first;
+    }
+    lm_env_close(lm);
+    if (!whole)
+        return fail(e, ST_UNAVAIL,
+                    "%s/data.mdb is cut short: %llu bytes, needs %llu; restore it from a backup",
+                    lm->dir, (unsigned long long)there, (unsigned long long)need);
+    int rc = env_begin(lm);
+    return rc ? fail(e, lm_status(rc), "cannot open the store %s: %s", lm->dir, mdb_strerror(rc))
+              : ST_OK;
+}
+
+enum status lm_env_open(struct lm *lm, bool create, struct err *e)
+{
+    int rc = env_begin(lm);
     if (rc)
         return fail(e, lm_status(rc), "cannot open the store %s: %s", lm->dir, mdb_strerror(rc));
+    enum status length_st = length_check(lm, e);
+    if (length_st)
+        return length_st;
     MDB_txn *txn;
     rc = mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &txn);
     if (rc)
@@ -281,17 +353,24 @@ static int subfolder_open(struct lm *lm, const char *name)
         }
         return fd;
     }
-    return openat(lm->dir_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int why = errno;
+    int fd = openat(lm->dir_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT)
+        errno = why;
+    return fd;
 }
 
 /* Opens the folder, and sees whether there is a store in it. */
 static enum status folder_open(struct lm *lm, unsigned flags, struct err *e)
 {
     bool create = flags & STORE_CREATE;
+    struct stat sb;
+    if (stat(lm->dir, &sb) == 0 && !S_ISDIR(sb.st_mode))
+        return fail(e, create ? ST_UNAVAIL : ST_NOTFOUND,
+                    "there is no store in %s: it is not a folder", lm->dir);
     if (create && folders_make(lm->dir) < 0)
         return fail(e, ST_UNAVAIL, "cannot make the folder %s: %s", lm->dir, strerror(errno));
     lm->dir_fd = open(lm->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    struct stat sb;
     if (lm->dir_fd < 0 || fstat(lm->dir_fd, &sb) < 0)
         return errno == ENOENT || errno == ENOTDIR
                    ? fail(e, ST_NOTFOUND, "there is no store in %s: there is no such folder",
@@ -457,6 +536,24 @@ static struct lm *lm_new(unsigned lease_ms)
     return lm;
 }
 
+/* The files that are made where they are missing. May be called again after it failed. */
+static enum status small_files_open(struct lm *lm, struct err *e)
+{
+    if (lm->session_fd < 0)
+        lm->session_fd = subfolder_open(lm, "session");
+    if (lm->session_fd >= 0 && lm->log_fd < 0)
+        lm->log_fd = subfolder_open(lm, "log");
+    if (lm->log_fd >= 0 && lm->bell_fd < 0)
+        lm->bell_fd = openat(lm->dir_fd, "bell", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (lm->bell_fd < 0)
+        return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
+                    "cannot write in the folder %s: %s", lm->dir, strerror(errno));
+    struct stat sb;
+    if (fstat(lm->bell_fd, &sb) == 0 && (sb.st_mode & 0777) != lm->mode)
+        lm_file_adopt(lm, lm->bell_fd);
+    return lm_processes_open(lm, e);
+}
+
 static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
 {
     struct statvfs vfs;
@@ -475,15 +572,14 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
         st = lm_datafile_open(lm, false, e);
     if (st)
         return st;
-    lm->session_fd = subfolder_open(lm, "session");
-    lm->log_fd = subfolder_open(lm, "log");
-    lm->bell_fd = openat(lm->dir_fd, "bell", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (lm->session_fd < 0 || lm->log_fd < 0 || lm->bell_fd < 0)
-        return fail(e, ST_UNAVAIL, "cannot write in the folder %s: %s", lm->dir, strerror(errno));
-    struct stat sb;
-    if (fstat(lm->bell_fd, &sb) == 0 && (sb.st_mode & 0777) != lm->mode)
-        lm_file_adopt(lm, lm->bell_fd);
-    return lm_processes_open(lm, e);
+    st = small_files_open(lm, e);
+    if (st == ST_NOSPC && lm_ballast_drop(lm)) {
+        lm_processes_close(lm);
+        st = small_files_open(lm, e);
+    }
+    if (!st)
+        lm_ballast_make(lm);
+    return st;
 }
 
 static enum status lm_open(const char *rest, unsigned flags, unsigned lease_ms, struct store **out,

@@ -162,6 +162,13 @@ void lm_read_end(struct lm *lm, struct lm_reader *reader, bool failed);
 /* Drops all cached readers. */
 void lm_readers_drop(struct lm *lm);
 
+/* Finds where LMDB has mapped data.mdb. False where it has not, or that can't be told. The
+ * caller sees to it that LMDB is not reopened meanwhile. */
+bool lm_map_find(struct lm *lm, void **map, size_t *len);
+
+/* Keeps LMDB's map from counting as memory of this process without bound. Any thread. */
+void lm_map_trim(struct lm *lm);
+
 /* A write transaction; waits for other processes. Commit thread (or before it runs). */
 enum status lm_write_begin(struct lm *lm, MDB_txn **out);
 
@@ -259,6 +266,14 @@ void lm_claims_publish(struct lm *lm, const struct lm_claims *claims, bool commi
 /* Opens or makes the data file. */
 enum status lm_datafile_open(struct lm *lm, bool create, struct err *e);
 
+/* The ballast: the file `reserve`, there to be given up when a disk so full that not even a
+ * session file fits would keep the store from being used, and so from being emptied. Makes
+ * it as large as there is room, up to 1 MiB. */
+void lm_ballast_make(struct lm *lm);
+
+/* Gives it up. False: there was none, trying again is of no use. */
+bool lm_ballast_drop(struct lm *lm);
+
 /* Makes [start, start + units) of the data file real space. ST_NOSPC, ST_IO. */
 enum status lm_datafile_back(struct lm *lm, uint64_t start, uint64_t units);
 
@@ -324,6 +339,10 @@ bool lm_lock_holder(struct lm *lm, struct lm_holder *holder);
 /* Start time of `pid` in clock ticks after boot, 0 where there is no such process; `state`
  * (may be NULL) gets its state letter. */
 uint64_t lm_process_start_time(pid_t pid, char *state);
+
+/* Watches for up to 1.5 s whether the process `pid` that started at `start_time` does
+ * anything. False where it is stopped, stands still, is gone, or can't be seen from here. */
+bool lm_process_at_work(pid_t pid, uint64_t start_time);
 
 /* Ends the process `pid` that started at `start_time` and waits up to 10 s for its end.
  * ST_NOTFOUND where it is gone already. */

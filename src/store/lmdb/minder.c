@@ -1,7 +1,8 @@
 /*
  * The minder, a thread that does what must not wait for the commit thread: it
  * ends a process that keeps the writer lock and stands still, and looks after
- * watches when the bell was rung by another process.
+ * watches when the bell was rung by another process. Once a second it looks at
+ * what LMDB's map takes of this process's memory.
  */
 #include <errno.h>
 #include <poll.h>
@@ -16,6 +17,7 @@
 
 #define TICK_MS_MAX 1000u
 #define TICK_MS_MIN 20u
+#define TRIM_NS 1000000000u
 
 /* Who was seen with the lock, and since when it has not moved. */
 struct suspicion {
@@ -74,6 +76,7 @@ static void *minder_thread(void *arg)
 {
     struct lm *lm = arg;
     struct suspicion suspicion = {0};
+    uint64_t trimmed_ns = 0;
     unsigned tick_ms = lm->lease_ms / 4;
     if (tick_ms > TICK_MS_MAX)
         tick_ms = TICK_MS_MAX;
@@ -90,6 +93,11 @@ static void *minder_thread(void *arg)
             bell_drain(lm);
         mind_lock(lm, &suspicion);
         lm_watch_recheck(lm);
+        uint64_t now = lm_now_ns();
+        if (now - trimmed_ns >= TRIM_NS) {
+            trimmed_ns = now;
+            lm_map_trim(lm);
+        }
     }
 }
 

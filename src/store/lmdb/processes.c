@@ -23,6 +23,8 @@
 #define SLOTS 255
 #define FILE_BYTES ((SLOTS + 1) * 64)
 #define KILL_WAIT_MS 10000
+#define WATCH_MS 1500
+#define WATCH_STEP_MS 50
 
 struct lm_slot {
     _Atomic int32_t pid;
@@ -85,7 +87,8 @@ enum status lm_processes_open(struct lm *lm, struct err *e)
     lm->processes_fd = openat(lm->dir_fd, "processes", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     struct stat sb;
     if (lm->processes_fd < 0 || fstat(lm->processes_fd, &sb) < 0)
-        return fail(e, ST_UNAVAIL, "cannot open %s/processes: %s", lm->dir, strerror(errno));
+        return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
+                    "cannot open %s/processes: %s", lm->dir, strerror(errno));
     if (sb.st_size == 0)
         lm_file_adopt(lm, lm->processes_fd);
     /* Real space, for a write to a mapped hole on a full disk is a SIGBUS. */
@@ -199,6 +202,52 @@ uint64_t lm_process_start_time(pid_t pid, char *state)
         p++;
     }
     return strtoull(p, NULL, 10);
+}
+
+/* How often the main thread of `pid` was taken off a processor; false where it can't be told. */
+static bool switches_of(pid_t pid, uint64_t *switches)
+{
+    char path[60], text[4096];
+    snprintf(path, sizeof path, "/proc/%d/task/%d/status", (int)pid, (int)pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return false;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0)
+        return false;
+    text[n] = '\0';
+    static const char *const fields[] = {"\nvoluntary_ctxt_switches:",
+                                         "\nnonvoluntary_ctxt_switches:"};
+    *switches = 0;
+    for (size_t i = 0; i < 2; i++) {
+        const char *p = strstr(text, fields[i]);
+        if (!p)
+            return false;
+        *switches += strtoull(p + strlen(fields[i]), NULL, 10);
+    }
+    return true;
+}
+
+/* The main thread of a server wakes at least twice a second, so one that lives is switched
+ * more than once while it is watched. One switch alone may be its last: on its way to stand
+ * still. */
+bool lm_process_at_work(pid_t pid, uint64_t start_time)
+{
+    uint64_t first, now;
+    char state = 0;
+    if (pid <= 1 || !switches_of(pid, &first))
+        return false;
+    now = first;
+    for (int ms = 0; ms <= WATCH_MS; ms += WATCH_STEP_MS) {
+        if (lm_process_start_time(pid, &state) != start_time || state == 'T' || state == 't' ||
+            state == 'Z' || !switches_of(pid, &now))
+            return false;
+        if (ms < WATCH_MS)
+            usleep(WATCH_STEP_MS * 1000);
+    }
+    /* One that waits for a disk is slow, and killing does not make the disk faster. */
+    return now - first >= 2 || state == 'D';
 }
 
 enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e)

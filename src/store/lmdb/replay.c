@@ -7,6 +7,9 @@
  * a prefix, whatever of the rest had reached the disk. Where a later record says
  * that the one missing had been synced, the log is damaged, and that is an error
  * and not its end.
+ *
+ * One log holds the records of several streams, and each stream's prefix is its own: a
+ * payload of another stream is none of this replay's business, damaged or not.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -35,6 +38,7 @@ struct scan {
     uint64_t at;
     size_t len;
     bool read_failed;
+    int read_errno; /* 0: the file ends before its ring does */
 };
 
 /* Bytes [offset, offset + len) of the ring in one piece, or NULL. */
@@ -55,6 +59,7 @@ static const uint8_t *scan_bytes(struct scan *s, uint64_t offset, size_t len)
                 continue;
             if (n <= 0) {
                 s->read_failed = true;
+                s->read_errno = n < 0 ? errno : 0;
                 return NULL;
             }
             s->len += (size_t)n;
@@ -69,18 +74,38 @@ static bool header_fits(const struct scan *s, const uint8_t *h)
            get_le64(h + 72) == lm_log_header_hash(h, s->id);
 }
 
-/* Whether a record behind `offset` knows that the one numbered `seq` had been synced. */
-static bool damaged_at(struct scan *s, uint64_t offset, uint64_t seq)
+enum tail {
+    TAIL_EMPTY,  /* no record of this log follows */
+    TAIL_LATER,  /* later ones do: the disk took them in another order, or lost one */
+    TAIL_SYNCED, /* one that follows knows that the missing one had been synced */
+};
+
+/* What lies behind `offset`, where the record numbered `seq` is missing. */
+static enum tail tail_at(struct scan *s, uint64_t offset, uint64_t seq)
 {
+    enum tail tail = TAIL_EMPTY;
     for (uint64_t at = offset; at + LM_LOG_RECORD_BYTES <= s->limit; at += 8) {
         const uint8_t *h = scan_bytes(s, at, LM_LOG_RECORD_BYTES);
         if (!h)
-            return s->read_failed;
-        if (get_le32(h) == LM_LOG_RECORD_MAGIC && get_le64(h + 8) > seq && header_fits(s, h) &&
-            get_le64(h + 64) > seq)
-            return true;
+            break;
+        if (get_le32(h) != LM_LOG_RECORD_MAGIC || get_le64(h + 8) <= seq || !header_fits(s, h))
+            continue;
+        if (get_le64(h + 64) > seq)
+            return TAIL_SYNCED;
+        tail = TAIL_LATER;
     }
-    return false;
+    return tail;
+}
+
+static enum status read_error(const struct scan *s, struct err *e)
+{
+    if (s->read_errno)
+        return fail(e, ST_IO, "write log %016" PRIx64 " can't be read: %s", s->id,
+                    strerror(s->read_errno));
+    return fail(e, ST_IO,
+                "write log %016" PRIx64 " is cut short: its file is shorter than its "
+                "header says",
+                s->id);
 }
 
 static enum status scan_records(struct scan *s, const struct lm_log_start *start, uint64_t stream,
@@ -94,6 +119,11 @@ static enum status scan_records(struct scan *s, const struct lm_log_start *start
         if (!h || !header_fits(s, h) || get_le64(h + 8) != seq)
             break;
         uint32_t len = get_le32(h + 4);
+        if (get_le64(h + 16) != stream) {
+            offset += store_log_record_bytes(len);
+            seq++;
+            continue;
+        }
         h = scan_bytes(s, offset, LM_LOG_RECORD_BYTES + len);
         if (!h || hash64(h + LM_LOG_RECORD_BYTES, len, 0) != get_le64(h + 56))
             break;
@@ -102,17 +132,24 @@ static enum status scan_records(struct scan *s, const struct lm_log_start *start
                                        .payload = h + LM_LOG_RECORD_BYTES,
                                        .payload_len = len};
         memcpy(rec.meta, h + 24, sizeof rec.meta);
-        if (rec.stream == stream && seq > after_seq && !take(arg, &rec))
+        if (seq > after_seq && !take(arg, &rec))
             return ST_OK;
         offset += store_log_record_bytes(len);
         seq++;
     }
     if (s->read_failed)
-        return fail(e, ST_IO, "write log %016" PRIx64 " can't be read: %s", s->id, strerror(errno));
-    if (damaged_at(s, offset, seq))
+        return read_error(s, e);
+    enum tail tail = tail_at(s, offset, seq);
+    if (s->read_failed && tail != TAIL_SYNCED)
+        return read_error(s, e);
+    if (tail == TAIL_SYNCED)
         return fail(e, ST_IO,
                     "write log %016" PRIx64 " is damaged at record %" PRIu64
                     ", which had reached the disk: writes that were answered may be lost",
+                    s->id, seq);
+    if (tail == TAIL_LATER)
+        log_warning("write log %016" PRIx64 " ends at record %" PRIu64
+                    ", and later ones follow: expected after a power cut, damage otherwise",
                     s->id, seq);
     return ST_OK;
 }

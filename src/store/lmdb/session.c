@@ -49,6 +49,30 @@ static int name_locked(struct lm *lm, const char *name)
     return rc < 0 ? -1 : fl.l_type != F_UNLCK;
 }
 
+/* Makes and locks a session's file; -1: errno says why. */
+static int session_file_make(struct lm *lm, const char *name)
+{
+    int fd = openat(lm->session_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return -1;
+    char text[64];
+    int n = snprintf(text, sizeof text, "%d %" PRIu64 "\n", (int)getpid(),
+                     lm_process_start_time(getpid(), NULL));
+    struct flock fl = whole_file(F_WRLCK);
+    if (fcntl(fd, F_OFD_SETLK, &fl) == 0) {
+        ssize_t written = write(fd, text, (size_t)n);
+        if (written == n)
+            return fd;
+        if (written >= 0)
+            errno = ENOSPC;
+    }
+    int why = errno;
+    unlinkat(lm->session_fd, name, 0);
+    close(fd);
+    errno = why;
+    return -1;
+}
+
 enum status lm_session_begin(struct store *store, const uint8_t id[STORE_ID_BYTES], struct err *e)
 {
     struct lm *lm = lm_of(store);
@@ -57,20 +81,22 @@ enum status lm_session_begin(struct store *store, const uint8_t id[STORE_ID_BYTE
     if (!lm_flock(lm, lm->session_fd))
         return fail(e, ST_UNAVAIL, "cannot lock %s/session: %s", lm->dir, strerror(errno));
     enum status st = ST_OK;
-    int fd = openat(lm->session_fd, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    char text[64];
-    int n = snprintf(text, sizeof text, "%d %" PRIu64 "\n", (int)getpid(),
-                     lm_process_start_time(getpid(), NULL));
-    struct flock fl = whole_file(F_WRLCK);
-    if (fd < 0 || fcntl(fd, F_OFD_SETLK, &fl) < 0 || write(fd, text, (size_t)n) != n)
-        st = fail(e, errno == ENOSPC ? ST_NOSPC : ST_UNAVAIL,
+    int fd = session_file_make(lm, name);
+    if (fd < 0 && (errno == ENOSPC || errno == EDQUOT)) {
+        int why = errno;
+        if (lm_ballast_drop(lm)) {
+            fd = session_file_make(lm, name);
+            why = errno;
+            /* What is left of it at once, for the next start on a full disk. */
+            lm_ballast_make(lm);
+        }
+        errno = why;
+    }
+    if (fd < 0)
+        st = fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
                   "cannot make the session file %s/session/%s: %s", lm->dir, name, strerror(errno));
     else
         lm_file_adopt(lm, fd);
-    if (st && fd >= 0) {
-        unlinkat(lm->session_fd, name, 0);
-        close(fd);
-    }
     flock(lm->session_fd, LOCK_UN);
     if (st)
         return st;
@@ -140,6 +166,12 @@ enum status lm_session_kill(struct store *store, const uint8_t id[STORE_ID_BYTES
         return fail(e, ST_IO, "%s/session/%s does not say which process it belongs to", lm->dir,
                     name);
     /* Asked after the file was read: a lock still held means the pid is still the session's. */
+    if (lm_session_probe(store, id) == STORE_SESSION_DEAD)
+        return ST_OK;
+    /* Silence towards a client or another server may be a slow disk and no more. */
+    if (pid != getpid() && lm_process_at_work(pid, start_time))
+        return fail(e, ST_BUSY, "process %d is alive and at work (slow store?); it was not ended",
+                    pid);
     if (lm_session_probe(store, id) == STORE_SESSION_DEAD)
         return ST_OK;
     enum status st = lm_process_kill(pid, start_time, e);

@@ -7,12 +7,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "base/mem.h"
 #include "store/lmdb/engine.h"
 
 #define READERS_IDLE_MAX 32u
+#define RESIDENT_FILE_BYTES_MAX (24ull << 20)
 
 static void reader_free(struct lm_reader *reader)
 {
@@ -114,6 +119,76 @@ void lm_readers_drop(struct lm *lm)
         reader_free(list);
         list = next;
     }
+}
+
+bool lm_map_find(struct lm *lm, void **map, size_t *len)
+{
+    struct stat sb;
+    FILE *maps = NULL;
+    if (fstatat(lm->dir_fd, "data.mdb", &sb, 0) == 0)
+        maps = fopen("/proc/self/maps", "re");
+    if (!maps)
+        return false;
+    /* Some file systems (btrfs, overlays) show another device here than stat() does: then
+     * the name and the inode will do, where they fit one mapping only. */
+    unsigned exact = 0, alike = 0;
+    char line[8192];
+    while (fgets(line, sizeof line, maps)) {
+        uint64_t from, to, ino;
+        unsigned dev_major, dev_minor;
+        char perms[8];
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s %*x %x:%x %" SCNu64, &from, &to, perms,
+                   &dev_major, &dev_minor, &ino) != 6 ||
+            ino != sb.st_ino || strcmp(perms, "r--s") != 0 || !strstr(line, "/data.mdb\n"))
+            continue;
+        bool same = dev_major == major(sb.st_dev) && dev_minor == minor(sb.st_dev);
+        alike++;
+        if (exact && !same)
+            continue;
+        exact += same;
+        *map = (void *)(uintptr_t)from;
+        *len = (size_t)(to - from);
+    }
+    fclose(maps);
+    return exact == 1 || (exact == 0 && alike == 1);
+}
+
+/* Pages of files that are mapped here, and shared memory. */
+static uint64_t resident_file_bytes(void)
+{
+    uint64_t shared = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (!f)
+        return 0;
+    if (fscanf(f, "%*u %*u %" SCNu64, &shared) != 1)
+        shared = 0;
+    fclose(f);
+    return shared * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* Every page of data.mdb that was ever read stays in the page tables and so counts as this
+ * process's memory, up to the whole index: more than its memory limit, for pages that are
+ * the page cache's. MADV_DONTNEED takes them out of the page tables, no more: the map is
+ * shared and read-only (LMDB writes through its descriptor), so nothing is in it that the
+ * page cache has not, and a reader in the middle of a page takes a minor fault and goes on.
+ *
+ * Counted as a reader, because LMDB is not closed (and its address not given to another
+ * mapping) as long as one is out; looked up anew each time for the same reason. */
+void lm_map_trim(struct lm *lm)
+{
+    if (resident_file_bytes() <= RESIDENT_FILE_BYTES_MAX || atomic_load(&lm->broken))
+        return;
+    pthread_mutex_lock(&lm->env_lock);
+    bool closed = lm->closed;
+    lm->n_readers_out += !closed;
+    pthread_mutex_unlock(&lm->env_lock);
+    if (closed)
+        return;
+    void *map;
+    size_t len;
+    if (lm_map_find(lm, &map, &len))
+        (void)madvise(map, len, MADV_DONTNEED);
+    reader_put_back(lm, NULL);
 }
 
 enum status lm_write_begin(struct lm *lm, MDB_txn **out)

@@ -17,7 +17,8 @@ import time
 
 import pytest
 
-from harness.history import check_death
+from harness.fixtures import new_folder
+from harness.history import check_death, keep_evidence
 from harness.load import Load, Shape, content
 from harness.rawnbd import CMD_WRITE, connect
 from harness.server import SLOW
@@ -110,7 +111,8 @@ def test_kill_9_under_load(servers, seed):
         except AssertionError as e:
             raise AssertionError(
                 f"round {round_} of seed {seed} ({name}, {len(ops)} requests): {e}\n"
-                    f"requests of the last rounds: {rounds}") from None
+                f"requests of the last rounds: {rounds}\n"
+                f"kept: {keep_evidence(new_folder() / 'kill', before, ops, after)}") from None
         # What is there after one death must not be undone by the next.
         before = after
     # Kills that all came when nothing was under way would prove little.

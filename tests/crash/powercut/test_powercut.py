@@ -29,7 +29,7 @@ import pytest
 
 import images
 from harness.fixtures import new_folder
-from harness.history import check_cut, flushed
+from harness.history import check_cut, flushed, keep_evidence
 from harness.load import FLUSH, WRITE, Load, Op, Shape, content
 from harness.rawnbd import FLAG_FUA, connect
 from harness.server import SLOW, Server, copy_store, wait_until
@@ -259,7 +259,7 @@ def keep(run, folder):
                                              and not os.path.isdir(os.path.join(d, n))])
     copy_store(run.base, kept / "base")
     shutil.copy(run.trace, kept / "trace")
-    (kept / "requests").write_text("\n".join(map(str, run.ops)))
+    keep_evidence(kept / "requests", run.before, run.ops, b"")
     return kept
 
 
