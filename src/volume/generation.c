@@ -1075,7 +1075,6 @@ static void commit_failed(struct gen *g, enum status st)
     if (g->tries++ % 30 == 0)
         log_error("volume %s: a commit failed: %s; it is tried again every %u ms, writes wait",
                   vol->name, status_text(st), RETRY_MS);
-    vol->commit_failing = true;
     list_for_each_safe(l, next, &g->waiters)
     {
         const struct vol_io *io = container_of(l, struct vol_io, link);
@@ -1112,7 +1111,6 @@ static void commit_done(struct store_commit *commit, enum status st)
         commit_failed(g, st);
         return;
     }
-    vol->commit_failing = false;
     vol->stats.commits++;
     vol->state = g->state_after;
     vol->committed_gen = g->no;
@@ -1127,7 +1125,6 @@ static void commit_done(struct store_commit *commit, enum status st)
             blocks_enqueue(&s->blocks, e);
         }
     }
-    s->space_progress++;
     s->space_refused = false;
     vol->gens_queued--;
     struct list waiters = LIST_INIT(waiters);

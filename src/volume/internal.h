@@ -79,7 +79,6 @@ struct shard {
     struct list write_waiters, read_waiters; /* vol_io.link */
     struct store_reserve_wait space_wait;
     bool space_waiting, space_refused, seal_wanted;
-    uint64_t space_progress; /* counts commits, to tell whether asking again makes sense */
 
     struct list submitted; /* writes whose records wait for shard_submit */
     bool log_dirty;        /* something was appended since the last submit */
@@ -167,7 +166,6 @@ struct gen {
     struct store_commit commit;
     struct env_timer retry;
     unsigned tries;
-    uint64_t data_blocks_after;
     struct state_record state_after;
 };
 
@@ -229,7 +227,6 @@ struct volume {
     bool replaying;
     uint64_t data_blocks; /* as of the newest built generation */
     struct cleaner *cleaner;
-    bool commit_failing;
 
     struct {
         uint64_t next, window;
@@ -286,8 +283,8 @@ void volume_tell_watchers(struct volume *vol, const char *why);
 
 /* --- owner.c --------------------------------------------------------------------- */
 
-/* Whether requests may go on. If not, `io` was parked and `resume` (its kind) will be called
- * again when the volume is owned, or it is answered with an error. */
+/* Whether requests may go on. If not, `io` was parked: write_resume() gets it when the volume is
+ * owned, or it is answered with an error. */
 bool owner_ready(struct volume *vol, struct vol_io *io);
 /* Commits everything and gives the owner key back. */
 void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *arg), void *arg);

@@ -6,9 +6,9 @@ that the volume holds exactly the effect of some first part of that order, and
 every request in `required` is in that part?
 
 Known of the order: a request that was answered before another was sent came first;
-requests on one connection are taken in the order sent. Only a WRITE_ZEROES with
-NO_HOLE may be overtaken by later ones on its connection: it waits for space, which
-other zeroes and trims do not need, and NBD promises no order among requests in
+requests on one connection are taken in the order sent. Only a zero or trim may be
+overtaken by later ones on its connection: where it covers blocks in part it may have
+to wait for room, which those need not, and NBD promises no order among requests in
 flight. (A write waits too, but nothing behind its payload has been read then.)
 A request of more than 4 MiB is a sequence of pieces of 4 MiB (G3).
 
@@ -105,7 +105,7 @@ class Check:
             for unit in reversed(lane):
                 own = self._answered_ns(unit.op)
                 done = min(done, own)
-                unit.done_ns = own if unit.op.no_hole else done
+                unit.done_ns = own if unit.op.overtakable else done
 
     def _answered_ns(self, op):
         if op.answered_ns is None or (self.until_ns is not None
@@ -116,7 +116,7 @@ class Check:
     @staticmethod
     def _before(a, b):
         """a is known to have been taken before b."""
-        if a.connection == b.connection and (not a.op.no_hole or a.op is b.op):
+        if a.connection == b.connection and (not a.op.overtakable or a.op is b.op):
             return a.place < b.place
         return a.done_ns < b.sent_ns
 
@@ -221,11 +221,11 @@ class Check:
         for lane in self.lanes.values():
             last = None
             for a, b in zip([None] + lane, lane):
-                if a and a.op.no_hole and a.op is b.op:
+                if a and a.op.overtakable and a.op is b.op:
                     after[a.index].append(b.index)
                 elif last:
                     after[last.index].append(b.index)
-                if not b.op.no_hole:
+                if not b.op.overtakable:
                     last = b
         for i in range(len(times) - 1):
             after[n + i].append(n + i + 1)

@@ -37,6 +37,12 @@ class Op:
         """Every other zeroing keeps its space."""
         return self.kind == ZERO and self.number % 2 == 1
 
+    @property
+    def overtakable(self):
+        """May be overtaken by later requests of its connection: it may have to wait for room
+        while what comes behind it is read on."""
+        return self.kind in (ZERO, TRIM)
+
     def __str__(self):
         what = {WRITE: "write", ZERO: "zero", TRIM: "trim", FLUSH: "flush"}[self.kind]
         state = ("unanswered" if self.answered_ns is None else
