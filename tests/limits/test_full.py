@@ -37,9 +37,9 @@ def pattern(number, rng_seed):
 
 
 def fill(h, start, seed):
-    """Writes pieces from `start` on until one is refused; gives how many were taken."""
+    """Writes pieces from `start` on until one is refused; gives the number of that one."""
     n = start
-    while n < 2 * DISK_MIB:
+    while n < start + 2 * DISK_MIB:
         try:
             h.pwrite(pattern(n, seed), n * PIECE)
         except nbd.Error as e:
@@ -62,9 +62,8 @@ def test_G6_full_disk(tmp_path, small_disk, rng):
         h.flush()
         for n in rng.sample(range(taken), 20):
             assert h.pread(PIECE, n * PIECE) == pattern(n, seed)
-        with pytest.raises(nbd.Error) as refused:
-            h.pwrite(pattern(9999, seed), 1500 * PIECE)
-        assert refused.value.errnum == errno.ENOSPC
+        # What commits gave back meanwhile may take a little more; then it is full again.
+        fill(h, 1500, seed)
         h.flush()
 
         for turn in range(3):
