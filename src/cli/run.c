@@ -61,8 +61,9 @@ int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
     if (reactor_new(&run->reactor, &e) != ST_OK)
         return cli_failed(&e);
     run->env = reactor_env(run->reactor);
-    enum status st = store_open(cli->store_uri, mode == RUN_CREATE ? STORE_CREATE : 0,
-                                cli->lease_ms, &run->store, &e);
+    struct store_options options = {.flags = mode == RUN_CREATE ? STORE_CREATE : 0,
+                                    .lease_ms = cli->lease_ms};
+    enum status st = store_open(cli->store_uri, &options, &run->store, &e);
     if (st != ST_OK) {
         cli_failed(&e);
         return st == ST_INVAL ? CLI_USAGE : CLI_STORE;

@@ -11,10 +11,10 @@ struct store_engine {
     const char *scheme; /* what stands before the colon of a URI */
     const char *form;   /* the whole URI as a person would write it */
     /* As store_open(); `rest` is what stands behind the colon. */
-    enum status (*open)(const char *rest, unsigned flags, unsigned lease_ms, struct store **out,
+    enum status (*open)(const char *rest, const struct store_options *options, struct store **out,
                         struct err *e);
 };
 
-extern const struct store_engine store_engine_lmdb;
+extern const struct store_engine store_engine_lmdb, store_engine_fdb;
 
 #endif

@@ -11,18 +11,19 @@
 
 static const struct store_engine *const engines[] = {
     &store_engine_lmdb,
+    &store_engine_fdb,
 };
 
 #define N_ENGINES (sizeof engines / sizeof engines[0])
 
-enum status store_open(const char *uri, unsigned flags, unsigned lease_ms, struct store **out,
+enum status store_open(const char *uri, const struct store_options *options, struct store **out,
                        struct err *e)
 {
     *out = NULL;
     for (size_t i = 0; i < N_ENGINES; i++) {
         size_t n = strlen(engines[i]->scheme);
         if (strncmp(uri, engines[i]->scheme, n) == 0 && uri[n] == ':')
-            return engines[i]->open(uri + n + 1, flags, lease_ms, out, e);
+            return engines[i]->open(uri + n + 1, options, out, e);
     }
     char forms[200];
     size_t used = 0;

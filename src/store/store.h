@@ -35,6 +35,8 @@ struct store_limits {
     uint32_t head_bytes_max;  /* longest value head (and longest value without a body) */
     uint32_t body_bytes_max;  /* longest body */
     uint64_t batch_bytes_max; /* most bytes (heads and bodies) in one commit that performs well */
+    uint64_t commit_bytes_max; /* a commit with more (keys, heads, bodies) is refused: ST_INVAL */
+    uint32_t body_bytes_best; /* bodies of about this size perform best: the default block size */
     bool has_log;             /* log.h works: writes may be answered from it */
     bool needs_heartbeat;     /* dead processes are known by silence only (no session_probe) */
 };
@@ -67,17 +69,22 @@ struct store_range {
 };
 
 /* Gets and ranges answered together as of one version, which is not older than any
- * commit acknowledged before the read began. */
+ * commit acknowledged anywhere before the read began. */
 struct store_read {
     struct store_get *gets;
     struct store_range *ranges;
     uint32_t n_gets, n_ranges;
+    /* All keys are changed by nobody but this reactor (it owns their volume): a version not
+     * older than the last commit answered to this reactor will do, which saves asking for one. */
+    bool own;
+    bool background; /* may wait while others are busy: clean-up, verify, export */
+    uint64_t tag;    /* the volume it is for, so that an operator can throttle it; 0: none */
     /* Optional: called once when all values are there, on a worker thread where the engine
      * has one (so that decoding is not the reactor's work), before `done`. Not called
      * where the whole read failed. */
     void (*digest)(struct store_read *read);
     /* ST_OK (single gets may have failed, see st), or what made the whole read fail:
-     * ST_IO (a range met a damaged value, too), ST_UNAVAIL. */
+     * ST_IO (a range met a damaged value, too), ST_UNAVAIL (store_options.timeout_ms). */
     void (*done)(struct store_read *read, enum status st);
 
     struct store *store; /* the engine's, from here on */
@@ -117,6 +124,8 @@ struct store_commit {
     size_t n_checks, n_mutations;
     /* Other processes may watch a key that this commit changes: wake them at once. */
     bool wake_watchers;
+    bool background; /* as in struct store_read */
+    uint64_t tag;
     /* The space this commit's bodies and keys may use was reserved (store_reserve): it does
      * not fail for lack of space, short of a medium that breaks promises. Commits without
      * a reservation may be answered ST_NOSPC. */
@@ -125,8 +134,9 @@ struct store_commit {
      * are no longer needed by anybody and their room may be reused. */
     struct store_log *log;
     uint64_t log_keep_from;
-    /* ST_OK; ST_CONFLICT (a check failed, nothing happened); ST_NOSPC, ST_IO, ST_UNAVAIL
-     * (nothing happened: an engine settles unknown outcomes itself). */
+    /* ST_OK; ST_CONFLICT (a check failed, nothing happened); ST_NOSPC, ST_IO, ST_UNAVAIL,
+     * ST_INVAL (nothing happened: an engine settles unknown outcomes itself, however long that
+     * takes; a commit is never given up half way). */
     void (*done)(struct store_commit *commit, enum status st);
 
     struct store *store; /* the engine's, from here on */
@@ -172,12 +182,15 @@ struct store_reserve_wait {
     enum status result;
 };
 
+#define STORE_BYTES_UNKNOWN UINT64_MAX
+
 struct store_info {
     char uri[512];            /* as a person would give it */
-    char engine[32];          /* "lmdb", "fdb" */
+    char engine[64];          /* "lmdb"; "fdb" and the versions in use */
+    char state[256];          /* empty: it works; else what is wrong, as a sentence */
     uint64_t bytes_used;      /* space that holds something, data and index */
     uint64_t bytes_free;      /* inside the store's files, reusable */
-    uint64_t bytes_available; /* the store could still grow by this much */
+    uint64_t bytes_available; /* the store could still grow by this much; may be UNKNOWN */
 };
 
 struct store_ops {
@@ -208,14 +221,24 @@ struct store {
 };
 
 enum store_open_flags {
-    STORE_CREATE = 1,    /* make an empty store where there is none */
+    STORE_CREATE = 1, /* make an empty store where there is none */
+    STORE_WAIT = 2,   /* one that can't be reached is waited for, without end */
 };
 
-/* Opens the store `uri` names: "lmdb:DIRECTORY". Blocks for moments; any thread, before
- * its reactors run. `lease_ms`: how long a process that stands in the way (holds the
- * writer lock and does nothing) is borne. On failure *out is NULL, `e` says why, and the
- * status is ST_NOTFOUND (no store there), ST_INVAL (no such scheme), ST_FORMAT, ST_UNAVAIL. */
-enum status store_open(const char *uri, unsigned flags, unsigned lease_ms, struct store **out,
+struct store_options {
+    unsigned flags;       /* enum store_open_flags */
+    unsigned lease_ms;    /* how long a process that stands in the way (holds the embedded
+                             engine's writer lock and does nothing) is borne */
+    unsigned timeout_ms;  /* reads that the store does not answer for so long fail with
+                             ST_UNAVAIL; 0: they wait. Commits always wait */
+    uint64_t quota_bytes; /* reservations beyond this many bytes in use are refused; 0: none */
+};
+
+/* Opens the store `uri` names: "lmdb:DIRECTORY", "fdb:[CLUSTER_FILE][?prefix=TEXT]". Blocks
+ * for moments (STORE_WAIT: until it answers); any thread, before its reactors run. On
+ * failure *out is NULL, `e` says why, and the status is ST_NOTFOUND (no store there), ST_INVAL
+ * (no such scheme, or not of its form), ST_FORMAT, ST_UNAVAIL. */
+enum status store_open(const char *uri, const struct store_options *options, struct store **out,
                        struct err *e);
 
 /* No request, watch or log may be outstanding. */
@@ -236,7 +259,8 @@ static inline void store_read_release(struct store_read *read)
     read->store->ops->read_release(read);
 }
 
-/* Commits of one reactor are applied in the order given. */
+/* Commits of one reactor are applied in the order given where limits.has_log; on other
+ * engines whoever needs an order waits for the answer. */
 static inline void store_commit(struct store *store, struct env *env, struct store_commit *commit)
 {
     store->ops->commit(store, env, commit);

@@ -367,7 +367,7 @@ static const char *judge(const char *dir, uint64_t log_id, uint64_t acked, uint6
     struct err e = {0};
     char uri[300];
     snprintf(uri, sizeof uri, "lmdb:%s", dir);
-    enum status st = store_open(uri, 0, LEASE_MS, &t.store, &e);
+    enum status st = store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &t.store, &e);
     if (st) {
         snprintf(text_of, sizeof text_of, "does not open: %.500s", e.text);
         return text_of;

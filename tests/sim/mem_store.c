@@ -1161,6 +1161,8 @@ struct store *mem_store_attach(struct mem_store *db, struct sim_env *env)
     h->base.limits = (struct store_limits){.head_bytes_max = 65536,
                                            .body_bytes_max = 1u << 20,
                                            .batch_bytes_max = db->config.batch_bytes_max,
+                                           .commit_bytes_max = UINT64_MAX,
+                                           .body_bytes_best = 16384,
                                            .has_log = db->config.has_log};
     h->db = db;
     h->env = env;

@@ -297,22 +297,22 @@ static void test_opening(void **state)
     struct test_store *t = *state;
     struct store *other;
     struct err e = {0};
-    assert_int_equal(store_open(t->uri, 0, LEASE_MS, &other, &e), ST_BUSY);
+    assert_int_equal(store_open(t->uri, &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_BUSY);
     assert_null(other);
-    assert_int_equal(store_open("lmdb:/nonexistent/folder", 0, LEASE_MS, &other, &e), ST_NOTFOUND);
+    assert_int_equal(store_open("lmdb:/nonexistent/folder", &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_NOTFOUND);
     assert_non_null(strstr(e.text, "/nonexistent/folder"));
-    assert_int_equal(store_open("tape:/dev/st0", 0, LEASE_MS, &other, &e), ST_INVAL);
+    assert_int_equal(store_open("tape:/dev/st0", &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_INVAL);
     assert_non_null(strstr(e.text, "lmdb:DIRECTORY"));
-    assert_int_equal(store_open("lmdb:", 0, LEASE_MS, &other, &e), ST_INVAL);
+    assert_int_equal(store_open("lmdb:", &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_INVAL);
 
     char empty[] = "/tmp/store-empty-XXXXXX", uri[64], path[64];
     assert_non_null(mkdtemp(empty));
     snprintf(uri, sizeof uri, "lmdb:%s", empty);
-    assert_int_equal(store_open(uri, 0, LEASE_MS, &other, &e), ST_NOTFOUND);
+    assert_int_equal(store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_NOTFOUND);
     assert_int_equal(rmdir(empty), 0); /* nothing was made in it */
     assert_int_equal(mkdir(empty, 0770), 0);
     assert_int_equal(chmod(empty, 0770), 0);
-    assert_int_equal(store_open(uri, STORE_CREATE, LEASE_MS, &other, &e), ST_OK);
+    assert_int_equal(store_open(uri, &(struct store_options){.flags = STORE_CREATE, .lease_ms = LEASE_MS}, &other, &e), ST_OK);
     store_close(other);
     const char *files[] = {"data.mdb", "lock.mdb", "blocks", "processes", "bell"};
     for (size_t i = 0; i < 5; i++) {
@@ -321,11 +321,11 @@ static void test_opening(void **state)
         assert_int_equal(stat(path, &sb), 0);
         assert_int_equal(sb.st_mode & 0777, 0660);
     }
-    assert_int_equal(store_open(uri, 0, LEASE_MS, &other, &e), ST_OK);
+    assert_int_equal(store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_OK);
     store_close(other);
     snprintf(path, sizeof path, "%s/blocks", empty);
     assert_int_equal(unlink(path), 0);
-    assert_int_equal(store_open(uri, 0, LEASE_MS, &other, &e), ST_FORMAT);
+    assert_int_equal(store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &other, &e), ST_FORMAT);
     assert_non_null(strstr(e.text, "blocks"));
     test_folder_remove(empty);
 }

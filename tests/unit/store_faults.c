@@ -175,7 +175,7 @@ static int look_at_all(const char *uri)
 {
     struct test_store t = {0};
     struct err e = {0};
-    if (store_open(uri, 0, LEASE_MS, &t.store, &e))
+    if (store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &t.store, &e))
         return 1;
     test_env_start(&t.env);
     int refused = 0;
@@ -328,7 +328,7 @@ static void test_index_cut_short(void **state)
     for (int pages = 2; pages < 160; pages++) {
         assert_int_equal(truncate(path, pages * 4096 - (pages % 3) * 100), 0);
         struct err e = {0};
-        enum status st = store_open(t->uri, 0, LEASE_MS, &t->store, &e);
+        enum status st = store_open(t->uri, &(struct store_options){.lease_ms = LEASE_MS}, &t->store, &e);
         if (st == ST_OK) {
             test_expect(t, "nothing", NULL);
             store_close(t->store);
@@ -349,7 +349,7 @@ static void test_index_cut_short(void **state)
     struct store *none;
     char uri[320];
     snprintf(uri, sizeof uri, "lmdb:%s", copy);
-    assert_int_equal(store_open(uri, 0, LEASE_MS, &none, &e), ST_NOTFOUND);
+    assert_int_equal(store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &none, &e), ST_NOTFOUND);
     assert_non_null(strstr(e.text, "not a folder"));
 }
 

@@ -295,7 +295,7 @@ static void test_session_when_full(void **state)
         if (pid == 0) {
             struct err e = {0};
             uint8_t id[STORE_ID_BYTES] = {turn, 1};
-            if (store_open(t->uri, 0, LEASE_MS, &t->store, &e) ||
+            if (store_open(t->uri, &(struct store_options){.lease_ms = LEASE_MS}, &t->store, &e) ||
                 store_session_begin(t->store, id, &e)) {
                 fprintf(stderr, "# turn %d: %s\n", turn, e.text);
                 _exit(1);

@@ -32,7 +32,7 @@ static void store_here(struct test_store *t, unsigned lease_ms)
     snprintf(t->uri, sizeof t->uri, "lmdb:%s", dir);
     test_env_start(&t->env);
     struct err e = {0};
-    if (store_open(t->uri, STORE_CREATE, lease_ms, &t->store, &e))
+    if (store_open(t->uri, &(struct store_options){.flags = STORE_CREATE, .lease_ms = lease_ms}, &t->store, &e))
         fail_msg("store_open: %s", e.text);
 }
 

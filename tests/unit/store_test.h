@@ -48,7 +48,7 @@ struct test_store {
 static inline void test_store_reopen(struct test_store *t)
 {
     struct err e = {0};
-    enum status st = store_open(t->uri, STORE_CREATE, LEASE_MS, &t->store, &e);
+    enum status st = store_open(t->uri, &(struct store_options){.flags = STORE_CREATE, .lease_ms = LEASE_MS}, &t->store, &e);
     if (st)
         fail_msg("store_open: %s: %s", status_text(st), e.text);
 }

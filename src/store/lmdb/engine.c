@@ -513,6 +513,8 @@ static struct lm *lm_new(unsigned lease_ms)
     lm->base.limits = (struct store_limits){.head_bytes_max = LM_HEAD_BYTES_MAX,
                                             .body_bytes_max = LM_BODY_BYTES_MAX,
                                             .batch_bytes_max = LM_BATCH_BYTES_MAX,
+                                            .commit_bytes_max = UINT64_MAX,
+                                            .body_bytes_best = 16384,
                                             .has_log = true,
                                             .needs_heartbeat = false};
     lm->lease_ms = lease_ms < LEASE_MS_MIN ? LEASE_MS_MIN : lease_ms;
@@ -582,10 +584,10 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     return st;
 }
 
-static enum status lm_open(const char *rest, unsigned flags, unsigned lease_ms, struct store **out,
+static enum status lm_open(const char *rest, const struct store_options *options, struct store **out,
                            struct err *e)
 {
-    struct lm *lm = lm_new(lease_ms);
+    struct lm *lm = lm_new(options->lease_ms);
     size_t len = strlen(rest);
     while (len > 1 && rest[len - 1] == '/')
         len--;
@@ -596,13 +598,13 @@ static enum status lm_open(const char *rest, unsigned flags, unsigned lease_ms, 
                     sizeof lm->dir - 1);
     }
     memcpy(lm->dir, rest, len);
-    enum status st = folder_open(lm, flags, e);
+    enum status st = folder_open(lm, options->flags, e);
     if (!st)
         st = registered(lm, e);
     if (!st)
         st = folder_lock(lm, e);
     if (!st)
-        st = files_open(lm, flags, e);
+        st = files_open(lm, options->flags, e);
     if (!st)
         st = lm_commit_thread_start(lm, e);
     if (!st)
