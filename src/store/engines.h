@@ -13,6 +13,7 @@ struct store_engine {
     /* As store_open(); `rest` is what stands behind the colon. */
     enum status (*open)(const char *rest, const struct store_options *options, struct store **out,
                         struct err *e);
+    void (*shutdown)(void); /* as store_shutdown(); may be NULL */
 };
 
 extern const struct store_engine store_engine_lmdb, store_engine_fdb;

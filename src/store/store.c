@@ -37,3 +37,10 @@ enum status store_open(const char *uri, const struct store_options *options, str
     return fail(e, ST_INVAL, "\"%.200s\" names no kind of store this program knows: use %s", uri,
                 forms);
 }
+
+void store_shutdown(void)
+{
+    for (size_t i = 0; i < N_ENGINES; i++)
+        if (engines[i]->shutdown)
+            engines[i]->shutdown();
+}

@@ -241,6 +241,10 @@ struct store_options {
 enum status store_open(const char *uri, const struct store_options *options, struct store **out,
                        struct err *e);
 
+/* Ends what engines keep running in the background. Once, before the process ends and after
+ * all stores were closed; none can be opened afterwards. */
+void store_shutdown(void);
+
 /* No request, watch or log may be outstanding. */
 static inline void store_close(struct store *store)
 {

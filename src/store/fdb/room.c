@@ -1,0 +1,231 @@
+/*
+ * Room: what the store takes in the cluster, and the quota on it.
+ *
+ * FoundationDB has no limit of its own that could be asked for in advance, and a
+ * full cluster stalls instead of refusing. A quota is measured with the
+ * cluster's estimate of the size of all keys under the prefix, now and then, and
+ * with what was reserved here since; so several gateways see each other's use.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "store/fdb/engine.h"
+
+#define KEY_COST_BYTES 64u
+#define MEASURE_WAIT_MS 10000u
+#define MEASURE_AGE_NS 5000000000ull
+
+struct room {
+    _Atomic uint64_t used_bytes;     /* as of the last measurement */
+    _Atomic uint64_t reserved_bytes; /* given out and not returned */
+    _Atomic uint64_t since_bytes;    /* given out since the measurement */
+    _Atomic bool known;
+};
+
+/* A measurement under way for those who wait. */
+struct measure {
+    struct fr *fr;
+    FDBTransaction *tr;
+    FDBFuture *future;
+    struct fd_wait wait;
+    struct fd_retry retry;
+    uint64_t since_before;
+};
+
+static void measure_start(struct measure *m);
+
+void fd_room_open(struct fd *fd)
+{
+    fd->room = mem_zalloc(sizeof *fd->room);
+}
+
+void fd_room_close(struct fd *fd)
+{
+    free(fd->room);
+}
+
+uint64_t fd_body_cost(const struct store *store, uint64_t body_len)
+{
+    (void)store;
+    return body_len;
+}
+
+static uint64_t bytes_of(struct store_reservation r)
+{
+    return r.body_bytes + r.keys * KEY_COST_BYTES;
+}
+
+static bool fits(struct fd *fd, uint64_t want)
+{
+    const struct room *room = fd->room;
+    uint64_t quota = fd->options.quota_bytes;
+    return atomic_load(&room->known) &&
+           atomic_load(&room->used_bytes) + max_u64(atomic_load(&room->since_bytes),
+                                                    atomic_load(&room->reserved_bytes)) + want <=
+               quota;
+}
+
+bool fd_reserve(struct store *store, struct store_reservation want)
+{
+    struct fd *fd = fd_of(store);
+    if (!fd->options.quota_bytes)
+        return true;
+    uint64_t bytes = bytes_of(want);
+    if (!fits(fd, bytes))
+        return false;
+    atomic_fetch_add(&fd->room->reserved_bytes, bytes);
+    atomic_fetch_add(&fd->room->since_bytes, bytes);
+    return true;
+}
+
+void fd_unreserve(struct store *store, struct store_reservation what)
+{
+    struct fd *fd = fd_of(store);
+    if (fd->options.quota_bytes)
+        atomic_fetch_sub(&fd->room->reserved_bytes, bytes_of(what));
+}
+
+static FDBFuture *ask_size(struct fd *fd, FDBTransaction *tr, const struct fd_key *begin,
+                           const struct fd_key *end)
+{
+    (void)fd;
+    return fdb.transaction_get_estimated_range_size_bytes(tr, begin->bytes, begin->len, end->bytes,
+                                                          end->len);
+}
+
+static void answer_waits(struct fr *fr)
+{
+    struct fd *fd = fr->fd;
+    struct list waits = LIST_INIT(waits);
+    list_splice_tail(&waits, &fr->room_waits);
+    struct list *l;
+    while ((l = list_pop(&waits))) {
+        struct store_reserve_wait *wait = container_of(l, struct store_reserve_wait, link);
+        wait->done(wait, fd_reserve(&fd->base, wait->want) ? ST_OK : ST_NOSPC);
+    }
+}
+
+static void measure_again(struct fd_retry *retry, bool lasting)
+{
+    struct measure *m = container_of(retry, struct measure, retry);
+    (void)lasting;
+    measure_start(m);
+}
+
+static void measured(struct fd_wait *wait)
+{
+    struct measure *m = container_of(wait, struct measure, wait);
+    struct fr *fr = m->fr;
+    struct room *room = fr->fd->room;
+    int64_t bytes = 0;
+    int code = fdb.future_get_int64(m->future, &bytes);
+    fdb.future_destroy(m->future);
+    if (code) {
+        fd_retry(fr, &m->retry, m->tr, code, measure_again);
+        return;
+    }
+    atomic_store(&room->used_bytes, (uint64_t)bytes);
+    atomic_fetch_sub(&room->since_bytes, m->since_before);
+    atomic_store(&room->known, true);
+    fdb.transaction_destroy(m->tr);
+    free(m);
+    answer_waits(fr);
+}
+
+static void measure_start(struct measure *m)
+{
+    struct fd *fd = m->fr->fd;
+    struct fd_key begin, end;
+    fd_transaction(fd, &m->tr, false, 0);
+    fd_key_bounds(fd, &begin, &end);
+    m->future = ask_size(fd, m->tr, &begin, &end);
+    fd_wait_one(m->fr, &m->wait, m->future, measured);
+}
+
+static void no_quota(struct env_task *task)
+{
+    struct store_reserve_wait *wait = container_of(task, struct store_reserve_wait, task);
+    wait->done(wait, ST_OK);
+}
+
+void fd_reserve_wait(struct store *store, struct env *env, struct store_reserve_wait *wait)
+{
+    struct fd *fd = fd_of(store);
+    struct fr *fr = fd_reactor(fd, env);
+    wait->store = store;
+    wait->env = env;
+    if (!fd->options.quota_bytes || !fdb.transaction_get_estimated_range_size_bytes) {
+        wait->task.run = no_quota;
+        env_post(env, &wait->task);
+        return;
+    }
+    bool first = list_empty(&fr->room_waits);
+    list_add_tail(&fr->room_waits, &wait->link);
+    if (!first)
+        return;
+    struct measure *m = mem_zalloc(sizeof *m);
+    m->fr = fr;
+    m->since_before = atomic_load(&fd->room->since_bytes);
+    measure_start(m);
+}
+
+/* The estimate of [begin, end), for people. */
+static enum status estimate(struct fd *fd, const struct fd_key *begin, const struct fd_key *end,
+                            uint64_t *bytes, struct err *e)
+{
+    int64_t n = 0;
+    if (!fdb.transaction_get_estimated_range_size_bytes) {
+        *bytes = 0;
+        return fail(e, ST_UNSUP, "FoundationDB's client library %s can't tell sizes", fdb.client);
+    }
+    for (unsigned tries = 0; tries < 10; tries++) {
+        FDBTransaction *tr = NULL;
+        fd_transaction(fd, &tr, false, 0);
+        FDBFuture *future = ask_size(fd, tr, begin, end);
+        bool ready = fd_block(future, MEASURE_WAIT_MS);
+        int code = ready ? fdb.future_get_int64(future, &n) : FDB_TIMED_OUT;
+        fdb.future_destroy(future);
+        fdb.transaction_destroy(tr);
+        *bytes = (uint64_t)n;
+        if (!code)
+            return ST_OK;
+        if (!ready)
+            break;
+    }
+    return fail(e, ST_UNAVAIL, "FoundationDB does not answer: fdbcli --exec status tells more");
+}
+
+enum status fd_info(struct store *store, struct store_info *info, struct err *e)
+{
+    struct fd *fd = fd_of(store);
+    struct fd_key begin, end;
+    memset(info, 0, sizeof *info);
+    snprintf(info->uri, sizeof info->uri, "%s", fd->uri);
+    snprintf(info->engine, sizeof info->engine, "fdb (client library %.20s, API %d)", fdb.client,
+             fdb.version);
+    pthread_mutex_lock(&fd->state_lock);
+    snprintf(info->state, sizeof info->state, "%s", fd->state);
+    pthread_mutex_unlock(&fd->state_lock);
+    info->bytes_available = STORE_BYTES_UNKNOWN;
+    /* Messages want the name alone, also where nothing answers. */
+    if (!e)
+        return ST_OK;
+    fd_key_bounds(fd, &begin, &end);
+    enum status st = estimate(fd, &begin, &end, &info->bytes_used, e);
+    if (st == ST_OK && fd->options.quota_bytes)
+        info->bytes_available = fd->options.quota_bytes > info->bytes_used
+                                    ? fd->options.quota_bytes - info->bytes_used
+                                    : 0;
+    return st;
+}
+
+enum status fd_usage(struct store *store, struct slice begin, struct slice end, uint64_t *keys,
+                     uint64_t *bytes, struct err *e)
+{
+    struct fd *fd = fd_of(store);
+    struct fd_key b, n;
+    *keys = 0; /* not known without reading them all */
+    fd_key_make(fd, &b, begin);
+    fd_key_make(fd, &n, end);
+    return estimate(fd, &b, &n, bytes, e);
+}
