@@ -61,6 +61,10 @@ struct shard {
     struct store *store;
     struct env *env;
     struct session *session;
+    struct session_member *member; /* NULL: the store knows dead processes by itself */
+    bool adrift;                   /* the session ended; the next one has not begun */
+    unsigned n_lost_early;         /* volumes lost before home told of the end */
+    uint64_t incarnation;          /* counts the sessions there were */
     struct store_log *log; /* NULL: writes are answered at their commit */
     struct buf_pool *pool;
     struct blocks blocks;
@@ -245,6 +249,9 @@ static inline struct list *entries_of(struct volume *vol, uint64_t no)
 /* Something was given back (a commit, a sent reply): grant who waits, in order. */
 void shard_wake_writers(struct shard *s);
 void shard_wake_readers(struct shard *s);
+/* Whether volumes may be taken and kept under this process's session: it holds, and there was no
+ * other since `incarnation` (in: of the question's begin; s->incarnation where it begins now). */
+bool shard_has_session(struct shard *s, uint64_t incarnation);
 /* Makes sure that open generations are sealed when they are old enough. */
 void shard_age_start(struct shard *s);
 /* The lowest log record that a generation other than `done` (and older ones of its volume)
@@ -269,6 +276,9 @@ void volume_begin_io(struct volume *vol, struct vol_io *io);
 void volume_end_io(struct volume *vol, struct vol_io *io, enum status st);
 /* Loses the volume for good: nothing is answered or committed any more (G4). */
 void volume_lose(struct volume *vol, const char *why);
+/* Loses all that the shard owns, because its session ended; tells how many that were. Volumes that
+ * are being taken are not lost: they are taken under the next session. */
+unsigned volume_lose_all(struct shard *s);
 /* Drops all cached blocks and rows; everything is committed. */
 void volume_drop_cache(struct volume *vol);
 /* Something ended: goes on with a loss, a release or a close that waited for it. The volume

@@ -12,6 +12,7 @@
 #include "base/hash.h"
 
 #define RECORD_VERSION 1
+#define SESSION_VERSION 2 /* 1 did not say which process it was */
 #define HASH_BYTES 8u
 #define SIZE_UNIT 512u
 #define SIZE_MAX_BYTES (1ull << 62)
@@ -58,11 +59,16 @@ static void put_text(struct writer *w, const char *text, size_t max)
     put_raw(w, text, len);
 }
 
-static struct writer write_begin(uint8_t *out)
+static struct writer write_begin_version(uint8_t *out, uint8_t version)
 {
     struct writer w = {.out = out};
-    put_u8(&w, RECORD_VERSION);
+    put_u8(&w, version);
     return w;
+}
+
+static struct writer write_begin(uint8_t *out)
+{
+    return write_begin_version(out, RECORD_VERSION);
 }
 
 static uint64_t record_hash(struct slice key, const uint8_t *bytes, size_t len)
@@ -80,6 +86,7 @@ static size_t write_end(struct writer *w, struct slice key)
  * after that is zero. */
 struct reader {
     const uint8_t *at, *end;
+    uint8_t version;
     bool ok;
 };
 
@@ -143,16 +150,23 @@ static void require(struct reader *r, bool possible)
         r->ok = false;
 }
 
-static struct reader read_begin(struct slice key, struct slice bytes)
+/* Takes records of versions 1 to `newest`. */
+static struct reader read_begin_version(struct slice key, struct slice bytes, uint8_t newest)
 {
     struct reader r = {.ok = bytes.len >= 1 + HASH_BYTES && bytes.len <= RECORD_BYTES_MAX};
     if (!r.ok)
         return r;
     r.at = bytes.data;
     r.end = r.at + bytes.len - HASH_BYTES;
-    r.ok = get_le64(r.end) == record_hash(key, r.at, bytes.len - HASH_BYTES) &&
-           get_u8(&r) == RECORD_VERSION;
+    r.ok = get_le64(r.end) == record_hash(key, r.at, bytes.len - HASH_BYTES);
+    r.version = get_u8(&r);
+    r.ok = r.ok && r.version >= 1 && r.version <= newest;
     return r;
+}
+
+static struct reader read_begin(struct slice key, struct slice bytes)
+{
+    return read_begin_version(key, bytes, RECORD_VERSION);
 }
 
 static bool read_end(const struct reader *r)
@@ -323,12 +337,16 @@ bool state_decode(struct slice key, struct slice bytes, struct state_record *rec
 size_t session_encode(const struct session_record *rec, struct slice key,
                       uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    struct writer w = write_begin_version(out, SESSION_VERSION);
     put_u8(&w, rec->state);
     put_u64(&w, rec->counter);
     put_u32(&w, rec->lease_ms);
-    put_u32(&w, rec->pid);
+    put_u32(&w, rec->process.pid);
     put_u64(&w, rec->started_ns);
+    put_raw(&w, rec->process.boot, sizeof rec->process.boot);
+    put_u64(&w, rec->process.pid_namespace);
+    put_u64(&w, rec->process.time_namespace);
+    put_u64(&w, rec->process.start_ticks);
     put_text(&w, rec->host, HOST_BYTES_MAX);
     put_text(&w, rec->address, HOST_BYTES_MAX);
     return write_end(&w, key);
@@ -336,12 +354,18 @@ size_t session_encode(const struct session_record *rec, struct slice key,
 
 bool session_decode(struct slice key, struct slice bytes, struct session_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, SESSION_VERSION);
     *rec = (struct session_record){.state = get_u8(&r)};
     rec->counter = get_u64(&r);
     rec->lease_ms = get_u32(&r);
-    rec->pid = get_u32(&r);
+    rec->process.pid = get_u32(&r);
     rec->started_ns = get_u64(&r);
+    if (r.version >= 2) {
+        get_raw(&r, rec->process.boot, sizeof rec->process.boot);
+        rec->process.pid_namespace = get_u64(&r);
+        rec->process.time_namespace = get_u64(&r);
+        rec->process.start_ticks = get_u64(&r);
+    }
     get_text(&r, rec->host, HOST_BYTES_MAX);
     get_text(&r, rec->address, HOST_BYTES_MAX);
     require(&r, rec->state == SESSION_LIVE || rec->state == SESSION_FENCED);

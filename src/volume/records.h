@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "base/bytes.h"
+#include "base/process.h"
 #include "volume/keys.h"
 
 #define RECORD_BYTES_MAX 8192u
@@ -98,10 +99,10 @@ enum session_state { SESSION_LIVE = 1, SESSION_FENCED = 2 };
 /* ("s", ID). */
 struct session_record {
     uint8_t state;
-    uint64_t counter;
-    uint32_t lease_ms;
-    uint32_t pid;
+    uint64_t counter;  /* raised by each heartbeat, where the store needs them */
+    uint32_t lease_ms; /* standing still for longer means the end, where it does */
     uint64_t started_ns;
+    struct process_id process; /* only its pid in records of version 1 */
     char host[HOST_BYTES_MAX + 1];
     char address[HOST_BYTES_MAX + 1];
 };

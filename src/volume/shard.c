@@ -41,6 +41,43 @@ void shard_age_start(struct shard *s)
     env_timer_start(s->env, &s->age_timer, s->seal_age_ms);
 }
 
+static void lose_all(struct shard *s, unsigned *n_lost)
+{
+    *n_lost += s->adrift ? 0 : volume_lose_all(s);
+    s->adrift = true;
+}
+
+static unsigned session_lost(void *arg)
+{
+    struct shard *s = arg;
+    unsigned n = s->n_lost_early;
+    lose_all(s, &n);
+    s->n_lost_early = 0;
+    return n;
+}
+
+static void session_begun(void *arg)
+{
+    struct shard *s = arg;
+    s->adrift = false;
+    s->incarnation++;
+}
+
+bool shard_has_session(struct shard *s, uint64_t incarnation)
+{
+    return !s->member ||
+           (!s->adrift && s->incarnation == incarnation && session_holds(s->session, s->env));
+}
+
+void shard_check_session(struct shard *s)
+{
+    if (!s->member || s->adrift || session_holds(s->session, s->env))
+        return;
+    /* Home learns of it soon by itself; what is looked up here must not wait for that. */
+    lose_all(s, &s->n_lost_early);
+    session_notice(s->member);
+}
+
 enum status shard_new(const struct shard_config *config, struct shard **out, struct err *e)
 {
     *out = NULL;
@@ -76,6 +113,8 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     }
     s->pool = buf_pool_new(config->cache_bytes);
     blocks_init(&s->blocks, s->pool);
+    if (s->session->timed)
+        s->member = session_join(s->session, s->env, session_lost, session_begun, s);
     *out = s;
     return ST_OK;
 }
@@ -85,6 +124,8 @@ void shard_free(struct shard *s)
     CHECK(list_empty(&s->volumes));
     CHECK(list_empty(&s->write_waiters) && list_empty(&s->read_waiters));
     env_timer_stop(s->env, &s->age_timer);
+    if (s->member)
+        session_leave(s->member);
     store_unreserve(s->store, s->credit);
     /* Every volume was committed and given back, so no record is needed any more. */
     if (s->log)

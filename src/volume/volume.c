@@ -237,12 +237,8 @@ void volume_tell_watchers(struct volume *vol, const char *why)
     }
 }
 
-void volume_lose(struct volume *vol, const char *why)
+static void lose(struct volume *vol, const char *why)
 {
-    if (vol->lost)
-        return;
-    log_error("volume %s: lost: %s; its connections are closed and nothing of it is answered",
-              vol->name, why);
     vol->lost = true;
     vol->ownership = VOL_UNOWNED;
     owner_forget(vol);
@@ -250,6 +246,31 @@ void volume_lose(struct volume *vol, const char *why)
     gen_fail_waiters(vol);
     volume_fail_waiting(vol);
     volume_tell_watchers(vol, why);
+}
+
+void volume_lose(struct volume *vol, const char *why)
+{
+    if (vol->lost)
+        return;
+    log_error("volume %s: lost: %s; its connections are closed and nothing of it is answered",
+              vol->name, why);
+    lose(vol, why);
+}
+
+unsigned volume_lose_all(struct shard *s)
+{
+    unsigned n = 0;
+    list_for_each_safe(l, next, &s->volumes)
+    {
+        struct volume *vol = container_of(l, struct volume, link);
+        if (vol->lost || (vol->ownership != VOL_OWNED && vol->ownership != VOL_RELEASING))
+            continue;
+        n++;
+        log_debug("volume %s: lost with the session of this server", vol->name);
+        lose(vol, "the session of this server ended");
+        volume_progress(vol);
+    }
+    return n;
 }
 
 static void volume_free(struct volume *vol)

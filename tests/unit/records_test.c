@@ -109,7 +109,9 @@ ROUND_TRIP(
         WIDE(logs[i].applied_seq);
     })
 ROUND_TRIP(session, key_owner, rec.state = (uint8_t)(1 + chance_below(&c, 2)); WIDE(counter);
-           NARROW(lease_ms); NARROW(pid); WIDE(started_ns); TEXT(host); TEXT(address))
+           NARROW(lease_ms); WIDE(started_ns); BYTES(process.boot); WIDE(process.pid_namespace);
+           WIDE(process.time_namespace); WIDE(process.start_ticks); NARROW(process.pid); TEXT(host);
+           TEXT(address))
 ROUND_TRIP(trash, key_removed, WIDE(epoch); rec.first_block = chance_wide(&c) / 2;
            rec.end_block = rec.first_block + chance_wide(&c) / 2)
 ROUND_TRIP(removed, key_removed, WIDE(removed_ns); TEXT(name))
@@ -180,6 +182,40 @@ static void impossible_records_are_refused(void **state)
 #undef SEALED
 }
 
+/* What version 1 wrote: no word of which process it was, so nobody calls it dead for that. */
+static void old_session_records_are_read(void **state)
+{
+    (void)state;
+    struct key k;
+    uint8_t bytes[128] = {1, SESSION_FENCED};
+    static const uint8_t id[16] = {5};
+    static const struct process_id nobody;
+    struct session_record rec;
+    key_session(&k, id);
+    put_le64(bytes + 2, 7);
+    put_le32(bytes + 10, 10000);
+    put_le32(bytes + 14, 4711);
+    put_le64(bytes + 18, 99);
+    bytes[26] = 1;
+    bytes[28] = 'h';
+    bytes[29] = 2;
+    memcpy(bytes + 31, "at", 2);
+    put_le64(bytes + 33, hash64(bytes, 33, hash64(k.bytes, k.len, 0)));
+    assert_true(session_decode(key_slice(&k), (struct slice){bytes, 41}, &rec));
+    assert_int_equal(rec.state, SESSION_FENCED);
+    assert_int_equal(rec.counter, 7);
+    assert_int_equal(rec.lease_ms, 10000);
+    assert_int_equal(rec.started_ns, 99);
+    assert_int_equal(rec.process.pid, 4711);
+    assert_memory_equal(rec.process.boot, nobody.boot, sizeof nobody.boot);
+    assert_string_equal(rec.host, "h");
+    assert_string_equal(rec.address, "at");
+    /* A later one is not guessed at. */
+    bytes[0] = 3;
+    put_le64(bytes + 33, hash64(bytes, 33, hash64(k.bytes, k.len, 0)));
+    assert_false(session_decode(key_slice(&k), (struct slice){bytes, 41}, &rec));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -189,6 +225,7 @@ int main(void)
         cmocka_unit_test(session_round_trip), cmocka_unit_test(trash_round_trip),
         cmocka_unit_test(removed_round_trip), cmocka_unit_test(mail_round_trip),
         cmocka_unit_test(answer_round_trip),  cmocka_unit_test(impossible_records_are_refused),
+        cmocka_unit_test(old_session_records_are_read),
     };
     return cmocka_run_group_tests_name("records", tests, NULL, NULL);
 }
