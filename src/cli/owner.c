@@ -3,7 +3,8 @@
  *
  * An owner is asked first, through its mailbox. One that is alive but has not answered
  * for longer than its lease is ended where the engine can do that (it can't be fenced by
- * waiting there); its other volumes are taken over by whoever is asked for them next.
+ * waiting there); its other volumes are taken over by whoever is asked for them next. On
+ * stores with heartbeats one that gives no sign of life for its lease is fenced instead.
  */
 #include <stdio.h>
 #include <string.h>
@@ -29,7 +30,7 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
 static int show(struct run *run, const struct catalog_entry *entry)
 {
     const struct owner_record *o = &entry->owner;
-    enum run_owner state = run_owner_state(run, o);
+    enum run_owner state = run_owner_wait(run, o);
     static const char *const alive[] = {
         [OWNER_ALIVE] = "yes", [OWNER_DEAD] = "no", [OWNER_UNKNOWN] = "unknown"};
     char since[32];
@@ -53,10 +54,14 @@ static int evict_silent(struct run *run, const struct catalog_entry *entry)
 {
     struct err e = {0};
     if (store_session_kill(run->store, entry->owner.session, &e) != ST_OK) {
-        cli_error("the server that has volume \"%s\" in use (pid %u on %s) does not answer, and "
-                  "cannot be ended from here: %s",
+        cli_error("the server that has volume \"%s\" in use (pid %u on %s) %s, and cannot be ended "
+                  "from here: %s",
                   entry->name, entry->owner.pid, entry->owner.host,
-                  e.text[0] ? e.text : status_text(e.st));
+                  run->store->limits.needs_heartbeat ? "gives signs of life but no answer"
+                                                     : "does not answer",
+                  run->store->limits.needs_heartbeat ? "stop it on its host"
+                  : e.text[0]                        ? e.text
+                                                     : status_text(e.st));
         return CLI_FAILED;
     }
     printf("ended the server that had volume \"%s\" in use (pid %u on %s): it did not answer\n",
@@ -117,7 +122,8 @@ const struct cli_command owner_command = {
     .summary = "show which server has a volume in use; take it away",
     .details =
         "evict asks the server to commit everything and let go, which cuts off its clients.\n"
-        "A server that does not answer within 30 s is ended.",
+        "A server that does not answer within 30 s is ended; in a store that many hosts share one\n"
+        "that gives no sign of life for its lease is cut off from the volumes it had.",
     .options = options,
     .args_min = 2,
     .args_max = 2,

@@ -46,6 +46,7 @@ static int remove_volume(struct run *run, const char *name, bool yes)
 {
     struct catalog_entry entry;
     uint64_t asked_about = 0, waited_ms = 0;
+    bool called = false;
     for (;;) {
         int status = run_find(run, name, &entry);
         if (status != CLI_DONE)
@@ -70,6 +71,12 @@ static int remove_volume(struct run *run, const char *name, bool yes)
             }
             if (st != ST_BUSY)
                 return cli_failed(&run->op.err);
+        }
+        if (state == OWNER_UNKNOWN && !called) {
+            /* Nothing is asked of it that its clients would feel, only whether it is there. */
+            called = true;
+            if (run_ask(run, &entry, MAIL_SYNC, 0, false) == ST_NOTFOUND)
+                continue;
         }
         if (waited_ms >= LEAVING_MS_MAX) {
             cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on "

@@ -10,6 +10,9 @@
 
 /* A server commits what it holds before it answers: that may take a while. */
 #define ASK_WAIT_MS 30000u
+#define LOOK_AGAIN_MS 200u
+#define LOOK_KEPT_MS 100u
+#define SIGN_WAIT_MS 15000u
 
 static void op_done(struct catalog_op *op)
 {
@@ -101,11 +104,52 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry)
     return CLI_DONE;
 }
 
+struct looking {
+    struct store_read read;
+    struct store_get get;
+    struct run *run;
+    char here[HOST_BYTES_MAX + 1];
+    enum session_verdict verdict;
+    bool done;
+};
+
+static void looked(struct store_read *read, enum status st)
+{
+    struct looking *l = container_of(read, struct looking, read);
+    l->verdict = SESSION_MAYBE;
+    if (st == ST_OK)
+        l->verdict = session_judge(&l->run->sight, &l->get, l->run->env, l->here);
+    store_read_release(read);
+    l->done = true;
+}
+
+/* Looks at the record of a session, on a store with heartbeats. */
+static enum run_owner look(struct run *run, const struct owner_record *owner)
+{
+    struct looking l = {.run = run, .read = {.n_gets = 1, .done = looked}};
+    session_sight_begin(&run->sight, owner->session);
+    /* Lists name the same session again and again. */
+    if (run->sight.len && env_now_ns(run->env) - run->sighted_ns < LOOK_KEPT_MS * 1000000ull)
+        return run->sighted;
+    session_host_name(l.here);
+    l.get.key = key_slice(&run->sight.key);
+    l.read.gets = &l.get;
+    store_read(run->store, run->env, &l.read);
+    run_until(run, &l.done);
+    run->sighted_ns = env_now_ns(run->env);
+    run->sighted = l.verdict != SESSION_MAYBE    ? OWNER_DEAD
+                   : run->sight.n_changes > 0 ? OWNER_ALIVE
+                                              : OWNER_UNKNOWN;
+    return run->sighted;
+}
+
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner)
 {
     static const uint8_t nobody[SESSION_ID_BYTES];
     if (memcmp(owner->session, nobody, sizeof nobody) == 0)
         return OWNER_NONE;
+    if (run->store->limits.needs_heartbeat)
+        return look(run, owner);
     switch (store_session_probe(run->store, owner->session)) {
     case STORE_SESSION_ALIVE:
         return OWNER_ALIVE;
@@ -117,6 +161,21 @@ enum run_owner run_owner_state(struct run *run, const struct owner_record *owner
     return OWNER_UNKNOWN;
 }
 
+enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner)
+{
+    enum run_owner state = run_owner_state(run, owner);
+    if (!run->store->limits.needs_heartbeat || !run->sight.readable)
+        return state;
+    /* One that lives gives a heartbeat in half a lease for sure. */
+    uint64_t wait_ns = min_u64(session_silence_ns(&run->sight) / 2, SIGN_WAIT_MS * 1000000ull);
+    uint64_t until = env_now_ns(run->env) + wait_ns;
+    while (state == OWNER_UNKNOWN && env_now_ns(run->env) < until) {
+        run_pause(run, LOOK_AGAIN_MS);
+        state = run_owner_state(run, owner);
+    }
+    return state;
+}
+
 enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
                     uint64_t size, bool shrink)
 {
@@ -125,7 +184,7 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
     if (gethostname(host, sizeof host - 1) != 0)
         host[0] = '\0';
     snprintf(mail.from, sizeof mail.from, "%s pid %d", host, (int)getpid());
-    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS);
+    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS, true);
     return run_wait(run);
 }
 

@@ -15,6 +15,9 @@ struct reactor;
 struct shard;
 struct volume;
 
+/* What is known of the session in an owner record. UNKNOWN: only time can tell. */
+enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
+
 struct run {
     struct cli *cli;
     struct reactor *reactor;
@@ -23,6 +26,9 @@ struct run {
     struct meta_record meta;
     struct catalog_op op; /* the one in progress, or the last; run_op() starts over */
     bool answered;
+    struct session_sight sight; /* of the session that was looked at last */
+    uint64_t sighted_ns;         /* ... and when */
+    enum run_owner sighted;
 };
 
 enum run_mode {
@@ -49,11 +55,15 @@ void run_until(struct run *run, const bool *done);
 /* Lets `ms` pass. */
 void run_pause(struct run *run, uint32_t ms);
 
-/* What is known of the session in an owner record. */
-enum run_owner { OWNER_NONE, OWNER_ALIVE, OWNER_DEAD, OWNER_UNKNOWN };
+/* What is known at once of an owner. */
 enum run_owner run_owner_state(struct run *run, const struct owner_record *owner);
 
-/* Asks the living owner of a volume and waits: as catalog_ask_owner. */
+/* The same, but where only time can tell waits for a sign of life, for as long as one that lives
+ * needs at most to give one. UNKNOWN: there was none. */
+enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner);
+
+/* Asks the owner of a volume, which may live, and waits: as catalog_ask_owner, one that gives
+ * no sign of life being fenced where that is the way. */
 enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
                     uint64_t size, bool shrink);
 

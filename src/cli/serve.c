@@ -20,6 +20,9 @@
  * fdatasync of a busy disk; under that, servers would kill each other. */
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
+/* With heartbeats (SESSION_LEASE_MS_MIN) a server survives a store that stands still for two
+ * thirds of its lease. A cluster that loses one of its processes takes a second or two to go on:
+ * with less than 3 s that would cut off all clients of all servers. */
 #define VOLUMES_SHOWN_MAX 10u
 
 enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
@@ -35,7 +38,7 @@ static const struct cli_option options[] = {
      "memory for blocks, at least 32M for each thread (default: 256M)"},
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
     {LEASE_MS, "lease-ms", "N",
-     "silence after which others may take over, 1000 to 600000 (default: 10000)"},
+     "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
     {SHARED, "shared", NULL,
      "let clients at several addresses write one volume (default: the first)"},
     {0, NULL, NULL, NULL},
@@ -231,6 +234,11 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
 
 static int serve(struct run *run, const struct serve_options *o)
 {
+    if (run->store->limits.needs_heartbeat && o->lease_ms < SESSION_LEASE_MS_MIN)
+        return cli_usage_error(run->cli,
+                               "--lease-ms of less than %u is too short for %s: any short pause of "
+                               "it would cut off all clients",
+                               SESSION_LEASE_MS_MIN, run->cli->store_uri);
     int status = create_volumes(run, o);
     if (status == CLI_DONE && o->default_export) {
         struct catalog_entry entry;

@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "server/connection.h"
+#include "volume/recovery.h"
 #include "volume/session.h"
 
 #define CLEAR_EVERY_MS 30000u
@@ -23,10 +24,12 @@
  * without (what was answered is in the log and will be replayed). */
 #define COMMIT_MAX_MS 60000u
 
-/* Gives the space of removed volumes back, a batch at a time. */
+/* Gives the space of removed volumes back, a batch at a time, and clears the records of sessions
+ * that are over. */
 struct keeper {
     struct lane *lane;
     struct catalog_op op;
+    struct session_sweep sweep;
     struct env_timer timer;
     bool more, busy;
 };
@@ -49,17 +52,37 @@ static struct running *running_of(struct lane *lane)
 
 static void keeper_go(struct env_timer *timer);
 
-static void keeper_answered(struct catalog_op *op)
+static void keeper_rest(struct keeper *k, bool again)
 {
-    struct keeper *k = container_of(op, struct keeper, op);
-    bool again = op->st == ST_OK && k->more;
-    catalog_op_free(op);
     k->busy = false;
     if (k->lane->server->stopping) {
         lane_work_ended(k->lane);
         return;
     }
     env_timer_start(k->lane->env, &k->timer, again ? 0 : CLEAR_EVERY_MS);
+}
+
+static void keeper_swept(struct session_sweep *sweep)
+{
+    struct keeper *k = container_of(sweep, struct keeper, sweep);
+    if (sweep->n_cleared > 0)
+        log_info("cleaned up after %u servers or commands that ended without a word",
+                 sweep->n_cleared);
+    keeper_rest(k, false);
+}
+
+static void keeper_answered(struct catalog_op *op)
+{
+    struct keeper *k = container_of(op, struct keeper, op);
+    struct server *server = k->lane->server;
+    bool again = op->st == ST_OK && k->more;
+    catalog_op_free(op);
+    if (again || server->stopping || !server->session->timed) {
+        keeper_rest(k, again);
+        return;
+    }
+    k->sweep.done = keeper_swept;
+    session_sweep_run(&k->sweep, server->session);
 }
 
 static void keeper_go(struct env_timer *timer)
@@ -111,7 +134,6 @@ static void lane_stopped_task(struct env_task *task)
     struct running *r = running_of(lane);
     if (++r->n_lanes_stopped < r->server.n_lanes)
         return;
-    env_timer_stop(r->server.lanes[0].env, &r->end_timer);
     for (unsigned i = 0; i < r->server.n_lanes; i++)
         reactor_stop(r->server.lanes[i].reactor);
 }
@@ -126,7 +148,7 @@ static void end_without(struct env_timer *timer)
 {
     (void)timer;
     log_error("the store did not take the last commits in time; ending without them. What was "
-              "answered is in the log and comes back at the next start");
+              "answered is in the store, or in the log and comes back at the next start");
     _exit(1);
 }
 
@@ -290,7 +312,9 @@ static enum status serve(struct running *r, struct err *e)
     if (st == ST_OK)
         run_lanes(r);
     close_lanes(s);
+    session_sweep_free(&r->keeper.sweep);
     session_end(&session, env, reactor_run_once);
+    env_timer_stop(env, &r->end_timer);
     return st;
 }
 

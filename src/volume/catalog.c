@@ -19,6 +19,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "volume/session.h"
 
 #define ATTEMPTS_MAX 64u
 #define NAMES_PER_PAGE 1000u
@@ -65,6 +66,9 @@ struct ask {
     size_t mine_len, other_len;
     uint64_t other_since_ns;
     enum status outcome; /* of a request that is being withdrawn, or was answered */
+    bool fence;
+    char here[HOST_BYTES_MAX + 1];
+    struct session_sight sight; /* of the owner's session, where it needs heartbeats */
 };
 
 struct job {
@@ -1141,7 +1145,10 @@ static void ask_wait(struct job *job)
         return;
     }
     uint64_t now = env_now_ns(job->op->env);
-    uint64_t left_ms = ask->deadline_ns > now ? (ask->deadline_ns - now) / 1000000u + 1 : 1;
+    /* (Past the deadline only where the silence of its session is waited for.) */
+    uint64_t left_ms = ask->deadline_ns > now ? (ask->deadline_ns - now) / 1000000u + 1
+                       : ask->fence           ? ASK_TICK_MS
+                                              : 1;
     ask->idle = true;
     env_timer_start(job->op->env, &ask->timer, min_u64(left_ms, ASK_TICK_MS));
 }
@@ -1225,6 +1232,34 @@ static void ask_withdraw(struct job *job, enum status outcome, const struct stor
     start_commit(job, false, ask_withdrawn);
 }
 
+static void ask_fenced(struct job *job, enum status st)
+{
+    if (st == ST_OK) {
+        log_warning("process %u on %s gave no sign of life and is fenced: all its volumes are free",
+                    job->ask->entry.owner.pid, job->ask->entry.owner.host);
+        ask_finish(job, ST_NOTFOUND);
+    } else if (may_try_again(job, st)) {
+        ask_look(job); /* it lives after all, or somebody else was faster */
+    } else {
+        job_store_failed(job, st, "fence a server that gives no sign of life");
+    }
+}
+
+/* The owner stood still for long enough, or is known to be dead: nothing of it counts from here
+ * on. Takes our question back where it lies there. */
+static void ask_fence(struct job *job, bool still_there)
+{
+    struct ask *ask = job->ask;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    add_check_value(job, &ask->sight.key, ask->sight.bytes, ask->sight.len);
+    add_set(job, &ask->sight.key, bytes, session_fenced_bytes(&ask->sight, bytes));
+    if (still_there) {
+        add_check_value(job, &ask->mailbox, ask->mine, ask->mine_len);
+        add_clear(job, &ask->mailbox);
+    }
+    start_commit(job, true, ask_fenced);
+}
+
 static void ask_written(struct job *job, enum status st)
 {
     if (st != ST_OK && st != ST_CONFLICT) {
@@ -1289,16 +1324,36 @@ static void ask_seen(struct job *job, enum status st)
     }
 
     struct store *store = job->op->store;
+    bool timed = store->limits.needs_heartbeat, silent = false;
     bool late = env_now_ns(job->op->env) >= ask->deadline_ns;
     bool gone = !same_owner(&owner_rec, &ask->entry.owner) ||
-                memcmp(owner_rec.session, nobody, sizeof nobody) == 0 ||
-                store_session_probe(store, owner_rec.session) == STORE_SESSION_DEAD;
+                memcmp(owner_rec.session, nobody, sizeof nobody) == 0;
+    if (!gone && timed) {
+        enum session_verdict verdict =
+            session_judge(&ask->sight, &job->gets[3], job->op->env, ask->here);
+        gone = verdict == SESSION_ENDED;
+        silent = verdict == SESSION_GONE || verdict == SESSION_SILENT;
+        /* Whether it lives is not known yet. */
+        if (ask->fence && !ask->sight.n_changes)
+            late = false;
+    } else if (!gone) {
+        gone = store_session_probe(store, owner_rec.session) == STORE_SESSION_DEAD;
+    }
+    bool still_there = ask->written && mailbox->st == ST_OK &&
+                       mailbox->head.len == ask->mine_len &&
+                       memcmp(mailbox->head.data, ask->mine, ask->mine_len) == 0;
+    if (!gone && silent && ask->fence) {
+        ask_fence(job, still_there);
+        return;
+    }
     if (!ask->written) {
         if (gone)
             ask_finish(job, ST_NOTFOUND);
         else if (mailbox->st == ST_NOTFOUND || ask_other_is_stale(ask, mailbox))
             ask_write(job, owner, mailbox);
-        else if (late) {
+        else if (late && timed) {
+            ask_finish(job, ST_UNAVAIL); /* whoever asked first waits for the same */
+        } else if (late) {
             fail(
                 &job->op->err, ST_BUSY,
                 "another command waits for an answer from the server that has volume \"%s\" in use",
@@ -1309,8 +1364,6 @@ static void ask_seen(struct job *job, enum status st)
         return;
     }
 
-    bool still_there = mailbox->st == ST_OK && mailbox->head.len == ask->mine_len &&
-                       memcmp(mailbox->head.data, ask->mine, ask->mine_len) == 0;
     if (still_there && (gone || late))
         ask_withdraw(job, gone ? ST_NOTFOUND : ST_UNAVAIL, answer);
     else if (gone || late || !still_there)
@@ -1332,12 +1385,14 @@ static void ask_look(struct job *job)
     add_get(job, &ask->mailbox);
     add_get(job, &ask->answer);
     add_get(job, &ask->owner);
+    if (job->op->store->limits.needs_heartbeat)
+        add_get(job, &ask->sight.key);
     start_read(job, ask_seen);
 }
 
 void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
                        const struct catalog_entry *entry, const struct mail_record *mail,
-                       uint32_t wait_ms)
+                       uint32_t wait_ms, bool fence)
 {
     struct job *job = job_new(op, store, env);
     struct ask *ask = job->ask = mem_zalloc(sizeof *ask);
@@ -1345,6 +1400,9 @@ void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *e
     ask->entry = *entry;
     ask->mail = *mail;
     ask->wait_ms = wait_ms;
+    ask->fence = fence;
+    session_sight_begin(&ask->sight, entry->owner.session);
+    session_host_name(ask->here);
     ask->deadline_ns = env_now_ns(env) + wait_ms * 1000000ull;
     ask->timer.fire = ask_tick;
     env_random(env, &ask->mail.id, sizeof ask->mail.id);

@@ -89,9 +89,12 @@ void catalog_clear_removed(struct catalog_op *op, struct store *store, struct en
  * owner said (err.text), ST_BUSY or what else it answered (refused: err.text says why),
  * ST_UNAVAIL (no answer in `wait_ms`; the request was withdrawn), ST_NOTFOUND (nobody owns
  * it, its owner is dead, or it gave the volume up without an answer). mail->id is chosen
- * here. */
+ * here.
+ *
+ * `fence`: on a store that knows dead owners only by their silence, waits for as long as that
+ * takes where the owner gives no sign of life, and then fences its session: ST_NOTFOUND. */
 void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
                        const struct catalog_entry *entry, const struct mail_record *mail,
-                       uint32_t wait_ms);
+                       uint32_t wait_ms, bool fence);
 
 #endif

@@ -6,6 +6,10 @@
  * changed that key has ended the powers of the one before. Taking the key from a
  * session that lives is asked for first; a session that is dead, or that did not
  * answer for a lease and was ended, is replaced and its log replayed.
+ *
+ * Where the store can't tell the dead, the owner's session record is watched while its
+ * mailbox is asked. One that stood still for its lease and a margin is fenced by the
+ * very commit that takes the volume, which checks that it still stands as it did.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,20 +20,22 @@
 #define ACQUIRE_TRIES_MAX 20u
 #define TIMES_BUSY_MAX 3u /* so often a slow owner is asked again */
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
+#define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
+#define ASK_AGAIN_MS 200u /* after a question to an owner that failed for the store's sake */
 
 struct acquire {
     struct volume *vol;
     struct store_read read;
     struct store_get gets[3];
     struct key header_key, state_key;
-    struct store_check checks[2];
-    struct store_mutation mutations[2];
+    struct store_check checks[4];
+    struct store_mutation mutations[3];
     struct store_commit commit;
     struct catalog_op ask;
     struct catalog_entry entry;
     struct owner_record owner;
-    uint8_t was[RECORD_BYTES_MAX], header[RECORD_BYTES_MAX];
-    size_t was_len, header_len;
+    uint8_t was[RECORD_BYTES_MAX], header[RECORD_BYTES_MAX], state_was[RECORD_BYTES_MAX];
+    size_t was_len, header_len, state_was_len;
     bool was_there;
     uint8_t owner_bytes[RECORD_BYTES_MAX], state_bytes[RECORD_BYTES_MAX];
     struct state_record state;
@@ -42,6 +48,11 @@ struct acquire {
     enum status kill_st;
     struct err kill_err;
     unsigned times_busy;
+    /* The owner's session, where it has to be watched. */
+    struct session_sight sight;
+    bool fence; /* taken together with it */
+    uint8_t fenced[RECORD_BYTES_MAX];
+    uint64_t incarnation; /* of ours that takes it */
 };
 
 struct release {
@@ -67,7 +78,7 @@ struct mailbox {
     struct mail_record mail;
     uint8_t raw[RECORD_BYTES_MAX], reply[RECORD_BYTES_MAX];
     size_t raw_len;
-    struct store_check check;
+    struct store_check checks[2];
     struct store_mutation mutations[2];
     struct store_commit commit;
     struct env_timer timer;
@@ -78,6 +89,7 @@ struct mailbox {
 };
 
 static void acquire_read(struct acquire *a);
+static void acquire_look(struct acquire *a);
 static void mailbox_look(struct mailbox *m);
 static void mailbox_start(struct volume *vol);
 
@@ -133,6 +145,13 @@ static void acquire_fail(struct acquire *a, enum status st, const char *why)
 static void acquire_again(struct env_timer *timer)
 {
     acquire_read(container_of(timer, struct acquire, timer));
+}
+
+/* Our own session ended: goes on under the next one. */
+static void acquire_later(struct acquire *a)
+{
+    a->timer.fire = acquire_again;
+    env_timer_start(a->vol->shard->env, &a->timer, ADRIFT_MS);
 }
 
 static void acquire_retry(struct acquire *a, unsigned delay_ms)
@@ -258,6 +277,15 @@ static void acquire_committed(struct store_commit *commit, enum status st)
         acquire_fail(a, st, status_text(st));
         return;
     }
+    if (!shard_has_session(vol->shard, a->incarnation)) {
+        /* It was taken for a session that is over by now: free, and ours no more than others'. */
+        acquire_later(a);
+        return;
+    }
+    if (a->fence)
+        log_warning("volume %s: taken from process %u on %s, which gave no sign of life and is "
+                    "fenced: all its volumes are free",
+                    vol->name, a->entry.owner.pid, a->entry.owner.host);
     st = volume_set_header(vol, &a->new_header, &e);
     if (st != ST_OK) {
         acquire_fail(a, st, e.text);
@@ -289,8 +317,13 @@ static void acquire_take(struct acquire *a)
     struct shard *s = vol->shard;
     const struct session *session = s->session;
     struct owner_record *o = &a->owner;
-    size_t n = 1;
+    size_t n = 1, n_checks = 3;
 
+    a->incarnation = s->incarnation;
+    if (!shard_has_session(s, s->incarnation)) {
+        acquire_later(a);
+        return;
+    }
     o->token = a->entry.owner.token + 1;
     memcpy(o->session, session->id, sizeof o->session);
     o->since_ns = env_realtime_ns(s->env);
@@ -306,8 +339,20 @@ static void acquire_take(struct acquire *a)
     a->checks[1] = (struct store_check){.kind = STORE_CHECK_VALUE,
                                         .key = key_slice(&a->header_key),
                                         .value = {a->header, a->header_len}};
+    /* A last commit of the owner may have come since this was read: what it says counts. */
+    a->checks[2] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                        .key = key_slice(&a->state_key),
+                                        .value = {a->state_was, a->state_was_len}};
     a->mutations[0] = (struct store_mutation){
         .kind = STORE_SET, .key = key_slice(&vol->owner_key), .head = {a->owner_bytes, len}};
+    if (a->fence) {
+        a->checks[n_checks++] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                                     .key = key_slice(&a->sight.key),
+                                                     .value = {a->sight.bytes, a->sight.len}};
+        len = session_fenced_bytes(&a->sight, a->fenced);
+        a->mutations[n++] = (struct store_mutation){
+            .kind = STORE_SET, .key = key_slice(&a->sight.key), .head = {a->fenced, len}};
+    }
     a->state = a->entry.state;
     if (!a->state.n_logs) {
         own_log(vol, &a->state);
@@ -316,7 +361,7 @@ static void acquire_take(struct acquire *a)
             .kind = STORE_SET, .key = key_slice(&a->state_key), .head = {a->state_bytes, len}};
     }
     a->commit = (struct store_commit){.checks = a->checks,
-                                      .n_checks = 2,
+                                      .n_checks = n_checks,
                                       .mutations = a->mutations,
                                       .n_mutations = n,
                                       .wake_watchers = true,
@@ -360,6 +405,11 @@ static void acquire_asked(struct catalog_op *op)
         acquire_fail(a, ST_PERM, e.text);
         return;
     }
+    if (s->session->timed) {
+        /* Gone, or given back, or no answer: the next look says whether it lives. */
+        acquire_retry(a, st == ST_OK || st == ST_NOTFOUND ? 1 : ASK_AGAIN_MS);
+        return;
+    }
     if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==
                                 STORE_SESSION_ALIVE) {
         log_warning("volume %s: its owner, process %u on %s, gave no answer for %u ms", vol->name,
@@ -373,7 +423,7 @@ static void acquire_asked(struct catalog_op *op)
     acquire_retry(a, 1);
 }
 
-static void acquire_ask(struct acquire *a)
+static void acquire_ask(struct acquire *a, uint32_t wait_ms)
 {
     struct shard *s = a->vol->shard;
     struct mail_record mail = {.kind = MAIL_RELEASE};
@@ -382,7 +432,52 @@ static void acquire_ask(struct acquire *a)
     a->entry.branch = a->vol->branch;
     a->ask = (struct catalog_op){.done = acquire_asked};
     a->inflight = true;
-    catalog_ask_owner(&a->ask, s->store, s->env, &a->entry, &mail, s->session->lease_ms);
+    catalog_ask_owner(&a->ask, s->store, s->env, &a->entry, &mail, wait_ms, false);
+}
+
+/* What the owner's session record says, on stores that can't tell by themselves. */
+static void acquire_looked(struct store_read *read, enum status st)
+{
+    struct acquire *a = container_of(read, struct acquire, read);
+    struct shard *s = a->vol->shard;
+    struct session_sight *sight = &a->sight;
+    unsigned changes = sight->n_changes;
+    a->inflight = false;
+    if (st == ST_OK && a->gets[0].st != ST_NOTFOUND)
+        st = a->gets[0].st;
+    enum session_verdict verdict = session_judge(sight, &a->gets[0], s->env, s->session->host);
+    store_read_release(read);
+    if (st != ST_OK) {
+        acquire_fail(a, st, "its owner's session record can't be read");
+        return;
+    }
+    if (s->session->skip_lease) {
+        log_warning("volume %s: taken by force from process %u on %s (FDB_NBD_TEST_SKIP_LEASE)",
+                    a->vol->name, a->entry.owner.pid, a->entry.owner.host);
+        acquire_take(a);
+        return;
+    }
+    a->fence = verdict == SESSION_GONE || verdict == SESSION_SILENT;
+    if (verdict != SESSION_MAYBE) {
+        acquire_take(a);
+        return;
+    }
+    if (sight->n_changes != changes && ++a->times_busy >= TIMES_BUSY_MAX) {
+        acquire_fail(a, ST_PERM, "its owner lives but gives no answer");
+        return;
+    }
+    uint64_t seen_ns = env_now_ns(s->env) - sight->since_ns;
+    acquire_ask(a, (uint32_t)((session_silence_ns(sight) - seen_ns) / 1000000 + 1));
+}
+
+static void acquire_look(struct acquire *a)
+{
+    struct shard *s = a->vol->shard;
+    session_sight_begin(&a->sight, a->entry.owner.session);
+    a->gets[0] = (struct store_get){.key = key_slice(&a->sight.key)};
+    a->read = (struct store_read){.gets = a->gets, .n_gets = 1, .done = acquire_looked};
+    a->inflight = true;
+    store_read(s->store, s->env, &a->read);
 }
 
 static void acquire_got(struct store_read *read, enum status st)
@@ -410,6 +505,8 @@ static void acquire_got(struct store_read *read, enum status st)
     if (st == ST_OK && !damaged) {
         a->header_len = h->head.len;
         memcpy(a->header, h->head.data, h->head.len);
+        a->state_was_len = t->head.len;
+        memcpy(a->state_was, t->head.data, t->head.len);
         a->was_len = a->was_there ? o->head.len : 0;
         if (a->was_there)
             memcpy(a->was, o->head.data, o->head.len);
@@ -422,12 +519,18 @@ static void acquire_got(struct store_read *read, enum status st)
                                          : status_text(st));
         return;
     }
-    if (session_none(&entry->owner) ||
-        !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES) ||
-        store_session_probe(s->store, entry->owner.session) == STORE_SESSION_DEAD)
+    a->fence = false;
+    if (!shard_has_session(s, s->incarnation))
+        acquire_later(a);
+    else if (session_none(&entry->owner) ||
+             !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES))
+        acquire_take(a);
+    else if (s->session->timed)
+        acquire_look(a);
+    else if (store_session_probe(s->store, entry->owner.session) == STORE_SESSION_DEAD)
         acquire_take(a);
     else
-        acquire_ask(a);
+        acquire_ask(a, s->session->lease_ms);
 }
 
 static void acquire_read(struct acquire *a)
@@ -470,8 +573,11 @@ bool owner_ready(struct volume *vol, struct vol_io *io)
 static void release_retry(struct env_timer *timer)
 {
     struct release *r = container_of(timer, struct release, retry);
+    struct volume *vol = r->vol;
     r->committing = false;
-    volume_progress(r->vol);
+    if (vol->lost)
+        owner_forget(vol);
+    volume_progress(vol);
 }
 
 static void release_committed(struct store_commit *commit, enum status st)
@@ -583,29 +689,41 @@ static void mailbox_fired(struct store_watch *watch)
 static void mailbox_answered(struct store_commit *commit, enum status st)
 {
     struct mailbox *m = container_of(commit, struct mailbox, commit);
-    (void)st; /* a conflict: whoever asked gave up meanwhile */
     m->inflight--;
     m->handling = false;
-    if (m->vol->ownership == VOL_OWNED)
+    /* A conflict: whoever asked gave up meanwhile, or the volume is not ours any more, which is
+     * for a commit of data to find out; what comes next wakes us. */
+    if (m->vol->ownership == VOL_OWNED && (st != ST_CONFLICT || !m->armed))
         mailbox_look(m);
     volume_progress(m->vol);
 }
 
 static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
 {
-    struct shard *s = m->vol->shard;
+    struct volume *vol = m->vol;
+    struct shard *s = vol->shard;
     struct answer_record answer = {.id = m->mail.id, .status = (uint8_t)st};
+    size_t n_checks = 1;
+    if (s->member && vol->lost) {
+        /* The question is not for us, but for whoever owns the volume now. */
+        m->handling = false;
+        return;
+    }
     snprintf(answer.text, sizeof answer.text, "%s", text);
     size_t len = answer_encode(&answer, key_slice(&m->answer), m->reply);
-    m->check = (struct store_check){.kind = STORE_CHECK_VALUE,
-                                    .key = key_slice(&m->question),
-                                    .value = {m->raw, m->raw_len}};
+    m->checks[0] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                        .key = key_slice(&m->question),
+                                        .value = {m->raw, m->raw_len}};
+    if (s->member && vol->ownership == VOL_OWNED)
+        m->checks[n_checks++] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                                     .key = key_slice(&vol->owner_key),
+                                                     .value = {vol->owner_bytes, vol->owner_len}};
     m->mutations[0] = (struct store_mutation){
         .kind = STORE_SET, .key = key_slice(&m->answer), .head = {m->reply, len}};
     m->mutations[1] =
         (struct store_mutation){.kind = STORE_CLEAR, .key = key_slice(&m->question)};
-    m->commit = (struct store_commit){.checks = &m->check,
-                                      .n_checks = 1,
+    m->commit = (struct store_commit){.checks = m->checks,
+                                      .n_checks = n_checks,
                                       .mutations = m->mutations,
                                       .n_mutations = 2,
                                       .wake_watchers = true,
@@ -617,7 +735,9 @@ static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
 
 static void mail_released(struct volume *vol, void *arg)
 {
-    mailbox_answer(arg, vol->lost ? ST_IO : ST_OK, vol->lost ? "it was lost" : "given back");
+    struct mailbox *m = arg;
+    m->inflight--;
+    mailbox_answer(m, vol->lost ? ST_IO : ST_OK, vol->lost ? "it was lost" : "given back");
 }
 
 static void mail_idle_check(struct env_timer *timer)
@@ -625,17 +745,21 @@ static void mail_idle_check(struct env_timer *timer)
     struct mailbox *m = container_of(timer, struct mailbox, timer);
     struct volume *vol = m->vol;
     char text[512];
+    if (vol->ownership == VOL_OWNED && vol->busy == 0 && vol->requests == m->requests_then &&
+        !vol->closing) {
+        owner_release(vol, mail_released, m);
+        return;
+    }
     m->inflight--;
     if (vol->ownership != VOL_OWNED) {
         mailbox_answer(m, ST_OK, "given back");
-    } else if (vol->busy == 0 && vol->requests == m->requests_then && !vol->closing) {
-        owner_release(vol, mail_released, m);
     } else {
         snprintf(text, sizeof text, "it is in use by %u connection%s to process %u on %s (%s)",
                  vol->refs, vol->refs == 1 ? "" : "s", vol->owner.pid, vol->owner.host,
                  vol->owner.address);
         mailbox_answer(m, ST_BUSY, text);
     }
+    volume_progress(vol);
 }
 
 static void mail_io_done(struct vol_io *io)
@@ -658,11 +782,13 @@ static void mail_evicted(struct env_timer *timer)
         env_timer_start(vol->shard->env, &m->timer, 1);
         return;
     }
-    m->inflight--;
-    if (vol->ownership == VOL_OWNED)
+    if (vol->ownership == VOL_OWNED) {
         owner_release(vol, mail_released, m);
-    else
-        mailbox_answer(m, ST_OK, "given back");
+        return;
+    }
+    m->inflight--;
+    mailbox_answer(m, ST_OK, "given back");
+    volume_progress(vol);
 }
 
 static void mailbox_handle(struct mailbox *m)
@@ -763,12 +889,16 @@ void owner_forget(struct volume *vol)
         store_watch_stop(&m->watch);
         m->armed = false;
     }
+    if (vol->release && !vol->release->committing) {
+        void (*done)(struct volume *, void *) = vol->release_done;
+        free(vol->release);
+        vol->release = NULL;
+        vol->release_done = NULL;
+        if (done)
+            done(vol, vol->release_arg);
+    }
     if (m && !m->inflight) {
         vol->mailbox = NULL;
         free(m);
-    }
-    if (vol->release && !vol->release->committing) {
-        free(vol->release);
-        vol->release = NULL;
     }
 }

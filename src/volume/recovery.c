@@ -6,6 +6,7 @@
 #include "volume/internal.h"
 
 #define SESSIONS_MAX 4096u
+#define CLEARS_PER_SWEEP 100u
 
 struct recover {
     struct recovery *op;
@@ -28,6 +29,7 @@ struct recover {
     struct env_work work;
     struct err err;
     enum status st;
+    struct session_sweep sweep;
 };
 
 static void next_volume(struct recover *r);
@@ -193,6 +195,14 @@ static void volumes_listed(struct catalog_op *op)
         next_volume(r);
 }
 
+static void swept(struct session_sweep *sweep)
+{
+    struct recover *r = container_of(sweep, struct recover, sweep);
+    r->op->sessions = sweep->n_cleared;
+    session_sweep_free(sweep);
+    finish(r, ST_OK);
+}
+
 void recover_dead_sessions(struct recovery *op, struct shard *shard)
 {
     struct recover *r = mem_zalloc(sizeof *r);
@@ -200,6 +210,111 @@ void recover_dead_sessions(struct recovery *op, struct shard *shard)
     op->err.text[0] = 0;
     r->op = op;
     r->shard = shard;
+    if (shard->session->timed) {
+        r->sweep.done = swept;
+        session_sweep_run(&r->sweep, shard->session);
+        return;
+    }
     r->list = (struct catalog_op){.done = volumes_listed};
     catalog_list(&r->list, shard->store, shard->env);
+}
+
+/* --- sweeping ---------------------------------------------------------------------------- */
+
+static void sweep_finish(struct session_sweep *w, unsigned n_cleared)
+{
+    free(w->checks);
+    free(w->clears);
+    w->checks = NULL;
+    w->clears = NULL;
+    w->n_cleared = n_cleared;
+    w->done(w);
+}
+
+/* Where one of them changed after all, none is cleared, and the next sweep tries again. */
+static void sweep_cleared(struct store_commit *commit, enum status st)
+{
+    struct session_sweep *w = container_of(commit, struct session_sweep, commit);
+    sweep_finish(w, st == ST_OK ? (unsigned)w->n_clears : 0);
+}
+
+static struct session_sight *sight_of(struct session_sweep *w, size_t n_before,
+                                      const uint8_t id[SESSION_ID_BYTES])
+{
+    struct key key;
+    key_session(&key, id);
+    for (size_t i = 0; i < n_before; i++)
+        if (!memcmp(w->sights[i].key.bytes, key.bytes, key.len))
+            return &w->sights[i];
+    return NULL;
+}
+
+static void sweep_read(struct store_read *read, enum status st)
+{
+    struct session_sweep *w = container_of(read, struct session_sweep, read);
+    struct session *s = w->session;
+    uint32_t n = st == ST_OK ? w->range.n_pairs : 0;
+    size_t n_sights = 0, n_before = w->n_sights;
+    struct session_sight *sights = mem_zalloc((n + 1) * sizeof *sights);
+    w->checks = mem_zalloc((n + 1) * sizeof *w->checks);
+    w->clears = mem_zalloc((n + 1) * sizeof *w->clears);
+    w->n_checks = w->n_clears = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t id[SESSION_ID_BYTES];
+        const struct store_pair *pair = &w->range.pairs[i];
+        struct store_get get = {.key = pair->key, .st = ST_OK, .head = pair->head};
+        if (!key_parse_session(pair->key, id) || !memcmp(id, s->id, sizeof id))
+            continue;
+        struct session_sight *sight = &sights[n_sights++];
+        const struct session_sight *before = sight_of(w, n_before, id);
+        if (before)
+            *sight = *before;
+        session_sight_begin(sight, id);
+        enum session_verdict verdict = session_judge(sight, &get, s->env, s->host);
+        if (verdict == SESSION_MAYBE || w->n_clears == CLEARS_PER_SWEEP)
+            continue;
+        /* No record says the same as a fenced one: what it owned is free. */
+        w->clears[w->n_clears++] =
+            (struct store_mutation){.kind = STORE_CLEAR, .key = key_slice(&sight->key)};
+        w->checks[w->n_checks++] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                                        .key = key_slice(&sight->key),
+                                                        .value = {sight->bytes, sight->len}};
+    }
+    store_read_release(read);
+    free(w->sights);
+    w->sights = sights;
+    w->n_sights = n_sights;
+    if (!w->n_clears) {
+        sweep_finish(w, 0);
+        return;
+    }
+    w->commit = (struct store_commit){.checks = w->checks,
+                                      .n_checks = w->n_checks,
+                                      .mutations = w->clears,
+                                      .n_mutations = w->n_clears,
+                                      .wake_watchers = true,
+                                      .reserved = true,
+                                      .background = true,
+                                      .done = sweep_cleared};
+    store_commit(s->store, s->env, &w->commit);
+}
+
+void session_sweep_run(struct session_sweep *w, struct session *session)
+{
+    w->session = session;
+    key_prefix(&w->begin, 's');
+    w->end = w->begin;
+    key_prefix_end(&w->end);
+    w->range = (struct store_range){
+        .begin = key_slice(&w->begin), .end = key_slice(&w->end), .limit = SESSIONS_MAX};
+    w->read = (struct store_read){
+        .ranges = &w->range, .n_ranges = 1, .background = true, .done = sweep_read};
+    store_read(session->store, session->env, &w->read);
+}
+
+void session_sweep_free(struct session_sweep *w)
+{
+    free(w->sights);
+    w->sights = NULL;
+    w->n_sights = 0;
 }
