@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from . import rawnbd
+from . import cluster, rawnbd, stores
 from .server import SLOW, Server
 
 _seed = None
@@ -25,19 +25,50 @@ def pytest_addoption(parser):
     try:
         parser.addoption("--seed", type=int, default=None,
                          help="seed of all random choices (default: SEED, else a new one)")
+        parser.addoption("--store", choices=stores.ENGINES, default=None,
+                         help="the engine the tests run on (default: STORE, else lmdb)")
     except ValueError:
-        # Several test folders given at once each bring this option.
+        # Several test folders given at once each bring these options.
         pass
 
 
 def pytest_configure(config):
     global _seed
     config.addinivalue_line("markers", "limit(seconds): how long this test may take")
+    config.addinivalue_line("markers", "lmdb(why): about the embedded engine alone")
+    config.addinivalue_line("markers", "fdb: needs FoundationDB, whatever --store says")
+    chosen = config.getoption("--store", default=None)
+    if chosen:
+        stores.choose(chosen)
     if _seed is None:
         given = config.getoption("--seed", default=None)
         if given is None and os.environ.get("SEED"):
             given = int(os.environ["SEED"])
         _seed = random.SystemRandom().randrange(1 << 32) if given is None else given
+
+
+def pytest_collection_modifyitems(config, items):
+    """On FoundationDB the tests of the embedded engine's files and ways are no tests at all."""
+    if stores.on_fdb():
+        gone = [item for item in items if item.get_closest_marker("lmdb")]
+        if gone:
+            config.hook.pytest_deselected(items=gone)
+            items[:] = [item for item in items if not item.get_closest_marker("lmdb")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture starts a cluster that can't be had."""
+    if stores.on_fdb() or item.get_closest_marker("fdb"):
+        why = cluster.why_missing()
+        if why and os.environ.get("REQUIRE_FDB", "0") not in ("", "0"):
+            pytest.fail(f"{why}, and REQUIRE_FDB is set", pytrace=False)
+        if why:
+            pytest.skip(why)
+
+
+def pytest_unconfigure(config):
+    cluster.end_shared()
 
 
 _told = False

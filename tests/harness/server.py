@@ -14,17 +14,14 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import time
 import urllib.parse
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from . import stores
+from .waiting import SLOW, free_port, wait_until  # noqa: F401
 
-# One factor for every time limit: a loaded machine or a sanitizer build is slow,
-# not wrong.
-SLOW = float(os.environ.get("SLOW", "1"))
+REPO = Path(__file__).resolve().parents[2]
 
 START_LIMIT_S = 60 * SLOW
 STOP_LIMIT_S = 60 * SLOW
@@ -40,34 +37,16 @@ def program():
     return shlex.split(words) if words else [str(REPO / "build" / "fdb-nbd")]
 
 
-def wait_until(condition, limit_s, what, pause_s=0.01):
-    """Polls until condition() is true and gives that value; fails naming what was awaited."""
-    deadline = time.monotonic() + limit_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {limit_s:g} s: {what}")
-        time.sleep(pause_s)
-
-
-def free_port(host="127.0.0.1"):
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
-
-
 class Died(AssertionError):
     """The server ended although nobody asked it to."""
 
 
 class Server:
-    """One server process on one store folder; start() may be called again after stop() or kill().
+    """One server process on one store; start() may be called again after stop() or kill().
 
     volumes  name -> size, created by `serve --create` if they do not exist yet
     args     more arguments for `serve`
+    store    a path that stands for the store (stores.py), or a store's URI
     prefix   words put before the program (a namespace, a preloaded shim)
     reachable  False where the TCP address is in a namespace this process is not in
     """
@@ -76,8 +55,16 @@ class Server:
                  tcp=True, unix=True, host="127.0.0.1", port=None, reachable=True):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.store_folder = Path(store) if store else self.folder / "store"
-        self.store = f"lmdb:{self.store_folder}"
+        store = store or self.folder / "store"
+        if ":" in str(store):
+            # A store of the test's own: what else it takes to reach it is in `env`.
+            self.store, self.store_env, self.cli_prefix = str(store), {}, []
+        else:
+            self.store, self.store_env, self.cli_prefix = (
+                stores.uri(store), stores.env(), stores.prefix())
+        # Where the embedded engine's files are.
+        self.store_folder = (
+            Path(self.store.split(":", 1)[1]) if self.store.startswith("lmdb:") else None)
         self.volumes = dict(volumes or {})
         self.args = [str(a) for a in args]
         self.prefix = [str(w) for w in prefix]
@@ -130,7 +117,7 @@ class Server:
             # Only so that the wait below cannot meet a left-over of the last run; a
             # server has to cope with it by itself, which has its own test.
             self.socket_path.unlink()
-        env = dict(os.environ, **self.env)
+        env = dict(os.environ, **self.store_env, **self.env)
         # A server must not outlive the test that started it, however that one ends.
         words = ["setpriv", "--pdeathsig", "KILL"] + self.prefix + self.command()
         with open(self.log_path, "ab") as log:
@@ -236,7 +223,8 @@ class Server:
     # -- the command line --------------------------------------------------
 
     def cli(self, *words, check=True, stdin="", limit_s=CLI_LIMIT_S):
-        return cli(self.store, *words, check=check, stdin=stdin, limit_s=limit_s, env=self.env)
+        return cli(self.store, *words, check=check, stdin=stdin, limit_s=limit_s,
+                   env={**self.store_env, **self.env}, prefix=self.cli_prefix)
 
     def json(self, *words):
         return json.loads(self.cli("--json", *words).stdout)
@@ -255,9 +243,9 @@ class Server:
         return f"nbd+unix:///{name}?socket={self.socket_path}"
 
 
-def cli(store, *words, check=True, stdin="", limit_s=CLI_LIMIT_S, env=None):
+def cli(store, *words, check=True, stdin="", limit_s=CLI_LIMIT_S, env=None, prefix=()):
     """Runs `fdb-nbd --store STORE words...` to its end and gives status, stdout and stderr."""
-    command = program() + ["--store", store] + [str(w) for w in words]
+    command = [*prefix, *program(), "--store", store, *(str(w) for w in words)]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True,
                           timeout=limit_s, env=dict(os.environ, **(env or {})))
     for mark in SANITIZER_MARKS:
