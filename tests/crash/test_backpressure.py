@@ -17,6 +17,8 @@ from harness.load import content
 from harness.rawnbd import CMD_WRITE, FLAG_FUA, connect
 from harness.server import SLOW, wait_until
 
+pytestmark = pytest.mark.lmdb("it makes files slow; fdb/test_outage.py makes a cluster slow")
+
 MIB = 1 << 20
 PLACE = 65536           # the bytes that both clients write
 SIZE = 256 * MIB

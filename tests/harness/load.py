@@ -10,6 +10,7 @@ import random
 import select
 import socket
 import struct
+import threading
 import time
 from dataclasses import dataclass
 
@@ -196,6 +197,46 @@ class Load:
 
     def sent(self):
         return [op for op in self.ops if op.sent_ns is not None]
+
+
+class Background:
+    """A load that runs beside what the test does; leaving the block ends the sending and waits
+    for the answers. What goes wrong in it is raised there."""
+
+    def __init__(self, load, limit_s):
+        self.load, self.limit_s = load, limit_s
+        self.problem = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        try:
+            self.load.run(lambda load: self._stop.is_set(), self.limit_s)
+        except BaseException as e:
+            self.problem = e
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, value, trace):
+        self._stop.set()
+        self._thread.join()
+        if kind is None and self.problem:
+            raise self.problem
+
+    def running(self):
+        return self._thread.is_alive()
+
+
+def longest_pause_s(ops):
+    """The longest time in which nothing was answered while something was waiting for it."""
+    longest, last = 0, None
+    for at in sorted(op.answered_ns for op in ops if op.answered_ns is not None):
+        if last is not None:
+            longest = max(longest, at - last)
+        last = at
+    return longest / 1e9
 
 
 class _Lane:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import uml
-from harness import rawnbd
+from harness import rawnbd, stores
+from harness.cluster import Cluster
 from harness.server import SLOW, wait_until
 
 PORT = 10809
@@ -37,8 +38,18 @@ def namespace():
     if why:
         pytest.skip(f"no user-mode-linux here: {why}")
     made = uml.Namespace()
-    yield made
-    made.end()
+    one = None
+    try:
+        if stores.on_fdb():
+            # The server in the namespace reaches no cluster outside.
+            one = Cluster(prefix=made.enter).start()
+            stores.use_cluster(one)
+        yield made
+    finally:
+        stores.use_cluster(None)
+        if one:
+            one.end()
+        made.end()
 
 
 @pytest.fixture(scope="module")

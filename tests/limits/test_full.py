@@ -13,6 +13,8 @@ import pytest
 
 from harness.server import SLOW, Server
 
+pytestmark = pytest.mark.lmdb("about the disk its files are on")
+
 DISK_MIB = 400
 PIECE = 1 << 20
 

@@ -7,6 +7,8 @@ import pytest
 
 from harness.server import SLOW, Server
 
+pytestmark = pytest.mark.lmdb("only it has a write log")
+
 LEASE_MS = 2000
 
 

@@ -1,4 +1,4 @@
-"""Two servers on one embedded store (DESIGN section 7, G1, G4).
+"""Two servers on one store (DESIGN section 7, G1, G4).
 
 A volume is served by one of them at a time. It moves when its owner's clients are
 idle, is refused with the owner's name while they are not, is taken at once from a
@@ -96,6 +96,7 @@ def test_G4_volume_in_use_is_refused_with_its_owner(two):
     b.shutdown()
 
 
+@pytest.mark.lmdb("only here a process is known to be dead; fdb/test_gateways.py")
 def test_G1_dead_owner_is_replaced_at_once(two, rng):
     first, second = two
     a = connect(first)
@@ -109,6 +110,7 @@ def test_G1_dead_owner_is_replaced_at_once(two, rng):
     b.shutdown()
 
 
+@pytest.mark.lmdb("elsewhere it is fenced; fdb/test_gateways.py")
 def test_G4_stopped_owner_is_ended(two, rng):
     first, second = two
     a = connect(first)

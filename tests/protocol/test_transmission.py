@@ -130,6 +130,7 @@ def damage(folder, needle):
     return found
 
 
+@pytest.mark.lmdb("it damages files; fdb/test_keys.py damages keys")
 def test_B15_a_read_that_fails_half_way(servers, clients, rng):
     """G5: a damaged block is EIO for what touches it, never wrong bytes, never zeros.
 

@@ -17,6 +17,7 @@ import time
 
 import pytest
 
+from harness import stores
 from harness.fixtures import new_folder
 from harness.history import check_death, keep_evidence
 from harness.load import Load, Shape, content
@@ -24,7 +25,8 @@ from harness.rawnbd import CMD_WRITE, connect
 from harness.server import SLOW
 
 MIB = 1 << 20
-KILLS = int(os.environ.get("KILLS", "60"))
+# On FoundationDB each death costs a lease.
+KILLS = int(os.environ.get("KILLS", "12" if stores.on_fdb() else "60"))
 SIZE = 24 * MIB + 512
 
 SHAPES = {

@@ -34,6 +34,8 @@ from harness.load import FLUSH, WRITE, Load, Op, Shape, content
 from harness.rawnbd import FLAG_FUA, connect
 from harness.server import SLOW, Server, copy_store, wait_until
 
+pytestmark = pytest.mark.lmdb("it cuts between a server and its files")
+
 MIB = 1 << 20
 CUTS = int(os.environ.get("CUTS", "300"))
 SIZE = 8 * MIB + 512
