@@ -15,7 +15,6 @@
 #include "volume/internal.h"
 
 #define FLYING_MAX 40u
-#define HANG_STEPS 3000000u
 #define EXTENTS 16u
 
 enum request_kind {
@@ -164,7 +163,7 @@ static void trace(const struct drv *d, uint64_t off, uint64_t len, const char *w
     }
     if (wanted && off <= at && at < off + len)
         fprintf(stderr, "%12llu ns: %s %llu: %llu+%llu (block %llu of %llu bytes)\n",
-                (unsigned long long)sim_now_ns(d->sim), what, (unsigned long long)id,
+                (unsigned long long)world_now_ns(d->world), what, (unsigned long long)id,
                 (unsigned long long)off, (unsigned long long)len,
                 (unsigned long long)(at / d->c.block_size), (unsigned long long)d->c.block_size);
 }
@@ -776,7 +775,7 @@ void drv_request(struct drv *d)
 /* An event due by `limit_ns`; false where there is none. */
 static bool step_by(struct drv *d, uint64_t limit_ns)
 {
-    bool went = limit_ns == UINT64_MAX ? sim_step(d->sim) : sim_step_by(d->sim, limit_ns);
+    bool went = world_step(d->world, limit_ns);
     look_at_zeros(d);
     judge_suspects(d);
     if (d->p && d->p->shard) {
@@ -798,8 +797,8 @@ void drv_breathe(struct drv *d)
     /* Mostly less than a commit takes, now and then long enough for everything to come to rest,
      * and a part of what is due at once. */
     static const uint64_t spans_ns[] = {0, 5000, 50000, 50000, 200000, 200000, 1000000, 5000000};
-    uint64_t span = drv_one_in(d, 40) ? 3000000000 : spans_ns[drv_below(d, 8)];
-    uint64_t limit = sim_now_ns(d->sim) + drv_below(d, span + 1);
+    uint64_t span = drv_one_in(d, 40) ? d->world->long_ns : spans_ns[drv_below(d, 8)];
+    uint64_t limit = world_now_ns(d->world) + drv_below(d, span + 1);
     uint64_t n = drv_one_in(d, 2) ? 10000 : drv_below(d, 20);
     for (uint64_t i = 0; i < n && !d->violated; i++)
         if (!step_by(d, limit))
@@ -835,7 +834,8 @@ void drv_steps(struct drv *d, uint64_t n)
 
 bool drv_drain(struct drv *d)
 {
-    for (uint64_t i = 0; i < HANG_STEPS && !d->violated; i++) {
+    struct patience p = {0};
+    while (!d->violated && world_patient(d->world, &p)) {
         write_some(d, true);
         drv_submit(d);
         while (!list_empty(&d->shown))
@@ -857,7 +857,8 @@ bool drv_drain(struct drv *d)
 
 static enum status run_one(struct drv *d, bool *finished, const enum status *st)
 {
-    for (uint64_t i = 0; i < HANG_STEPS && !*finished && !d->violated; i++) {
+    struct patience p = {0};
+    while (!*finished && !d->violated && world_patient(d->world, &p)) {
         write_some(d, true);
         drv_submit(d);
         if (*finished)
@@ -989,7 +990,7 @@ bool process_open(struct drv *d, struct process *p)
     p->open = (struct volume_open){.branch = d->branch, .done = opened};
     snprintf(p->open.name, sizeof p->open.name, "v");
     volume_open(p->shard, &p->open);
-    if (!sim_run_until(p->env->sim, is_opened, p, HANG_STEPS))
+    if (!world_run_until(d->world, p->env, is_opened, p))
         drv_violation(d, "the volume does not open");
     else if (p->open.st != ST_OK)
         drv_violation(d, "the volume does not open: %s", p->open.err.text);
@@ -1005,17 +1006,22 @@ struct process *process_start(struct drv *d)
 {
     struct process *p = mem_zalloc(sizeof *p);
     struct err e;
-    p->env = sim_env_new(d->sim);
-    p->store = mem_store_attach(d->db, p->env);
+    p->store = world_attach(d->world, &p->env, &e);
+    if (!p->store) {
+        drv_violation(d, "the store does not open: %s", e.text);
+        free(p);
+        return NULL;
+    }
     enum status st;
     unsigned tries = 0;
     do
-        st = session_begin(&p->session, p->store, &p->env->base, sim_run_once, 3000, "test", &e);
+        st = session_begin(&p->session, p->store, p->env, d->world->run_once, d->world->lease_ms,
+                           "test", &e);
     while (st != ST_OK && d->c.faults && ++tries < 100);
     if (st != ST_OK)
         drv_violation(d, "no session: %s", e.text);
     struct shard_config config = {.store = p->store,
-                                  .env = &p->env->base,
+                                  .env = p->env,
                                   .session = &p->session,
                                   .cache_bytes = d->c.cache_bytes,
                                   .log_bytes = d->c.log_bytes,
@@ -1032,27 +1038,20 @@ void process_close(struct drv *d, struct process *p)
         return;
     volume_unwatch_loss(&p->watcher);
     volume_close(p->vol, closed, p);
-    if (!sim_run_until(p->env->sim, is_closed, p, HANG_STEPS))
+    if (!world_run_until(d->world, p->env, is_closed, p))
         drv_violation(d, "the volume does not close");
     p->vol = NULL;
 }
 
 static void process_free(struct drv *d, struct process *p)
 {
-    struct sim *own = p->env->sim == d->sim ? NULL : p->env->sim;
     if (p->beside)
         process_close(d, p->beside);
     free(p->beside);
     shard_free(p->shard);
     if (!p->dead)
-        session_end(&p->session, &p->env->base, sim_run_once);
-    /* Work of worker threads and spurious events run out. */
-    if (own)
-        sim_run_idle(own, HANG_STEPS);
-    store_close(p->store);
-    sim_env_free(p->env);
-    if (own)
-        sim_free(own);
+        session_end(&p->session, p->env, d->world->run_once);
+    world_detach(d->world, p->env, p->store);
     free(p);
 }
 
@@ -1062,17 +1061,18 @@ void process_stop(struct drv *d, struct process *p)
     process_free(d, p);
 }
 
+/* Or some that were granted now and must be withdrawn. */
 static bool no_zombies(void *arg)
 {
     const struct drv *d = arg;
-    return !d->n_flying;
+    return !d->n_flying || !list_empty(&d->ready);
 }
 
-/* The process is dead. What is left of it in memory is taken apart in a world of its own by
- * the code that also handles a lost volume. */
+/* The process is dead. What is left of it in memory is taken apart (where time is simulated, in
+ * a world of its own) by the code that also handles a lost volume. */
 static void bury(struct drv *d, struct process *p)
 {
-    struct sim *own = p->env->sim == d->sim ? sim_env_detach(p->env) : p->env->sim;
+    world_stop(d->world, p->env);
     list_for_each_safe (l, next, &d->shown) {
         struct request *r = container_of(l, struct request, link);
         volume_release_segs(&r->io);
@@ -1105,7 +1105,7 @@ static void bury(struct drv *d, struct process *p)
             volume_write_abort(p->vol, &r->io);
             request_finish(r);
         }
-        sim_run_until(own, no_zombies, d, 100000);
+        world_run_until(d->world, p->env, no_zombies, d);
     }
     if (d->n_flying) {
         const struct request *r = container_of(d->flying.next, const struct request, link);
@@ -1120,7 +1120,7 @@ static void bury(struct drv *d, struct process *p)
 
 void drv_stop_process(struct drv *d, struct process *p)
 {
-    sim_env_detach(p->env);
+    world_stop(d->world, p->env);
     p->stopped = true;
     list_init(&p->flying);
     list_init(&p->ready);
@@ -1152,7 +1152,7 @@ void process_crash(struct drv *d, struct process *p)
         d->inline_data = p->inline_data;
     }
     p->dead = true;
-    mem_store_crash_process(p->store);
+    world_crash(d->world, p->store);
     bury(d, p);
 }
 
@@ -1170,25 +1170,29 @@ static bool op_is_finished(void *arg)
 
 static uint64_t make_volume(struct drv *d, const char *name)
 {
-    struct sim_env *env = sim_env_new(d->sim);
-    struct store *store = mem_store_attach(d->db, env);
+    struct env *env;
+    struct err e;
+    struct store *store = world_attach(d->world, &env, &e);
+    if (!store) {
+        drv_violation(d, "the store does not open: %s", e.text);
+        return 0;
+    }
     struct volume_spec spec = {
         .size = d->c.size, .block_size = d->c.block_size, .codec = d->c.codec};
     snprintf(spec.name, sizeof spec.name, "%s", name);
     struct catalog_op op = {.done = finished_op};
-    catalog_create(&op, store, &env->base, &spec);
-    sim_run_until(d->sim, op_is_finished, &op, 1000);
+    catalog_create(&op, store, env, &spec);
+    world_run_until(d->world, env, op_is_finished, &op);
     if (op.st != ST_OK)
         drv_violation(d, "the volume can't be made: %s", op.err.text);
     catalog_op_free(&op);
     op = (struct catalog_op){.done = finished_op};
-    catalog_find(&op, store, &env->base, name);
-    sim_run_until(d->sim, op_is_finished, &op, 1000);
+    catalog_find(&op, store, env, name);
+    world_run_until(d->world, env, op_is_finished, &op);
     CHECK(op.st == ST_OK);
     uint64_t branch = op.entries[0].branch;
     catalog_op_free(&op);
-    store_close(store);
-    sim_env_free(env);
+    world_detach(d->world, env, store);
     return branch;
 }
 
@@ -1238,8 +1242,9 @@ struct drv *drv_new(const struct drv_config *config)
     if (!d->c.cache_bytes)
         d->c.cache_bytes = VOLUME_CACHE_BYTES_MIN;
     d->chance = config->seed;
-    d->sim = sim_new(config->seed);
-    d->db = mem_store_new(d->sim, &d->c.store);
+    d->world = d->c.world ? d->c.world : world_sim_new(config->seed, &d->c.store);
+    d->sim = d->world->sim;
+    d->db = d->world->db;
     d->size = d->base_size = config->size;
     list_init(&d->flying);
     list_init(&d->ready);
@@ -1252,10 +1257,9 @@ struct drv *drv_new(const struct drv_config *config)
 
 bool drv_free(struct drv *d)
 {
-    struct mem_counts counts;
-    mem_store_counts(d->db, &counts);
-    if (counts.broken_promises)
-        drv_violation(d, "the store was not used as it says");
+    const char *wrong = d->violated ? NULL : world_end(d->world);
+    if (wrong)
+        drv_violation(d, "%s", wrong);
     /* After a violation anything may be left over: memory is the least of it. */
     if (d->violated) {
         static struct drv *abandoned[64] __attribute__((used));
@@ -1263,8 +1267,7 @@ bool drv_free(struct drv *d)
         abandoned[n++ % 64] = d;
         return false;
     }
-    mem_store_free(d->db);
-    sim_free(d->sim);
+    world_free(d->world);
     for (unsigned i = 0; i < d->n_regions; i++) {
         free(d->regions[i].now);
         free(d->regions[i].base);
@@ -1280,7 +1283,8 @@ bool drv_free(struct drv *d)
 void drv_open(struct drv *d)
 {
     d->p = process_start(d);
-    process_open(d, d->p);
+    if (d->p)
+        process_open(d, d->p);
 }
 
 /* --- the stored form ----------------------------------------------------------------- */
@@ -1307,11 +1311,10 @@ static bool in_trash(const struct check *c, uint64_t first, uint64_t end)
     return false;
 }
 
-static void check_trash(void *arg, struct slice key, struct slice head, struct slice body)
+static void check_trash(void *arg, struct slice key, struct slice head)
 {
     struct check *c = arg;
     struct trash_record rec;
-    (void)body;
     if (!trash_decode(key, head, &rec)) {
         drv_violation(c->d, "a trash record does not decode");
         return;
@@ -1325,7 +1328,7 @@ static bool load_row1(struct check *c, uint64_t no)
 {
     struct drv *d = c->d;
     struct key key;
-    struct slice head, body;
+    struct slice head;
     static struct row2 row2;
     if (c->row1_no == no)
         return c->row1_there;
@@ -1334,7 +1337,7 @@ static bool load_row1(struct check *c, uint64_t no)
     c->row1_no = no;
     c->row1_there = false;
     key_row(&key, d->branch, 2, no >> INDEX_SHIFT, 1);
-    if (!mem_store_peek(d->db, key_slice(&key), &head, &body))
+    if (!world_peek(d->world, key_slice(&key), &head))
         return false;
     if (!row2_decode(&row2, key_slice(&key), head)) {
         drv_violation(d, "a level-2 row does not decode");
@@ -1344,7 +1347,7 @@ static bool load_row1(struct check *c, uint64_t no)
     if (e->kind != ROW2_ROW)
         return false;
     key_row(&key, d->branch, 1, no, e->epoch);
-    if (!mem_store_peek(d->db, key_slice(&key), &head, &body) ||
+    if (!world_peek(d->world, key_slice(&key), &head) ||
         !row1_decode(&c->row1, key_slice(&key), head)) {
         drv_violation(d, "level-1 row %llu is named and not there", (unsigned long long)no);
         return false;
@@ -1356,13 +1359,12 @@ static bool load_row1(struct check *c, uint64_t no)
     return true;
 }
 
-static void check_row(void *arg, struct slice key, struct slice head, struct slice body)
+static void check_row(void *arg, struct slice key, struct slice head)
 {
     struct check *c = arg;
     struct drv *d = c->d;
     uint64_t branch, no, epoch;
     unsigned level;
-    (void)body;
     if (!key_parse_row(key, &branch, &level, &no, &epoch)) {
         drv_violation(d, "a key among the rows is none");
     } else if (level == 2) {
@@ -1380,25 +1382,24 @@ static void check_row(void *arg, struct slice key, struct slice head, struct sli
     } else {
         for (unsigned i = 0; i < INDEX_FANOUT && !d->violated; i++) {
             const struct row_source *s = row1_data(&c->row1, i);
-            struct slice h, b;
+            struct slice h;
             struct key k;
             if (!s)
                 continue;
             c->data_blocks++;
             key_block(&k, s->branch, s->epoch, (no << INDEX_SHIFT) + i);
-            if (!mem_store_peek(d->db, key_slice(&k), &h, &b))
+            if (!world_peek(d->world, key_slice(&k), &h))
                 drv_violation(d, "block %llu is named and not there",
                               (unsigned long long)((no << INDEX_SHIFT) + i));
         }
     }
 }
 
-static void check_block(void *arg, struct slice key, struct slice head, struct slice body)
+static void check_block(void *arg, struct slice key, struct slice head)
 {
     struct check *c = arg;
     uint64_t branch, epoch, no;
     (void)head;
-    (void)body;
     if (!key_parse_block(key, &branch, &epoch, &no))
         drv_violation(c->d, "a key among the blocks is none");
     else if ((!load_row1(c, no >> INDEX_SHIFT) || !row1_data(&c->row1, no & (INDEX_FANOUT - 1))) &&
@@ -1407,25 +1408,25 @@ static void check_block(void *arg, struct slice key, struct slice head, struct s
 }
 
 static void check_keys(struct check *c, char tag,
-                       void (*see)(void *arg, struct slice key, struct slice head,
-                                   struct slice body))
+                       void (*see)(void *arg, struct slice key, struct slice head))
 {
     struct key begin, stop;
     key_prefix_branch(&begin, tag, c->d->branch);
     stop = begin;
     key_prefix_end(&stop);
-    mem_store_each(c->d->db, key_slice(&begin), key_slice(&stop), see, c);
+    world_each(c->d->world, key_slice(&begin), key_slice(&stop), see, c);
 }
 
 void drv_check_store(struct drv *d)
 {
     struct check c = {.d = d, .row1_no = UINT64_MAX};
     struct key key;
-    struct slice head, body;
+    struct slice head;
     struct state_record state = {0};
+    world_look(d->world);
     row1_init(&c.row1);
     key_state(&key, d->branch);
-    if (!mem_store_peek(d->db, key_slice(&key), &head, &body) ||
+    if (!world_peek(d->world, key_slice(&key), &head) ||
         !state_decode(key_slice(&key), head, &state))
         drv_violation(d, "the state record is not there");
     check_keys(&c, 't', check_trash);
@@ -1471,7 +1472,8 @@ void drv_reopen(struct drv *d, bool new_process)
         process_free(d, d->p);
         d->p = process_start(d);
     }
-    process_open(d, d->p);
+    if (d->p)
+        process_open(d, d->p);
     checkpoint(d);
     trace(d, 0, d->size, "reopened", new_process);
 }
@@ -1591,9 +1593,9 @@ void drv_crash(struct drv *d, bool power)
 {
     struct process *p = d->p;
     p->dead = true;
-    mem_store_crash_process(p->store);
+    world_crash(d->world, p->store);
     if (power)
-        mem_store_power_cut(d->db);
+        world_power_cut(d->world);
     d->p = NULL;
     bury(d, p);
 }
@@ -1608,10 +1610,10 @@ void drv_request_ownership(struct drv *d)
 
 void drv_wait_ms(struct drv *d, uint64_t ms)
 {
-    uint64_t until = sim_now_ns(d->sim) + ms * 1000000;
+    uint64_t until = world_now_ns(d->world) + ms * 1000000;
     write_some(d, true);
     drv_submit(d);
-    while (!d->violated && sim_now_ns(d->sim) < until) {
+    while (!d->violated && world_now_ns(d->world) < until) {
         step_by(d, until);
         write_some(d, true);
         drv_submit(d);
@@ -1652,7 +1654,7 @@ void drv_two_owners(struct drv *d)
 
 void drv_moment(struct drv *d, uint64_t steps)
 {
-    uint64_t limit = sim_now_ns(d->sim) + 2000000;
+    uint64_t limit = world_now_ns(d->world) + 2000000;
     while (steps-- > 0 && !d->violated && step_by(d, limit)) {
     }
 }

@@ -1,6 +1,6 @@
 /*
- * A driver for one volume under simulation: random requests, and a plain array that says
- * what the volume must hold.
+ * A driver for one volume: random requests, and a plain array that says what the volume must
+ * hold. It runs in a simulated world, or in a real one on an engine (world.h).
  *
  * Effects are kept in a journal in the order in which the volume took them. While the
  * process lives, a read must show the array as it was when the read was asked for, or,
@@ -14,10 +14,10 @@
 #ifndef TESTS_SIM_DRIVER_H
 #define TESTS_SIM_DRIVER_H
 
-#include "mem_store.h"
 #include "volume/catalog.h"
 #include "volume/session.h"
 #include "volume/volume.h"
+#include "world.h"
 
 struct drv_config {
     uint64_t seed;
@@ -35,6 +35,7 @@ struct drv_config {
     bool expect_nospc; /* writes may be refused; not checked against the array */
     bool faults;       /* requests may fail with ST_IO */
     bool damaged;      /* the store is damaged on purpose: drv_close does not check it */
+    struct world *world; /* NULL: a simulated one with `store`, from the seed; the driver's */
     struct mem_config store;
 };
 
@@ -59,7 +60,7 @@ struct effect {
 
 /* One process: a handle of the store, a session, a shard, the volume. */
 struct process {
-    struct sim_env *env;
+    struct env *env;
     struct store *store;
     struct session session;
     struct shard *shard;
@@ -77,9 +78,10 @@ struct process {
 
 struct drv {
     struct drv_config c;
-    struct sim *sim;
-    uint64_t chance; /* the driver's own, apart from the world's */
+    struct world *world;
+    struct sim *sim; /* the world's, these two: for tests of simulated ones */
     struct mem_store *db;
+    uint64_t chance; /* the driver's own, apart from the world's */
     uint64_t branch, size, base_size;
     struct process *p;
     struct region *regions;
