@@ -688,8 +688,8 @@ static void lane_turn(struct reactor_hook *hook)
         }
         shard_submit(lane->shard);
         /* All that these replies tell was looked up before this (G4). */
-        if (!list_empty(&lane->flush))
-            shard_check_session(lane->shard);
+        if (!list_empty(&lane->flush) && !shard_may_answer(lane->shard))
+            return;
         while ((l = list_pop(&lane->flush))) {
             struct conn *c = container_of(l, struct conn, flush_link);
             if (c->blocked)

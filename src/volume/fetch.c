@@ -143,7 +143,7 @@ static void read_begin(struct volume *vol, struct vol_io *io);
 bool volume_read(struct volume *vol, struct vol_io *io)
 {
     CHECK(io->length > 0 && io->length <= VOLUME_READ_BYTES_MAX);
-    if (vol->ownership == VOL_OWNED && io->offset + io->length <= vol->size &&
+    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt && io->offset + io->length <= vol->size &&
         shard_uses_log(vol->shard) && segs_from_cache(vol, io)) {
         vol->stats.cache_hits++;
         io->st = ST_OK;

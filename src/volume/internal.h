@@ -63,7 +63,8 @@ struct shard {
     struct session *session;
     struct session_member *member; /* NULL: the store knows dead processes by itself */
     bool adrift;                   /* the session ended; the next one has not begun */
-    unsigned n_lost_early;         /* volumes lost before home told of the end */
+    bool in_doubt;                 /* it may have ended: requests are parked, nothing is answered */
+    struct env_timer doubt_timer;
     uint64_t incarnation;          /* counts the sessions there were */
     struct store_log *log; /* NULL: writes are answered at their commit */
     struct buf_pool *pool;
@@ -296,6 +297,8 @@ void volume_tell_watchers(struct volume *vol, const char *why);
 /* Whether requests may go on. If not, `io` was parked: write_resume() gets it when the volume is
  * owned, or it is answered with an error. */
 bool owner_ready(struct volume *vol, struct vol_io *io);
+/* The session of this process is in doubt no more: goes on with what was parked for that. */
+void owner_resume(struct volume *vol);
 /* Commits everything and gives the owner key back. */
 void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *arg), void *arg);
 /* Goes on with a release where what it waited for is done. */

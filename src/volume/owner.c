@@ -557,7 +557,7 @@ static void acquire_start(struct volume *vol)
 
 bool owner_ready(struct volume *vol, struct vol_io *io)
 {
-    if (vol->ownership == VOL_OWNED)
+    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt)
         return true;
     io->stage = IO_PARKED;
     list_add_tail(&vol->parked, &io->link);
@@ -566,6 +566,12 @@ bool owner_ready(struct volume *vol, struct vol_io *io)
     else if (vol->ownership == VOL_UNOWNED)
         acquire_start(vol);
     return false;
+}
+
+void owner_resume(struct volume *vol)
+{
+    if (vol->ownership == VOL_OWNED)
+        resume_parked(vol);
 }
 
 /* --- giving back --------------------------------------------------------------------- */

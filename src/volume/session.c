@@ -48,6 +48,7 @@ struct session_member {
 };
 
 static void tick(struct env_timer *timer);
+static void beat(struct session *s);
 static void begin_again(struct session *s);
 
 /* --- the first record, and the last ------------------------------------------------------ */
@@ -308,24 +309,34 @@ static void end_incarnation(struct session *s, const char *why)
         begin_again(s);
 }
 
-/* Moves the end of the lease, unless it was found to have passed. */
-static bool extend(struct session *s)
+/* From now on nothing is answered, until a heartbeat tells. */
+static void doubt(struct session *s)
 {
-    uint64_t until = atomic_load(&s->valid_until_ns);
-    /* Counted from the sending: the commit happened at some time after that, and others count
-     * from when they saw it. */
-    do {
-        if (!session_holds(s, s->env))
-            return false;
-    } while (!atomic_compare_exchange_weak(&s->valid_until_ns, &until, s->sent_ns + lease_ns(s)));
-    return true;
+    if (s->stage == SESSION_IN_DOUBT)
+        return;
+    s->stage = SESSION_IN_DOUBT;
+    log_warning("the store took no heartbeat of this server for %u ms: its clients wait until one "
+                "tells whether others have taken its volumes",
+                s->lease_ms);
 }
 
-static void ended_in_silence(struct session *s)
+/* A heartbeat succeeded: it holds again, or still. Counted from the sending: the commit happened
+ * at some time after that, and others count from when they saw it. */
+static void extend(struct session *s)
 {
-    char why[160];
-    snprintf(why, sizeof why, "the store took no heartbeat of this server for %u ms", s->lease_ms);
-    end_incarnation(s, why);
+    uint64_t until = s->sent_ns + lease_ns(s);
+    if (env_now_ns(s->env) >= until) {
+        /* Nobody has fenced it, but the answer took a lease to come. */
+        doubt(s);
+        beat(s);
+        return;
+    }
+    atomic_store(&s->valid_until_ns, until);
+    if (s->stage == SESSION_IN_DOUBT) {
+        s->stage = SESSION_ON;
+        log_info("this server goes on: nobody took its volumes meanwhile");
+    }
+    tick_at(s, s->sent_ns + beat_ns(s));
 }
 
 static void beat_answered(struct store_commit *commit, enum status st)
@@ -347,15 +358,11 @@ static void beat_answered(struct store_commit *commit, enum status st)
         s->rec.counter++;
         s->len = s->next_len;
         memcpy(s->bytes, s->next_bytes, s->len);
-        if (!extend(s)) {
-            ended_in_silence(s);
-            return;
-        }
-        tick_at(s, s->sent_ns + beat_ns(s));
+        extend(s);
         return;
     }
     log_warning("a heartbeat of this server failed: %s; it is tried again", status_text(st));
-    tick_at(s, env_now_ns(s->env) + beat_ns(s) / 4);
+    env_timer_start(s->env, &s->timer, beat_ns(s) / 4 / NS_PER_MS + 1);
 }
 
 static void beat(struct session *s)
@@ -385,14 +392,14 @@ static void tick(struct env_timer *timer)
         begin_again(s);
         return;
     }
-    if (!session_holds(s, s->env)) {
-        ended_in_silence(s);
-        return;
-    }
-    /* One at a time. One that merely is not answered ends nothing before the lease is over. */
+    bool holds = session_holds(s, s->env);
+    if (!holds)
+        doubt(s);
+    /* One at a time: what became of the last one must be known before the next. */
     if (!s->committing)
         beat(s);
-    tick_at(s, UINT64_MAX);
+    if (holds)
+        tick_at(s, UINT64_MAX);
 }
 
 /* --- a new incarnation ------------------------------------------------------------------------ */

@@ -10,10 +10,13 @@
  * of a lease a commit raises the counter in its record, under a check of the
  * record's exact bytes. It may be relied on (G4) until a lease after the *sending* of the
  * last one that succeeded: from its commit on others wait for longer than that before
- * they fence it. A heartbeat whose check fails, or a lease without a success,
- * ends the incarnation for good, whatever comes later. Then every shard lets go
- * of what it owned, and when all have, the process goes on as a new incarnation:
- * a new id, a new record.
+ * they fence it. After a lease without a success the session is in doubt: nothing is
+ * answered. It ends there only if others have fenced it, which the next heartbeat finds out;
+ * one that succeeds proves that nobody has, and so that nobody has changed anything it
+ * owns, and it goes on. (So a store that was away for longer than a lease costs its clients
+ * a pause, not their connections.) A heartbeat whose check fails ends the incarnation for good:
+ * every shard lets go of what it owned, and when all have, the process goes on as a new
+ * incarnation: a new id, a new record.
  *
  * Heartbeats are sent by one thread, that of the environment the session was begun with
  * (here: home). It must run as long as anything is owned.
@@ -33,6 +36,7 @@
 
 enum session_stage {
     SESSION_ON,
+    SESSION_IN_DOUBT,   /* a lease has passed; a heartbeat will tell whether it goes on */
     SESSION_LETTING_GO, /* ended; not all members have let go */
     SESSION_BEGINNING,  /* the new incarnation's record is on its way */
 };
@@ -55,8 +59,7 @@ struct session {
      * thread without a lock as long as it was not told `lost` since it was last told `begun`. */
     uint8_t id[SESSION_ID_BYTES];
 
-    /* Any thread. Until then (env_now_ns) it may be relied on; 0: it ended. Home moves it
-     * forward, whoever finds it passed makes it 0, and both only from the value they saw. */
+    /* Any thread. Until then (env_now_ns) it may be relied on; 0: it ended. */
     _Atomic uint64_t valid_until_ns;
     _Atomic uint64_t n_ended; /* incarnations that ended while they were needed */
 
@@ -95,19 +98,14 @@ void session_end(struct session *s, struct env *env, void (*run_once)(struct env
 /* The first half of the end: no more heartbeats. What is under way is still answered. */
 void session_stop(struct session *s);
 
-/* Whether the session may be relied on at this moment. Once false, false until `begun`. Asked
- * after something was looked up and before it is told to anybody: then the look fell into the
- * lease, however long the telling takes. Any thread; `env` is its own. */
+/* Whether the session may be relied on at this moment. Asked after something was looked up and
+ * before it is told to anybody: then the look fell into the lease, however long the telling
+ * takes; or it fell into a doubt that is over, during which nobody changed anything. Any
+ * thread; `env` is its own. */
 static inline bool session_holds(struct session *s, struct env *env)
 {
     uint64_t until = atomic_load(&s->valid_until_ns);
-    while (until) {
-        if (env_now_ns(env) < until)
-            return true;
-        if (atomic_compare_exchange_strong(&s->valid_until_ns, &until, 0))
-            return false;
-    }
-    return false;
+    return until && env_now_ns(env) < until;
 }
 
 /* One that owns volumes under the session: a shard. Only where session->timed. */

@@ -12,6 +12,7 @@
 
 #define LOG_BYTES_MIN (16ull << 20)
 #define LOG_BYTES_MAX (128ull << 20)
+#define DOUBT_LOOK_MS 10u
 
 static void age_fire(struct env_timer *timer)
 {
@@ -41,19 +42,13 @@ void shard_age_start(struct shard *s)
     env_timer_start(s->env, &s->age_timer, s->seal_age_ms);
 }
 
-static void lose_all(struct shard *s, unsigned *n_lost)
-{
-    *n_lost += s->adrift ? 0 : volume_lose_all(s);
-    s->adrift = true;
-}
-
 static unsigned session_lost(void *arg)
 {
     struct shard *s = arg;
-    unsigned n = s->n_lost_early;
-    lose_all(s, &n);
-    s->n_lost_early = 0;
-    return n;
+    s->adrift = true;
+    s->in_doubt = false;
+    env_timer_stop(s->env, &s->doubt_timer);
+    return volume_lose_all(s);
 }
 
 static void session_begun(void *arg)
@@ -69,13 +64,32 @@ bool shard_has_session(struct shard *s, uint64_t incarnation)
            (!s->adrift && s->incarnation == incarnation && session_holds(s->session, s->env));
 }
 
-void shard_check_session(struct shard *s)
+/* Looked at again now and then, which is simpler than being told, and rare. */
+static void doubt_fire(struct env_timer *timer)
 {
-    if (!s->member || s->adrift || session_holds(s->session, s->env))
+    struct shard *s = container_of(timer, struct shard, doubt_timer);
+    if (!session_holds(s->session, s->env)) {
+        env_timer_start(s->env, &s->doubt_timer, DOUBT_LOOK_MS);
         return;
-    /* Home learns of it soon by itself; what is looked up here must not wait for that. */
-    lose_all(s, &s->n_lost_early);
-    session_notice(s->member);
+    }
+    s->in_doubt = false;
+    list_for_each_safe(l, next, &s->volumes)
+        owner_resume(container_of(l, struct volume, link));
+}
+
+bool shard_may_answer(struct shard *s)
+{
+    /* Adrift, what it had is lost and its connections are gone: nothing left to be kept back. */
+    if (!s->member || s->adrift)
+        return true;
+    if (!s->in_doubt && session_holds(s->session, s->env))
+        return true;
+    if (!s->in_doubt) {
+        s->in_doubt = true;
+        session_notice(s->member);
+        env_timer_start(s->env, &s->doubt_timer, DOUBT_LOOK_MS);
+    }
+    return false;
 }
 
 enum status shard_new(const struct shard_config *config, struct shard **out, struct err *e)
@@ -100,6 +114,7 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     list_init(&s->read_waiters);
     list_init(&s->submitted);
     s->age_timer.fire = age_fire;
+    s->doubt_timer.fire = doubt_fire;
     if (s->store->limits.has_log && !config->no_log) {
         uint64_t bytes = config->log_bytes;
         if (!bytes)
@@ -124,6 +139,7 @@ void shard_free(struct shard *s)
     CHECK(list_empty(&s->volumes));
     CHECK(list_empty(&s->write_waiters) && list_empty(&s->read_waiters));
     env_timer_stop(s->env, &s->age_timer);
+    env_timer_stop(s->env, &s->doubt_timer);
     if (s->member)
         session_leave(s->member);
     store_unreserve(s->store, s->credit);

@@ -350,7 +350,7 @@ const char *volume_description(const struct volume *vol)
 
 bool volume_is_owned(const struct volume *vol)
 {
-    return vol->ownership == VOL_OWNED;
+    return vol->ownership == VOL_OWNED && !vol->shard->in_doubt;
 }
 
 void volume_watch_loss(struct volume *vol, struct volume_watcher *w)

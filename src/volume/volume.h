@@ -56,11 +56,12 @@ void shard_free(struct shard *shard);
  * gathered. */
 void shard_submit(struct shard *shard);
 
-/* To be called once for each batch of replies, after whatever they tell was looked up and before
- * the first of them is sent (G4). Where this process's session has ended, all volumes it owned
- * are lost, whose watchers drop these replies unsent. One clock call where the store needs
- * heartbeats, none elsewhere. */
-void shard_check_session(struct shard *shard);
+/* To be asked once for each batch of replies, after whatever they tell was looked up and before
+ * the first of them is sent (G4). False: this process's session is in doubt, and the replies
+ * are kept until it holds again, which runs the loop, or has ended, which loses the volumes,
+ * whose watchers drop the replies. One clock call where the store needs heartbeats, none
+ * elsewhere. */
+bool shard_may_answer(struct shard *shard);
 
 /* Whether writes wait for memory, log room or space that others hold. */
 bool shard_writers_wait(const struct shard *shard);
