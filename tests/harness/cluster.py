@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from . import tuples
 from .waiting import SLOW, free_port, wait_until
 
 MISSING = "FoundationDB is not on this machine"
@@ -196,12 +197,18 @@ class Cluster:
 
     # -- the processes -----------------------------------------------------
 
+    def prepare(self):
+        """The cluster file of a cluster that is to be started later."""
+        for p in self.processes:
+            p.port = free_port()
+        coordinators = ",".join(p.address for p in self.processes)
+        self.file.write_text(f"test:test@{coordinators}\n")
+
     def start(self, wait=True):
         for attempt in range(3):
-            for p in self.processes:
-                p.port = free_port()
-            coordinators = ",".join(p.address for p in self.processes)
-            self.file.write_text(f"test:test@{coordinators}\n")
+            # What others have read of the file by now must hold.
+            if attempt or not self.file.exists():
+                self.prepare()
             for p in self.processes:
                 p.start()
             try:
@@ -294,11 +301,30 @@ class Cluster:
         words = [*self.prefix, self.programs.cli, "-C", str(self.file), "--timeout",
                  str(int(limit_s * SLOW)), "--exec", "; ".join(commands)]
         env = dict(os.environ, **self.client_env())
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=env,
+        done = subprocess.run(words, capture_output=True, text=True, errors="surrogateescape", env=env,
                               stdin=subprocess.DEVNULL, timeout=2 * limit_s * SLOW + 30)
         if check:
             assert done.returncode == 0, f"{commands}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def rows(self, prefix, *elements):
+        """[(tuple without the prefix, value)...] of the keys under the tuple (prefix, elements...),
+        as fdbcli shows them."""
+        begin = tuples.pack(prefix, *elements)
+        said = self.cli(f"getrange {tuples.escape(begin)}\\x00 {tuples.escape(begin)}\\xff 100000")
+        out = []
+        for line in said.splitlines():
+            if line.startswith("`") and "' is `" in line:
+                key, value = line[1:-1].split("' is `", 1)
+                out.append((tuples.unpack(tuples.unescape(key))[1:], tuples.unescape(value)))
+        return out
+
+    def set(self, key, value):
+        """Behind everybody's back."""
+        self.cli("writemode on", f"set {tuples.escape(key)} {tuples.escape(value)}")
+
+    def clear(self, key):
+        self.cli("writemode on", f"clear {tuples.escape(key)}")
 
     def status(self):
         """The cluster's status as a dict; empty when it does not even give one."""
@@ -323,6 +349,11 @@ class Cluster:
     def prefix_of(self, what):
         """A prefix of its own for whatever it is; the same one for the same."""
         return self._prefixes.setdefault(str(what), f"t{len(self._prefixes) + 1}")
+
+    @staticmethod
+    def prefix_in(store):
+        """The prefix that a store's URI names."""
+        return store.split("?prefix=")[1]
 
     def store(self, what=None):
         """The URI of a store of its own for `what`; a new one for None."""
