@@ -7,6 +7,10 @@ a failure. The last line is "N passed, N failed, N skipped", also left in
 build/check-summary.txt. Tests that are skipped because they belong to the long run are not
 counted. Any other skip must have a reason that begins as one of SKIPS_ALLOWED, or the run
 fails: what is not tested must not look tested.
+
+Where FoundationDB is (tests/harness/cluster.py finds it), clusters are started and most suites
+run a second time on it. Elsewhere those tests are skipped, each by name; REQUIRE_FDB=1 makes
+them fail instead.
 """
 
 import argparse
@@ -28,6 +32,8 @@ SKIPS_ALLOWED = (
     "no pidfd_open here",
     "no pidfd_getfd here",
 )
+if os.environ.get("REQUIRE_FDB", "0") in ("", "0"):
+    SKIPS_ALLOWED += ("FoundationDB is not on this machine",)
 LONG_RUN_ONLY = "LONG=1"
 SUITE_LIMIT_S = 1800
 
@@ -106,6 +112,9 @@ def suites(long_run):
 
     for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
         yield pytest_suite(folder, folder, BUILD, counts)
+    yield pytest_suite("fdb", "fdb", BUILD, counts)
+    for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
+        yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, dict(counts, STORE="fdb"))
     yield pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))
 
 
@@ -114,7 +123,7 @@ def pytest_suite(name, folder, build_folder, env):
     return (name,
             ["/usr/bin/python3", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
              "--junit-xml", report, ROOT / "tests" / folder],
-            dict(env, FDB_NBD=str(build_folder / "fdb-nbd"), PYTHONDONTWRITEBYTECODE="1"),
+            dict({"STORE": "lmdb"}, **env, FDB_NBD=str(build_folder / "fdb-nbd"), PYTHONDONTWRITEBYTECODE="1"),
             report)
 
 
