@@ -266,6 +266,7 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .arg = run};
     struct err e = {0};
     enum status st = server_run(&config, &e);
+    run->store = NULL;
     if (st == ST_OK)
         return CLI_DONE;
     status = cli_failed(&e);

@@ -346,6 +346,10 @@ enum status server_run(const struct server_config *config, struct err *e)
         st = serve(r, e);
     listeners_close(s->listeners);
     for (unsigned i = 0; i < s->n_lanes; i++)
+        reactor_join(s->lanes[i].reactor);
+    /* Before the reactors: an engine may have timers on them, and tasks on their way. */
+    store_close(config->store);
+    for (unsigned i = 0; i < s->n_lanes; i++)
         reactor_free(s->lanes[i].reactor);
     free(s->lanes);
     free(r);

@@ -19,7 +19,7 @@
 #define SERVER_THREADS_MAX 64u
 
 struct server_config {
-    struct store *store;       /* open; stays the caller's */
+    struct store *store;       /* open; server_run closes it */
     const char *const *listen; /* "HOST:PORT", "[V6]:PORT", ":PORT" (any address), "unix:PATH" */
     size_t n_listen;           /* 1 .. SERVER_LISTEN_MAX */
     const char *default_export; /* volume an empty name means; NULL: the only one, if it is */
