@@ -116,7 +116,7 @@ def answered(load, from_number=0):
 
 @pytest.mark.limit(240 + 30 * FAULTS)
 def test_G1_G2_G3_gateway_killed_with_injected_faults(cluster, folder, seed):
-    server = gateway(cluster, folder / "s", {"v": SIZE}, lease_ms=1000, tcp=False, env=BUGGIFY)
+    server = gateway(cluster, folder / "s", {"v": SIZE}, lease_ms=LEASE_MS, tcp=False, env=BUGGIFY)
     with server:
         before, number = filled(server), 2
         for fault in range(2 * FAULTS):

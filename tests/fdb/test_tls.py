@@ -69,11 +69,3 @@ def test_external_client_library(cluster, folder, rng, threads):
         assert "libfdb_c_other" in mapped, [
             line for line in mapped.splitlines() if "fdb_c" in line]
         journey(server, rng)
-
-
-def test_external_client_folder_that_is_not_there(cluster, folder):
-    server = gateway(cluster, folder / "s")
-    server.env["FDB_NETWORK_OPTION_EXTERNAL_CLIENT_DIRECTORY"] = f"{folder}/nowhere"
-    done = server.cli("list", check=False)
-    assert done.returncode == 4 and done.stderr.count("\n") == 1, done
-    assert done.stderr.startswith("fdb-nbd: "), done.stderr

@@ -348,7 +348,7 @@ class Cluster:
 
     def prefix_of(self, what):
         """A prefix of its own for whatever it is; the same one for the same."""
-        return self._prefixes.setdefault(str(what), f"t{len(self._prefixes) + 1}")
+        return self._prefixes.setdefault(what, f"t{len(self._prefixes) + 1}")
 
     @staticmethod
     def prefix_in(store):
@@ -357,7 +357,7 @@ class Cluster:
 
     def store(self, what=None):
         """The URI of a store of its own for `what`; a new one for None."""
-        return self.uri(self.prefix_of(what if what is not None else object()))
+        return self.uri(self.prefix_of(object() if what is None else str(what)))
 
     def client_env(self):
         env = self.programs.client_env()
