@@ -86,6 +86,7 @@ struct gen *gen_open(struct volume *vol)
     struct gen *g = mem_zalloc(sizeof *g);
     g->vol = vol;
     g->no = ++vol->gen_next;
+    weight_begin(g);
     list_init(&g->dirty);
     list_init(&g->waiters);
     list_add_tail(&vol->gens, &g->link);
@@ -109,6 +110,7 @@ void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
         e->charged = false;
         list_add_tail(&g->dirty, &e->dirty);
         g->n_dirty++;
+        weight_touch(g, e->no);
         if (!g->opened_ns) {
             g->opened_ns = env_now_ns(s->env);
             shard_age_start(s);
@@ -118,6 +120,7 @@ void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
         return;
     e->charged = true;
     g->dirty_bytes += vol->block_size;
+    weight_data(g, e);
     if (!io) {
         s->write_bytes += vol->block_size;
         return;
@@ -798,7 +801,9 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     index_fix_row2(vol, row2, kind);
     index_fix_rows1(vol, row2 << INDEX_SHIFT, (row2 + 1) << INDEX_SHIFT, kind);
     key_row(&key, vol->branch, 2, row2, vol->header.epoch);
-    if (kind == SOURCE_ABSENT && !(scan && scan->other_epochs)) {
+    if (r2) {
+        row_changed(g, r2); /* build_rows2() stores it */
+    } else if (kind == SOURCE_ABSENT && !(scan && scan->other_epochs)) {
         clear_key(g, &key);
     } else {
         struct row2 *row = mem_alloc(sizeof *row);
@@ -810,8 +815,6 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
         free(bytes);
         free(row);
     }
-    if (r2)
-        row_changed(g, r2);
     if (rows)
         add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT), trim_first);
 }
@@ -977,6 +980,15 @@ static void build_state(struct gen *g)
     }
 }
 
+/* Everything that was counted when it came must cover what came of it. */
+static void check_weight(const struct gen *g)
+{
+    uint64_t sum = 0;
+    for (size_t i = 0; i < g->n_mutations; i++)
+        sum += weight_of_mutation(&g->mutations[i]);
+    CHECK(sum <= g->weight && sum <= g->vol->shard->commit_bytes_max);
+}
+
 static void build(struct gen *g, const struct state_record *before)
 {
     struct volume *vol = g->vol;
@@ -996,6 +1008,7 @@ static void build(struct gen *g, const struct state_record *before)
     build_rows2(g, bytes);
     build_state(g);
     free(bytes);
+    check_weight(g);
 }
 
 /* --- commit -------------------------------------------------------------------------- */

@@ -7,6 +7,7 @@
  *   write.c       writes, zeroes, trims, flushes into the open generation
  *   fetch.c       reads, and what must be loaded for them
  *   generation.c  from a sealed generation to a commit
+ *   weight.c      the most a generation's commit can have, before it is built
  *   index.c       the rows in memory
  *   trash.c       space behind trims
  *   replay.c      the log of an owner that died
@@ -32,6 +33,9 @@
 #define GENERATION_RANGES_MAX 256u
 #define GENERATION_BLOCKS_MAX 16384u
 #define GENERATIONS_QUEUED_MAX 8u
+#define GENERATION_ROWS_COUNTED 256u
+/* A commit takes at least this much: a write of 4 MiB with its index rows (weight.c). */
+#define COMMIT_BYTES_MIN (5ull << 20)
 
 /* Kinds of log records; stored (docs/format.md). */
 enum io_kind {
@@ -79,6 +83,7 @@ struct shard {
     /* What reads under way hold. */
     uint64_t read_bytes, read_bytes_max;
     uint64_t generation_bytes_max;
+    uint64_t commit_bytes_max; /* the store's */
     uint64_t log_held; /* log room promised to writes that were begun */
     struct store_reservation credit; /* reserved in the store and not yet used by a write */
     struct list write_waiters, read_waiters; /* vol_io.link */
@@ -133,6 +138,8 @@ struct gen {
     enum gen_stage stage;
     struct list dirty; /* blk.dirty while open */
     uint64_t n_dirty, dirty_bytes;
+    uint64_t weight; /* the most bytes its commit can have; see weight.c */
+    uint64_t rows_counted[GENERATION_ROWS_COUNTED]; /* rows in the weight; not all of them */
     struct store_reservation reserved;
     struct gen_range *ranges;
     size_t n_ranges, cap_ranges;
@@ -354,6 +361,27 @@ bool gen_all_quiet(const struct volume *vol);
 void gen_free_all(struct volume *vol);
 /* Answers the requests that wait for commits, because there will be none. */
 void gen_fail_waiters(struct volume *vol);
+
+/* --- weight.c -------------------------------------------------------------------- */
+
+/* What a mutation counts for in a commit, as all the weights here do. */
+uint64_t weight_of_mutation(const struct store_mutation *m);
+/* The most that a request could add: a write of blocks [first, end); zeros over them, which
+ * may write the first and the last one in part; n keys cleared. */
+uint64_t weight_of_write(const struct volume *vol, uint64_t first, uint64_t end);
+uint64_t weight_of_zeros(const struct volume *vol, uint64_t first, uint64_t end);
+uint64_t weight_of_clears(uint64_t n);
+/* Zeros over more blocks than this need not fit one generation. */
+uint64_t weight_zeros_max(const struct volume *vol);
+/* What a request did add: a changed block, its contents, a range, n keys cleared. */
+void weight_begin(struct gen *g);
+void weight_touch(struct gen *g, uint64_t no);
+void weight_data(struct gen *g, const struct blk *e);
+void weight_range(struct gen *g, uint64_t first, uint64_t end);
+void weight_clears(struct gen *g, uint64_t n);
+/* Before an operation takes effect that dirties up to `bytes` and adds up to `weight`: it must
+ * fit into one generation (G3), so the open one is sealed where it would not. */
+void gen_make_fit(struct volume *vol, uint64_t bytes, uint64_t weight);
 
 /* --- replay.c -------------------------------------------------------------------- */
 

@@ -50,6 +50,12 @@ bool mask_next_run(const struct mask *m, uint32_t block_size, uint32_t from, uin
  * caller frees it. */
 size_t mask_encode(const struct mask *m, uint32_t block_size, uint8_t **out);
 
+/* The longest that mask_encode makes. */
+static inline size_t mask_bytes_max(uint32_t block_size)
+{
+    return 1 + block_size / 8;
+}
+
 /* The reverse: false where the bytes are not a mask of such a block. */
 bool mask_decode(struct mask *m, uint32_t block_size, struct slice stored);
 

@@ -182,6 +182,28 @@ static uint64_t get_varint(struct reader *r, uint64_t max)
     return 0;
 }
 
+static size_t varint_bytes(uint64_t v)
+{
+    size_t n = 1;
+    for (; v >= 0x80; v >>= 7)
+        n++;
+    return n;
+}
+
+/* Runs of one are the shortest and together the longest: a run twice as long never takes twice
+ * the bytes. */
+size_t row1_bytes_max(unsigned n_sources)
+{
+    CHECK(n_sources <= INDEX_FANOUT);
+    return 1 + varint_bytes(n_sources) + n_sources * 2u * VARINT_BYTES_MAX +
+           INDEX_FANOUT * (varint_bytes(SOURCE_FIRST + n_sources) + 1) + HASH_BYTES;
+}
+
+size_t row2_bytes_max(uint64_t epoch)
+{
+    return 1 + INDEX_FANOUT * (1 + varint_bytes(epoch) + varint_bytes(INDEX_FANOUT)) + HASH_BYTES;
+}
+
 static uint64_t row_hash(struct slice key, const uint8_t *bytes, size_t len)
 {
     return hash64(bytes, len, hash64(key.data, key.len, 0));

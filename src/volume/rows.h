@@ -73,6 +73,11 @@ int row1_uniform(const struct row1 *row);
 /* Data blocks named below a level-2 row. */
 uint64_t row2_n_data(const struct row2 *row);
 
+/* The longest stored forms: of a level-1 row that names up to `n_sources` (INDEX_FANOUT at most)
+ * sources, of a level-2 row with epochs up to `epoch`. */
+size_t row1_bytes_max(unsigned n_sources);
+size_t row2_bytes_max(uint64_t epoch);
+
 /* Stored form: at most ROW_BYTES_MAX bytes, a version byte first, ending with a hash bound
  * to `key`. Decode initialises `row` first (row1: free what it held before calling) and
  * gives false, with the row all ABSENT, for anything that is not a whole row of that key. */

@@ -107,6 +107,8 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     s->read_bytes_max = config->cache_bytes / 4;
     s->generation_bytes_max =
         min_u64(s->store->limits.batch_bytes_max, config->cache_bytes / 8);
+    s->commit_bytes_max = s->store->limits.commit_bytes_max;
+    CHECK(s->commit_bytes_max >= COMMIT_BYTES_MIN);
     s->rows.bytes_max = max_u64(config->cache_bytes / 16, 2u << 20);
     list_init(&s->rows.lru);
     list_init(&s->volumes);

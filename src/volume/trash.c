@@ -46,6 +46,7 @@ static void batch_read(struct store_read *read, enum status st)
         volume_progress(vol);
         return;
     }
+    gen_make_fit(vol, 0, weight_of_clears(c->range.n_pairs + 1));
     struct gen *g = vol->open;
     uint64_t last = 0;
     for (uint32_t i = 0; i < c->range.n_pairs; i++) {
@@ -61,6 +62,7 @@ static void batch_read(struct store_read *read, enum status st)
         g->clears[g->n_clears++] = (struct gen_clear){.epoch = epoch, .no = no, .level = c->level};
         c->batch++;
     }
+    weight_clears(g, c->range.n_pairs + 1); /* the record is one more */
     bool more = c->range.more;
     store_read_release(read);
     if (more) {

@@ -390,6 +390,7 @@ static void zero_range(struct volume *vol, uint64_t first, uint64_t end, bool ho
     }
     struct gen *g = vol->open;
     uint8_t kind = hole ? SOURCE_HOLE : SOURCE_ZERO;
+    weight_range(g, first, end);
     if (g->n_ranges && g->ranges[g->n_ranges - 1].end == first &&
         g->ranges[g->n_ranges - 1].kind == kind) {
         g->ranges[g->n_ranges - 1].end = end;
@@ -444,6 +445,29 @@ static void apply_zeros(struct volume *vol, struct vol_io *io, uint64_t offset, 
     }
 }
 
+/* The same in as many generations as it takes: one, short of petabytes. Cut at whole pieces of
+ * 4 MiB (G3), counted from the first whole block. */
+static void zeros_in_pieces(struct volume *vol, struct vol_io *io, uint64_t offset,
+                            uint64_t length, bool hole, bool edges)
+{
+    uint64_t blocks_max = weight_zeros_max(vol);
+    uint64_t bytes_max =
+        blocks_max > UINT64_MAX >> vol->block_shift ? UINT64_MAX : blocks_max << vol->block_shift;
+    do {
+        uint64_t len = length;
+        if (len > bytes_max) {
+            uint64_t lead = -offset & (vol->block_size - 1);
+            len = lead + (bytes_max - vol->block_size) / VOLUME_PIECE_BYTES * VOLUME_PIECE_BYTES;
+        }
+        uint64_t first = offset >> vol->block_shift;
+        uint64_t end = ((offset + len - 1) >> vol->block_shift) + 1;
+        gen_make_fit(vol, io ? io->held_bytes : 0, weight_of_zeros(vol, first, end));
+        apply_zeros(vol, io, offset, len, hole, edges);
+        offset += len;
+        length -= len;
+    } while (length);
+}
+
 /* Stored form of a record's meta (docs/format.md): kind, flags, offset, length. */
 #define META_HOLE 1u
 #define META_EDGES 2u
@@ -477,15 +501,6 @@ static void log_op(struct volume *vol, struct vol_io *io, uint8_t kind, uint8_t 
     list_add_tail(&s->submitted, &io->link);
 }
 
-/* Before an operation of up to `bytes` takes effect: it must fit into one generation (G3). */
-static void make_generation_fit(struct volume *vol, uint64_t bytes)
-{
-    const struct gen *g = vol->open;
-    if ((g->dirty_bytes && g->dirty_bytes + bytes > vol->shard->generation_bytes_max) ||
-        g->n_dirty >= GENERATION_BLOCKS_MAX || g->n_ranges >= GENERATION_RANGES_MAX)
-        gen_seal(vol, false);
-}
-
 /* Behind it: stores without a log commit as soon as they can (at the end of the batch), the
  * others when a generation is full or old, or when half of the log is in use. */
 static void operation_done(struct volume *vol, struct vol_io *io)
@@ -516,7 +531,7 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
         io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_NOSPC);
         return;
     }
-    make_generation_fit(vol, io->held_bytes);
+    gen_make_fit(vol, io->held_bytes, weight_of_write(vol, no, last_block(vol, io) + 1));
     if (data)
         iov[n_iov++] = (struct iovec){.iov_base = (void *)(uintptr_t)data, .iov_len = io->length};
     for (uint32_t i = 0; left; i++, no++) {
@@ -543,8 +558,7 @@ static void zero_granted(struct volume *vol, struct vol_io *io)
 {
     bool hole = !(io->flags & VOL_NO_HOLE);
     bool edges = io->held_bytes != 0 || blocks_needed(vol, io) == 0;
-    make_generation_fit(vol, io->held_bytes);
-    apply_zeros(vol, io, io->offset, io->length, hole, edges);
+    zeros_in_pieces(vol, io, io->offset, io->length, hole, edges);
     log_op(vol, io, io->kind == IO_TRIM ? RECORD_TRIM : RECORD_ZERO,
            (uint8_t)((hole ? META_HOLE : 0) | (edges ? META_EDGES : 0)), NULL, 0, 0);
     operation_done(vol, io);
@@ -667,7 +681,7 @@ static void resize_begin(struct volume *vol, struct vol_io *io)
     gen_seal(vol, false);
     if (io->new_size < vol->size) {
         /* The cut-off part reads as zeros should the volume grow again. */
-        apply_zeros(vol, NULL, io->new_size, vol->size - io->new_size, true, true);
+        zeros_in_pieces(vol, NULL, io->new_size, vol->size - io->new_size, true, true);
         vol->size = io->new_size;
     }
     vol->open->new_size = io->new_size;
@@ -710,29 +724,35 @@ void write_resume(struct volume *vol, struct vol_io *io)
     }
 }
 
+/* The generation that holds the end of a record says how far the log is applied. */
+static void replay_reached(struct volume *vol, const struct store_log_record *rec)
+{
+    vol->open->replayed_seq = rec->seq;
+    vol->open->force = true;
+}
+
 void write_replay(struct volume *vol, const struct store_log_record *rec)
 {
     uint8_t kind = rec->meta[0], flags = rec->meta[1];
     uint64_t offset = get_le64(rec->meta + 8), length = get_le64(rec->meta + 16);
-    struct gen *g;
 
-    make_generation_fit(vol, rec->payload_len);
-    g = vol->open;
-    g->replayed_seq = rec->seq;
-    g->force = true;
     if (!length || offset + length < offset || offset + length > vol->size ||
         (kind == RECORD_WRITE && length != rec->payload_len)) {
         log_error("volume %s: log record %llu does not fit the volume: left out", vol->name,
                   (unsigned long long)rec->seq);
+        replay_reached(vol, rec);
         return;
     }
     if (kind != RECORD_WRITE) {
-        apply_zeros(vol, NULL, offset, length, flags & META_HOLE, flags & META_EDGES);
+        zeros_in_pieces(vol, NULL, offset, length, flags & META_HOLE, flags & META_EDGES);
+        replay_reached(vol, rec);
         return;
     }
     const uint8_t *src = rec->payload;
     uint64_t no = offset >> vol->block_shift;
+    uint64_t end_no = ((offset + length - 1) >> vol->block_shift) + 1;
     uint32_t lo = (uint32_t)(offset & (vol->block_size - 1));
+    gen_make_fit(vol, (end_no - no) << vol->block_shift, weight_of_write(vol, no, end_no));
     while (length) {
         uint32_t len = (uint32_t)min_u64(vol->block_size - lo, length);
         apply_bytes(vol, NULL, no++, lo, lo + len, src, NULL);
@@ -740,4 +760,5 @@ void write_replay(struct volume *vol, const struct store_log_record *rec)
         length -= len;
         lo = 0;
     }
+    replay_reached(vol, rec);
 }

@@ -99,8 +99,8 @@ static struct handle *handle_of(struct store *store)
 /* The layers above did what they promised not to do. */
 static void broken(struct mem_store *db, const char *what)
 {
-    db->counts.broken_promises++;
-    fprintf(stderr, "store double: %s\n", what);
+    if (++db->counts.broken_promises <= 10)
+        fprintf(stderr, "store double: %s\n", what);
 }
 
 /* --- the map ------------------------------------------------------------------------- */
@@ -468,6 +468,19 @@ static void apply(struct mem_store *db, struct store_commit *commit, size_t n_mu
     }
 }
 
+/* As FoundationDB counts: keys as such, and twice in each conflict range. */
+static uint64_t commit_whole_bytes(const struct store_commit *commit)
+{
+    uint64_t n = 0;
+    for (size_t i = 0; i < commit->n_checks; i++)
+        n += 64 + 3 * commit->checks[i].key.len;
+    for (size_t i = 0; i < commit->n_mutations; i++) {
+        const struct store_mutation *m = &commit->mutations[i];
+        n += 64 + 4 * m->key.len + m->head.len + m->body.len;
+    }
+    return n;
+}
+
 /* Executes a commit: checks, then everything or nothing. */
 static enum status commit_execute(struct handle *h, struct store_commit *commit)
 {
@@ -489,6 +502,12 @@ static enum status commit_execute(struct handle *h, struct store_commit *commit)
             broken(db, "a head that is too long");
         if (m->body.len > h->base.limits.body_bytes_max)
             broken(db, "a body that is too long");
+    }
+    uint64_t whole = commit_whole_bytes(commit);
+    db->counts.commit_bytes_most = max_u64(db->counts.commit_bytes_most, whole);
+    if (whole > h->base.limits.commit_bytes_max) {
+        broken(db, "a commit that is too large");
+        return ST_INVAL;
     }
     if (!commit->reserved && db->config.capacity_bytes &&
         db->counts.body_bytes_used + db->counts.reserved_bytes + sum > db->config.capacity_bytes &&
@@ -1126,6 +1145,8 @@ struct mem_store *mem_store_new(struct sim *sim, const struct mem_config *config
     db->config = *config;
     if (!db->config.batch_bytes_max)
         db->config.batch_bytes_max = 16u << 20;
+    if (!db->config.commit_bytes_max)
+        db->config.commit_bytes_max = UINT64_MAX;
     if (!db->config.read_ns_max)
         db->config.read_ns_max = DELAY_NS;
     if (!db->config.commit_ns_max)
@@ -1161,7 +1182,7 @@ struct store *mem_store_attach(struct mem_store *db, struct sim_env *env)
     h->base.limits = (struct store_limits){.head_bytes_max = 65536,
                                            .body_bytes_max = 1u << 20,
                                            .batch_bytes_max = db->config.batch_bytes_max,
-                                           .commit_bytes_max = UINT64_MAX,
+                                           .commit_bytes_max = db->config.commit_bytes_max,
                                            .body_bytes_best = 16384,
                                            .has_log = db->config.has_log};
     h->db = db;
@@ -1295,6 +1316,12 @@ void mem_store_each(struct mem_store *db, struct slice begin, struct slice end,
          n && compare(n->key, n->key_len, end.data, end.len) < 0; n = n->next[0])
         see(arg, node_key(n), (struct slice){n->head, n->head_len},
             (struct slice){n->body, n->body_len});
+}
+
+void mem_store_put(struct mem_store *db, struct slice key, struct slice head, struct slice body)
+{
+    map_set(db, &(struct store_mutation){
+                    .kind = STORE_SET, .key = key, .head = head, .body = body});
 }
 
 bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head, struct slice *body)

@@ -37,6 +37,7 @@ enum mem_lie {
 struct mem_config {
     bool has_log;
     uint64_t batch_bytes_max;                         /* 0: 16 MiB */
+    uint64_t commit_bytes_max;                        /* 0: without end; see limits */
     uint64_t capacity_bytes;                          /* of bodies; 0: without end */
     uint64_t read_ns_max, commit_ns_max, sync_ns_max; /* random delays; 0: 300 us */
     uint64_t commit_bytes_per_ms;                     /* a slow medium; 0: bytes take no time */
@@ -75,10 +76,13 @@ void mem_store_set_capacity(struct mem_store *db, uint64_t bytes);
 struct mem_counts {
     uint64_t keys, body_bytes_used, reserved_bytes, reserved_keys;
     uint64_t commits, reads, submits, syncs, conflicts, replayed_records, log_records_lost;
+    uint64_t commit_bytes_most; /* the largest commit so far */
     uint64_t broken_promises; /* of the layers above: see the message on stderr */
 };
 void mem_store_counts(const struct mem_store *db, struct mem_counts *counts);
 uint64_t mem_store_keys_in(struct mem_store *db, struct slice begin, struct slice end);
+/* Puts a key there, as if it had always been. */
+void mem_store_put(struct mem_store *db, struct slice key, struct slice head, struct slice body);
 bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head, struct slice *body);
 /* The nth key (from 0) in [begin, end); false past the last. Valid until it is removed. */
 bool mem_store_nth_key(struct mem_store *db, struct slice begin, struct slice end, uint64_t n,

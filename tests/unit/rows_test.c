@@ -290,6 +290,45 @@ static void sealed_nonsense_is_refused_or_canonical(void **state)
     row1_free(&row);
 }
 
+/* Random rows of every make, and the longest there can be, stay below what is said of them. */
+static void no_row_is_longer_than_its_bound(void **state)
+{
+    (void)state;
+    struct chance c = chance_begin("row bounds");
+    static uint8_t out[ROW_BYTES_MAX];
+    static struct row2 row2;
+    struct key k;
+    for (unsigned round = 0; round < 400; round++) {
+        struct row1 row;
+        unsigned n = 1 + (unsigned)chance_below(&c, round % 2 ? 3 : INDEX_FANOUT);
+        bool longest = round % 8 < 2;
+        row1_init(&row);
+        for (unsigned i = 0; i < INDEX_FANOUT; i++)
+            if (longest || chance_below(&c, 3))
+                row1_set_data(&row, i, UINT64_MAX - (longest ? i % n : chance_below(&c, n)),
+                              UINT64_MAX);
+        key_row(&k, 1, 1, round, 1);
+        size_t len = row1_encode(&row, key_slice(&k), out);
+        assert_true(len <= row1_bytes_max(n));
+        if (longest && n == INDEX_FANOUT)
+            assert_true(len + 64 > row1_bytes_max(n));
+        row1_free(&row);
+
+        uint64_t epoch = chance_u64(&c) >> chance_below(&c, 64);
+        for (unsigned i = 0; i < INDEX_FANOUT; i++)
+            row2.entry[i] =
+                (struct row2_entry){.kind = longest ? ROW2_ROW : (uint8_t)chance_below(&c, 4),
+                                    .epoch = epoch,
+                                    .n_data = (uint16_t)(INDEX_FANOUT - i % 2)};
+        len = row2_encode(&row2, key_slice(&k), out);
+        assert_true(len <= row2_bytes_max(epoch));
+        if (longest)
+            assert_int_equal(len, row2_bytes_max(epoch));
+    }
+    assert_true(row1_bytes_max(INDEX_FANOUT) <= ROW_BYTES_MAX);
+    assert_true(row2_bytes_max(UINT64_MAX) <= ROW_BYTES_MAX);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -297,6 +336,7 @@ int main(void)
         cmocka_unit_test(stale_sources_go_away),
         cmocka_unit_test(the_largest_row_fits),
         cmocka_unit_test(level_2_round_trip),
+        cmocka_unit_test(no_row_is_longer_than_its_bound),
         cmocka_unit_test(cut_and_flipped_rows_are_refused),
         cmocka_unit_test(sealed_nonsense_is_refused_or_canonical),
     };

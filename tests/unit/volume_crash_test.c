@@ -33,6 +33,8 @@ static struct drv_config any_config(uint64_t seed, uint64_t *c)
     };
     if (pick(c, 3) == 0)
         config.log_bytes = 8u << 20;
+    if (seed % 2)
+        config.store.commit_bytes_max = COMMIT_BYTES_MIN;
     return config;
 }
 

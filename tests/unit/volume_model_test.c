@@ -8,6 +8,7 @@
 #include "../sim/driver.h"
 #include "../sim/seeds.h"
 #include "base/mem.h"
+#include "volume/internal.h"
 
 struct chooser {
     uint64_t state;
@@ -57,6 +58,9 @@ static struct drv_config any_config(uint64_t seed, struct chooser *c)
     };
     if (pick(c, 4) == 0)
         config.log_bytes = 8u << 20;
+    /* As small as the volume layer bears it: generations end where their commits would not fit. */
+    if (seed % 2)
+        config.store.commit_bytes_max = COMMIT_BYTES_MIN;
     return config;
 }
 

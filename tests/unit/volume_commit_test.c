@@ -1,0 +1,383 @@
+/*
+ * Commits of stores without a log: how large they may become, what goes into which, and who
+ * waits for them.
+ *
+ * Index rows of the worst form are put into the simulated store directly, because writing
+ * them there would take millions of requests.
+ */
+#include "test.h"
+
+#include "../sim/driver.h"
+#include "base/hash.h"
+#include "base/mem.h"
+#include "volume/internal.h"
+
+#define COMMIT_BYTES_MAX 9500000u /* FoundationDB's limit, less some room */
+#define BATCH_BYTES_MAX (4u << 20)
+
+static struct drv *start(uint64_t seed, uint64_t size, uint32_t block_size)
+{
+    struct drv_config config = {
+        .seed = seed,
+        .size = size,
+        .block_size = block_size,
+        .codec = CODEC_NONE,
+        .n_regions = size > 1ull << 30 ? 2 : 1,
+        .region_bytes = 1u << 20,
+        .cache_bytes = 128u << 20,
+        .damaged = true, /* rows name blocks that are not there */
+        .store = {.batch_bytes_max = BATCH_BYTES_MAX, .commit_bytes_max = COMMIT_BYTES_MAX},
+    };
+    return drv_new(&config);
+}
+
+static void end(struct drv *d)
+{
+    struct mem_counts counts;
+    unsigned long long seed = d->c.seed;
+    mem_store_counts(d->db, &counts);
+    if (!d->violated)
+        print_message("# largest commit: %llu bytes in %llu\n",
+                      (unsigned long long)counts.commit_bytes_most,
+                      (unsigned long long)counts.commits);
+    if (!d->violated)
+        drv_close(d);
+    if (!drv_free(d))
+        fail_msg("to replay: SEED=%llu\n", seed);
+}
+
+/* The volume becomes a clone, so that its rows may name many sources. */
+static void make_clone(struct drv *d)
+{
+    struct key key;
+    struct slice head, body;
+    struct header_record header;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    key_header(&key, d->branch);
+    assert_true(mem_store_peek(d->db, key_slice(&key), &head, &body));
+    assert_true(header_decode(key_slice(&key), head, &header));
+    header.parent_branch = 77;
+    header.parent_epoch = 1;
+    size_t len = header_encode(&header, key_slice(&key), bytes);
+    mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+}
+
+enum row_form { ROW_OF_SOURCES, ROW_OF_DATA, ROW_OF_HOLES };
+
+static void put_row1(struct drv *d, uint64_t no, enum row_form form)
+{
+    struct row1 row;
+    struct key key;
+    static uint8_t bytes[ROW_BYTES_MAX];
+    row1_init(&row);
+    for (unsigned i = 0; i < INDEX_FANOUT; i++)
+        if (form == ROW_OF_SOURCES)
+            row1_set_data(&row, i, UINT64_MAX - i, UINT64_MAX - no);
+        else if (form == ROW_OF_DATA || i % 2)
+            row1_set_data(&row, i, d->branch, 1);
+    key_row(&key, d->branch, 1, no, 1);
+    size_t len = row1_encode(&row, key_slice(&key), bytes);
+    mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+    row1_free(&row);
+}
+
+/* A level-2 row that names level-1 rows of different counts, from `first` on. */
+static void put_row2(struct drv *d, uint64_t no, unsigned n_rows)
+{
+    struct row2 row;
+    struct key key;
+    static uint8_t bytes[ROW_BYTES_MAX];
+    row2_init(&row);
+    for (unsigned i = 0; i < n_rows; i++)
+        row.entry[i] =
+            (struct row2_entry){.kind = ROW2_ROW, .epoch = 1, .n_data = (uint16_t)(1024 - i % 2)};
+    key_row(&key, d->branch, 2, no, 1);
+    size_t len = row2_encode(&row, key_slice(&key), bytes);
+    mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+}
+
+/* Requests that are all there at once, as from one batch. */
+struct batch {
+    struct drv *d;
+    struct op {
+        struct vol_io io;
+        struct batch *batch;
+        bool ready, over;
+        enum status st;
+    } *ops;
+    size_t n, open;
+};
+
+static void op_done(struct vol_io *io)
+{
+    struct op *op = container_of(io, struct op, io);
+    op->over = true;
+    op->st = io->st;
+    op->batch->open--;
+}
+
+static void op_granted(struct vol_io *io)
+{
+    struct op *op = container_of(io, struct op, io);
+    if (io->st != ST_OK)
+        op_done(io);
+    else
+        op->ready = true;
+}
+
+static struct batch *batch_new(struct drv *d, size_t n)
+{
+    struct batch *b = mem_zalloc(sizeof *b);
+    b->d = d;
+    b->n = n;
+    b->ops = mem_zalloc(n * sizeof *b->ops);
+    for (size_t i = 0; i < n; i++)
+        b->ops[i] = (struct op){.batch = b, .io = {.done = op_done, .granted = op_granted}};
+    return b;
+}
+
+static uint8_t payload[VOLUME_PIECE_BYTES];
+
+static void batch_writes(struct batch *b)
+{
+    for (size_t i = 0; i < b->n; i++)
+        if (b->ops[i].ready) {
+            b->ops[i].ready = false;
+            volume_write_commit(b->d->p->vol, &b->ops[i].io, payload);
+        }
+}
+
+static void batch_write(struct batch *b, size_t i, uint64_t offset, uint64_t length)
+{
+    struct op *op = &b->ops[i];
+    op->io.offset = offset;
+    op->io.length = length;
+    b->open++;
+    if (volume_write_begin(b->d->p->vol, &op->io))
+        op_granted(&op->io);
+}
+
+static void batch_trim(struct batch *b, size_t i, uint64_t offset, uint64_t length)
+{
+    struct op *op = &b->ops[i];
+    op->io.offset = offset;
+    op->io.length = length;
+    b->open++;
+    volume_trim(b->d->p->vol, &op->io);
+}
+
+/* Until all is answered; all of it well, where `good`. */
+static void batch_run(struct batch *b, bool good)
+{
+    struct drv *d = b->d;
+    batch_writes(b);
+    shard_submit(d->p->shard);
+    for (uint64_t steps = 0; b->open && steps < 3000000; steps++) {
+        struct mem_counts counts;
+        mem_store_counts(d->db, &counts);
+        if (counts.broken_promises || !sim_step(d->sim))
+            break;
+        batch_writes(b);
+        shard_submit(d->p->shard);
+    }
+    if (b->open)
+        drv_violation(d, "%zu requests are never answered", b->open);
+    for (size_t i = 0; i < b->n && good; i++)
+        if (b->ops[i].over && b->ops[i].st != ST_OK)
+            drv_violation(d, "a request failed: %s", status_text(b->ops[i].st));
+}
+
+static void batch_free(struct batch *b)
+{
+    free(b->ops);
+    free(b);
+}
+
+/* Owned and at rest, so that nothing is in the way of what comes. */
+static void open_and_own(struct drv *d)
+{
+    drv_open(d);
+    drv_request_ownership(d);
+    drv_drain(d);
+}
+
+/* --- sizes ------------------------------------------------------------------------------- */
+
+/* Each write changes another row of 24 KiB: 1024 of them fit one generation by their data. */
+static void writes_under_the_longest_rows(void **state)
+{
+    (void)state;
+    for (uint32_t bs = 4096; bs <= 65536; bs *= 4) {
+        struct drv *d = start(bs, 16ull << 40, bs);
+        enum { N = 600 };
+        make_clone(d);
+        uint64_t row_bytes = (uint64_t)bs << INDEX_SHIFT;
+        for (uint64_t i = 0; i < N; i++)
+            put_row1(d, i * 1024 % 5000 * 3, ROW_OF_SOURCES);
+        for (uint64_t no = 0; no < 16; no++)
+            put_row2(d, no, 1024);
+        open_and_own(d);
+        struct batch *b = batch_new(d, N);
+        for (uint64_t i = 0; i < N; i++)
+            batch_write(b, i, (i * 1024 % 5000 * 3) * row_bytes + drv_below(d, 1000) * bs, bs);
+        batch_run(b, true);
+        batch_free(b);
+        end(d);
+    }
+}
+
+/* Each trim takes two times 1023 blocks out of rows full of data, a key each. */
+static void trims_with_long_edges(void **state)
+{
+    (void)state;
+    for (uint32_t bs = 4096; bs <= 65536; bs *= 4) {
+        struct drv *d = start(bs, 16ull << 40, bs);
+        enum { N = 256 };
+        uint64_t row_bytes = (uint64_t)bs << INDEX_SHIFT;
+        for (uint64_t no = 0; no < 2; no++)
+            put_row2(d, no, 1024);
+        for (uint64_t no = 0; no < 2048; no++)
+            put_row1(d, no, no % 3 ? ROW_OF_DATA : ROW_OF_HOLES);
+        open_and_own(d);
+        struct batch *b = batch_new(d, N);
+        for (uint64_t i = 0; i < N; i++) {
+            uint64_t rows = i % 8 ? 3 : i == 128 ? 1030 : 8;
+            batch_trim(b, i, i * 3 * row_bytes + bs, rows * row_bytes - 2 * bs);
+        }
+        batch_run(b, true);
+        if (!sim_run_idle(d->sim, 10000000))
+            drv_violation(d, "the cleaner does not come to an end");
+        batch_free(b);
+        end(d);
+    }
+}
+
+/* Single blocks, each the only one of its row, become holes. */
+static void trims_of_single_blocks(void **state)
+{
+    (void)state;
+    struct drv *d = start(1, 64ull << 40, 4096);
+    enum { N = 4000 };
+    uint64_t row_bytes = 4096ull << INDEX_SHIFT;
+    make_clone(d);
+    for (uint64_t no = 0; no < 4; no++)
+        put_row2(d, no, 1024);
+    for (uint64_t no = 0; no < N; no++)
+        put_row1(d, no, ROW_OF_SOURCES);
+    open_and_own(d);
+    struct batch *b = batch_new(d, N);
+    for (uint64_t i = 0; i < N; i++)
+        batch_trim(b, i, i * row_bytes + i % 1024 * 4096, 4096);
+    batch_run(b, true);
+    batch_free(b);
+    end(d);
+}
+
+static uint64_t keys_with(struct drv *d, char tag)
+{
+    struct key begin, stop;
+    key_prefix_branch(&begin, tag, d->branch);
+    stop = begin;
+    key_prefix_end(&stop);
+    return mem_store_keys_in(d->db, key_slice(&begin), key_slice(&stop));
+}
+
+/* Everything is trimmed at once, in one generation where it fits: 100,000 scattered blocks of
+ * `size` bytes, each below rows of its own. */
+static void trim_everything(uint64_t size, uint32_t bs, bool in_one)
+{
+    struct drv *d = start(size >> 40, size, bs);
+    uint64_t rows = size / bs >> INDEX_SHIFT;
+    struct key key;
+    uint8_t head[BLOCK_HEAD_BYTES_MAX] = {0};
+    static uint8_t bytes[ROW_BYTES_MAX];
+    uint64_t *nos = mem_alloc(100000 * sizeof *nos);
+    size_t n = 0;
+    for (uint64_t i = 0; i < 100000; i++) {
+        uint64_t no = rows / 100000 * i;
+        struct row1 row;
+        row1_init(&row);
+        row1_set_data(&row, 5, d->branch, 1);
+        key_row(&key, d->branch, 1, no, 1);
+        size_t len = row1_encode(&row, key_slice(&key), bytes);
+        mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+        row1_free(&row);
+        key_block(&key, d->branch, 1, (no << INDEX_SHIFT) + 5);
+        mem_store_put(d->db, key_slice(&key), (struct slice){head, sizeof head}, (struct slice){0});
+        nos[n++] = no;
+    }
+    for (size_t i = 0; i < n;) {
+        struct row2 row;
+        uint64_t row2 = nos[i] >> INDEX_SHIFT;
+        row2_init(&row);
+        for (; i < n && nos[i] >> INDEX_SHIFT == row2; i++)
+            row.entry[nos[i] % INDEX_FANOUT] =
+                (struct row2_entry){.kind = ROW2_ROW, .epoch = 1, .n_data = 1};
+        key_row(&key, d->branch, 2, row2, 1);
+        size_t len = row2_encode(&row, key_slice(&key), bytes);
+        mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+    }
+    free(nos);
+    /* The count of the state record must fit. */
+    struct slice value, body;
+    struct state_record st;
+    key_state(&key, d->branch);
+    assert_true(mem_store_peek(d->db, key_slice(&key), &value, &body));
+    assert_true(state_decode(key_slice(&key), value, &st));
+    st.data_blocks = n;
+    size_t len = state_encode(&st, key_slice(&key), bytes);
+    mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+
+    open_and_own(d);
+    struct volume_stats before, after;
+    volume_get_stats(d->p->vol, &before);
+    if (drv_zero(d, 0, size, true, 0) != ST_OK)
+        drv_violation(d, "the trim failed");
+    if (!d->violated) {
+        volume_get_stats(d->p->vol, &after);
+        if (in_one != (after.commits == before.commits + 1))
+            drv_violation(d, "%llu commits", (unsigned long long)(after.commits - before.commits));
+        if (after.data_blocks)
+            drv_violation(d, "%llu blocks are left", (unsigned long long)after.data_blocks);
+    }
+    if (!d->violated && !sim_run_idle(d->sim, 10000000))
+        drv_violation(d, "the cleaner does not come to an end");
+    if (!d->violated && (keys_with(d, 'b') || keys_with(d, 'i') || keys_with(d, 't')))
+        drv_violation(d, "%llu blocks, %llu rows, %llu trash records are left",
+                      (unsigned long long)keys_with(d, 'b'), (unsigned long long)keys_with(d, 'i'),
+                      (unsigned long long)keys_with(d, 't'));
+    end(d);
+}
+
+static void trims_of_everything(void **state)
+{
+    (void)state;
+    trim_everything(64ull << 40, 16384, true);
+    trim_everything(64ull << 40, 4096, true);
+    trim_everything(1ull << 56, 65536, false);
+}
+
+/* A resize cuts off as much. */
+static void shrinking_from_petabytes(void **state)
+{
+    (void)state;
+    struct drv *d = start(3, 1ull << 52, 4096);
+    open_and_own(d);
+    for (unsigned i = 0; i < 50; i++)
+        drv_write(d, (1ull << 51) + ((uint64_t)i << 44), 4096, 0);
+    assert_int_equal(drv_resize(d, 1u << 20), ST_OK);
+    end(d);
+}
+
+int main(void)
+{
+    memset(payload, 0x5a, sizeof payload);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(writes_under_the_longest_rows),
+        cmocka_unit_test(trims_with_long_edges),
+        cmocka_unit_test(trims_of_single_blocks),
+        cmocka_unit_test(trims_of_everything),
+        cmocka_unit_test(shrinking_from_petabytes),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
