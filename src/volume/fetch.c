@@ -366,6 +366,7 @@ static void fetch_run(struct fetch *f)
                 .key = key_slice(&b->key), .body = b->buf->data, .body_cap = vol->block_size};
         }
         f->pending++;
+        f->read = owner_read(vol);
         f->read.gets = f->gets;
         f->read.n_gets = n_gets;
         f->read.digest = fetch_digest;

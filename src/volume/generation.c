@@ -339,6 +339,7 @@ static bool range_rows(struct gen *g)
         key_row(&r2->end, vol->branch, 2, end, 0);
         r2->range = (struct store_range){
             .begin = key_slice(&r2->begin), .end = key_slice(&r2->end), .limit = 1024};
+        r2->read = owner_read(vol);
         r2->read.ranges = &r2->range;
         r2->read.n_ranges = 1;
         r2->read.done = row2_scanned;
@@ -531,6 +532,7 @@ static bool item_bases(struct gen *g)
     }
     if (!b)
         return true;
+    b->read = owner_read(vol);
     b->read.gets = b->gets;
     b->read.n_gets = b->n;
     b->read.digest = bases_digest;
@@ -1165,6 +1167,7 @@ static void commit_start(struct gen *g)
                                       .mutations = g->mutations,
                                       .n_mutations = g->n_mutations,
                                       .reserved = true,
+                                      .tag = vol->branch,
                                       .done = commit_done};
     if (s->log) {
         g->commit.log = s->log;

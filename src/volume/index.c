@@ -268,7 +268,8 @@ static void load_start(struct row_slot *r, uint64_t epoch)
 static void load_read(struct row_load *load)
 {
     struct volume *vol = load->slot->vol;
-    load->read = (struct store_read){.done = load_done};
+    load->read = owner_read(vol);
+    load->read.done = load_done;
     if (load->slot->level == 2) {
         load->read.ranges = &load->range;
         load->read.n_ranges = 1;

@@ -247,6 +247,13 @@ struct volume {
     struct volume_stats stats;
 };
 
+/* A read by the owner of the volume, for which what its own last commit left is new enough:
+ * whatever generations have not committed yet, the layers above keep in memory. */
+static inline struct store_read owner_read(const struct volume *vol)
+{
+    return (struct store_read){.own = true, .tag = vol->branch};
+}
+
 static inline struct list *entries_of(struct volume *vol, uint64_t no)
 {
     return &vol->entries[(no >> ENTRY_REGION_SHIFT) % ENTRY_LISTS];

@@ -130,23 +130,25 @@ static void clean_step(struct cleaner *c)
     struct volume *vol = c->vol;
     struct shard *s = vol->shard;
     c->reading = true;
+    c->read = owner_read(vol);
+    c->read.background = true;
     if (!c->have) {
         key_trash(&c->begin, vol->branch, c->after);
         key_prefix_branch(&c->end, 't', vol->branch);
         key_prefix_end(&c->end);
         c->range = (struct store_range){.limit = 1};
-        c->read = (struct store_read){.done = record_read};
+        c->read.done = record_read;
     } else if (c->level == 0) {
         key_block(&c->begin, vol->branch, c->rec.epoch, c->next);
         key_block(&c->end, vol->branch, c->rec.epoch, c->rec.end_block);
         c->range = (struct store_range){.limit = BATCH_KEYS};
-        c->read = (struct store_read){.done = batch_read};
+        c->read.done = batch_read;
     } else {
         uint64_t end = (c->rec.end_block + INDEX_FANOUT - 1) >> INDEX_SHIFT;
         key_row(&c->begin, vol->branch, 1, c->next, 0);
         key_row(&c->end, vol->branch, 1, end, 0);
         c->range = (struct store_range){.limit = BATCH_KEYS};
-        c->read = (struct store_read){.done = batch_read};
+        c->read.done = batch_read;
     }
     c->range.begin = key_slice(&c->begin);
     c->range.end = key_slice(&c->end);

@@ -357,6 +357,8 @@ static void mem_read(struct store *store, struct env *env, struct store_read *re
     read->store = store;
     read->arena = NULL;
     h->db->counts.reads++;
+    h->db->counts.own_reads += read->own;
+    h->db->counts.background_reads += read->background;
     h->out++;
     sim_at(h->env, sim_delay_ns(h->env->sim, h->db->config.read_ns_max), read_run, read);
 }
@@ -517,6 +519,7 @@ static enum status commit_execute(struct handle *h, struct store_commit *commit)
     if (db->config.capacity_bytes && sum && db->counts.body_bytes_used > db->config.capacity_bytes)
         broken(db, "a commit that was reserved for does not fit");
     db->counts.commits++;
+    db->counts.background_commits += commit->background;
     return ST_OK;
 }
 

@@ -76,6 +76,7 @@ void mem_store_set_capacity(struct mem_store *db, uint64_t bytes);
 struct mem_counts {
     uint64_t keys, body_bytes_used, reserved_bytes, reserved_keys;
     uint64_t commits, reads, submits, syncs, conflicts, replayed_records, log_records_lost;
+    uint64_t own_reads, background_reads, background_commits;
     uint64_t commit_bytes_most; /* the largest commit so far */
     uint64_t broken_promises; /* of the layers above: see the message on stderr */
 };

@@ -369,6 +369,57 @@ static void shrinking_from_petabytes(void **state)
     end(d);
 }
 
+/* --- what the store is told of requests ---------------------------------------------------- */
+
+static void cleared(struct catalog_op *op)
+{
+    (void)op;
+}
+
+/* Once owned, all that the volume reads is read as its owner; the cleaner's in the background. */
+static void reads_say_what_they_are(void **state)
+{
+    (void)state;
+    struct mem_counts before, after;
+    struct drv *d = start(5, 1u << 30, 4096);
+    d->c.damaged = false;
+    open_and_own(d);
+    drv_write(d, 0, 4u << 20, 0);
+    drv_write(d, 512u << 20, 4096, 0);
+    drv_reopen(d, true);
+    drv_request_ownership(d);
+    drv_drain(d);
+    assert_true(sim_run_idle(d->sim, 1000000)); /* the mailbox was looked into */
+    mem_store_counts(d->db, &before);
+    static uint8_t got[1 << 20];
+    drv_read(d, 0, sizeof got, got);
+    drv_write(d, (512u << 20) + 5, 100, 0); /* its base is read */
+    mem_store_counts(d->db, &after);
+    assert_true(after.reads > before.reads);
+    assert_int_equal(after.own_reads - before.own_reads, after.reads - before.reads);
+    assert_int_equal(after.background_reads, before.background_reads);
+    before = after;
+    assert_int_equal(drv_zero(d, 0, 1u << 30, true, 0), ST_OK);
+    assert_true(sim_run_idle(d->sim, 1000000));
+    mem_store_counts(d->db, &after);
+    assert_true(after.background_reads > before.background_reads);
+    assert_int_equal(after.own_reads - before.own_reads, after.reads - before.reads);
+    assert_int_equal(keys_with(d, 'b'), 0);
+
+    /* What is left of removed volumes is nobody's, so not read as an owner. */
+    bool more = false;
+    struct catalog_op clear = {.done = cleared};
+    before = after;
+    catalog_clear_removed(&clear, d->p->store, &d->p->env->base, &more);
+    assert_true(sim_run_idle(d->sim, 1000000));
+    catalog_op_free(&clear);
+    mem_store_counts(d->db, &after);
+    assert_int_equal(after.reads - before.reads, 1);
+    assert_int_equal(after.background_reads - before.background_reads, 1);
+    assert_int_equal(after.own_reads, before.own_reads);
+    end(d);
+}
+
 int main(void)
 {
     memset(payload, 0x5a, sizeof payload);
@@ -378,6 +429,7 @@ int main(void)
         cmocka_unit_test(trims_of_single_blocks),
         cmocka_unit_test(trims_of_everything),
         cmocka_unit_test(shrinking_from_petabytes),
+        cmocka_unit_test(reads_say_what_they_are),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
