@@ -40,6 +40,16 @@ json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry)
                      describe_owner_json(run_owner_state(run, &entry->owner), &entry->owner));
 }
 
+const char *describe_bytes(uint64_t bytes, char out[24])
+{
+    return bytes == STORE_BYTES_UNKNOWN ? "unknown" : cli_size(bytes, out);
+}
+
+json_t *describe_bytes_json(uint64_t bytes)
+{
+    return bytes == STORE_BYTES_UNKNOWN ? json_null() : json_integer((json_int_t)bytes);
+}
+
 void describe_print(json_t *json)
 {
     json_dumpf(json, stdout, JSON_INDENT(2));

@@ -18,6 +18,10 @@ json_t *describe_owner_json(enum run_owner state, const struct owner_record *own
 /* What list and info both say of a volume. A new reference. */
 json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry);
 
+/* A number of bytes that an engine may not know: cli_size() or "unknown"; for programs null. */
+const char *describe_bytes(uint64_t bytes, char out[24]);
+json_t *describe_bytes_json(uint64_t bytes);
+
 /* Prints `json` on stdout and gives the reference back. */
 void describe_print(json_t *json);
 

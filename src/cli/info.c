@@ -26,7 +26,7 @@ static void print_text(struct run *run, const struct catalog_entry *entry, uint6
         printf("description:  %s\n", h->description);
     printf("size:         %s (%llu bytes)\n", cli_size(h->size, a), (unsigned long long)h->size);
     printf("used:         %s\n", cli_size(entry->state.data_blocks * h->block_size, a));
-    printf("stored:       %s\n", cli_size(stored, a));
+    printf("stored:       %s\n", describe_bytes(stored, a));
     printf("block size:   %s\n", cli_size(h->block_size, a));
     printf("compression:  %s\n", cli_codec(h->codec, h->codec_level, a));
     printf("created:      %s\n", cli_time(h->created_ns, b));
@@ -43,7 +43,7 @@ static void print_text(struct run *run, const struct catalog_entry *entry, uint6
 static void print_json(struct run *run, const struct catalog_entry *entry, uint64_t stored)
 {
     json_t *json = describe_volume_json(run, entry);
-    json_object_set_new(json, "stored_bytes", json_integer((json_int_t)stored));
+    json_object_set_new(json, "stored_bytes", describe_bytes_json(stored));
     json_object_set_new(json, "epoch", json_integer((json_int_t)entry->header.epoch));
     json_object_set_new(json, "generation", json_integer((json_int_t)entry->state.generation));
     json_object_set_new(json, "branch", json_integer((json_int_t)entry->branch));
@@ -79,7 +79,8 @@ const struct cli_command info_command = {
     .name = "info",
     .args = "NAME",
     .summary = "show all about one volume",
-    .details = "used: what clients see as data. stored: what it takes in the store, compressed.",
+    .details = "used: what clients see as data. stored: what it takes in the store, compressed, which\n"
+               "the store may estimate.",
     .args_min = 1,
     .args_max = 1,
     .run = run_info,

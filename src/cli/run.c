@@ -64,8 +64,11 @@ int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
     if (reactor_new(&run->reactor, &e) != ST_OK)
         return cli_failed(&e);
     run->env = reactor_env(run->reactor);
-    struct store_options options = {.flags = mode == RUN_CREATE ? STORE_CREATE : 0,
-                                    .lease_ms = cli->lease_ms};
+    struct store_options options = {.flags = (mode == RUN_CREATE ? STORE_CREATE : 0u) |
+                                             (cli->wait_for_store ? STORE_WAIT : 0u),
+                                    .lease_ms = cli->lease_ms,
+                                    .timeout_ms = cli->store_timeout_ms,
+                                    .quota_bytes = cli->quota_bytes};
     enum status st = store_open(cli->store_uri, &options, &run->store, &e);
     if (st != ST_OK) {
         cli_failed(&e);

@@ -24,8 +24,11 @@
  * thirds of its lease. A cluster that loses one of its processes takes a second or two to go on:
  * with less than 3 s that would cut off all clients of all servers. */
 #define VOLUMES_SHOWN_MAX 10u
+/* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error. */
+#define STORE_TIMEOUT_MS_MIN 100u
+#define STORE_TIMEOUT_MS_MAX 86400000u
 
-enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED };
+enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED, STORE_TIMEOUT, QUOTA };
 
 static const struct cli_option options[] = {
     {LISTEN, "listen", "ADDRESS",
@@ -41,6 +44,10 @@ static const struct cli_option options[] = {
      "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
     {SHARED, "shared", NULL,
      "let clients at several addresses write one volume (default: the first)"},
+    {STORE_TIMEOUT, "store-timeout", "TIME",
+     "30 (seconds) or 500ms: requests the store keeps waiting longer get EIO; 0: never (default: 0)"},
+    {QUOTA, "quota", "SIZE",
+     "bytes the store may use; writes beyond get ENOSPC; not on lmdb (default: no limit)"},
     {0, NULL, NULL, NULL},
 };
 
@@ -51,7 +58,7 @@ struct serve_options {
     size_t n_creates, cap_creates;
     const char *default_export;
     bool read_only, shared;
-    uint64_t cache_bytes, threads, lease_ms;
+    uint64_t cache_bytes, threads, lease_ms, store_timeout_ms, quota_bytes;
 };
 
 static enum status take_create(struct serve_options *o, const char *value, struct err *e)
@@ -85,6 +92,25 @@ static enum status check_address(const char *address, struct err *e)
     return ST_OK;
 }
 
+/* Seconds, or milliseconds where it says so. */
+static enum status parse_timeout(const char *text, uint64_t *ms, struct err *e)
+{
+    char number[32];
+    size_t len = strlen(text);
+    bool is_ms = len > 2 && strcmp(text + len - 2, "ms") == 0;
+    bool is_s = !is_ms && len > 1 && text[len - 1] == 's';
+    struct err ignored = {0};
+    snprintf(number, sizeof number, "%.*s", (int)min_u64(len - (is_ms ? 2 : is_s), 31), text);
+    if (cli_parse_number(number, 0, STORE_TIMEOUT_MS_MAX / (is_ms ? 1 : 1000), ms, &ignored) !=
+            ST_OK ||
+        (is_ms && *ms && *ms < STORE_TIMEOUT_MS_MIN))
+        return fail(e, ST_INVAL, "seconds, or milliseconds like 500ms, from %ums to %us, or 0, not %.64s",
+                    STORE_TIMEOUT_MS_MIN, STORE_TIMEOUT_MS_MAX / 1000, text);
+    if (!is_ms)
+        *ms *= 1000;
+    return ST_OK;
+}
+
 static enum status take(void *arg, int code, const char *value, struct err *e)
 {
     struct serve_options *o = arg;
@@ -114,6 +140,10 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return cli_parse_number(value, 1, SERVER_THREADS_MAX, &o->threads, e);
     case LEASE_MS:
         return cli_parse_number(value, LEASE_MS_MIN, LEASE_MS_MAX, &o->lease_ms, e);
+    case STORE_TIMEOUT:
+        return parse_timeout(value, &o->store_timeout_ms, e);
+    case QUOTA:
+        return cli_parse_size(value, &o->quota_bytes, e);
     default:
         o->shared = true;
         return ST_OK;
@@ -262,6 +292,7 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .cache_bytes = o->cache_bytes,
                                    .threads = (unsigned)o->threads,
                                    .lease_ms = (unsigned)o->lease_ms,
+                                   .store_timeout_ms = (unsigned)o->store_timeout_ms,
                                    .ready = print_ready,
                                    .arg = run};
     struct err e = {0};
@@ -289,9 +320,14 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         status = cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
                                  (unsigned long long)o.threads,
                                  (unsigned long long)(o.threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
+    } else if (o.quota_bytes && strncmp(cli->store_uri, "lmdb:", 5) == 0) {
+        status = cli_usage_error(cli, "--quota: an lmdb store has none, its file system limits it");
     } else {
         struct run run;
         cli->lease_ms = (uint32_t)o.lease_ms;
+        cli->store_timeout_ms = (uint32_t)o.store_timeout_ms;
+        cli->quota_bytes = o.quota_bytes;
+        cli->wait_for_store = true;
         status = run_begin(&run, cli,
                            o.n_creates   ? RUN_CREATE
                            : o.read_only ? RUN_READ
@@ -312,7 +348,11 @@ const struct cli_command serve_command = {
         "All volumes of the store are served, also those made later. With --config FILE each\n"
         "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
         "line); what the command line says comes before what the file says. The store is made\n"
-        "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.",
+        "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.\n\n"
+        "A store that can't be reached is waited for, at the start and later: requests wait, and\n"
+        "nothing answered is lost. With --store-timeout a request that has waited so long is\n"
+        "answered with an I/O error instead. What was written stays, in order, and reaches the\n"
+        "store when that works again; a flush succeeds only when all data before it is in.",
     .options = options,
     .run = run_serve,
 };

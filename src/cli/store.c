@@ -27,25 +27,27 @@ static int info(struct run *run)
     cli_time(m->created_ns, created);
     if (run->cli->json) {
         describe_print(json_pack(
-            "{s:s, s:s, s:i, s:{s:I, s:I, s:I}, s:s, s:s, s:I, s:I, s:I, s:I}", "uri", s.uri,
-            "engine", s.engine, "format", (int)m->format, "features", "compat",
+            "{s:s, s:s, s:o, s:i, s:{s:I, s:I, s:I}, s:s, s:s, s:I, s:o, s:o, s:o}", "uri", s.uri,
+            "engine", s.engine, "state", s.state[0] ? json_string(s.state) : json_null(), "format", (int)m->format, "features", "compat",
             (json_int_t)m->features.compat, "ro_compat", (json_int_t)m->features.ro_compat,
             "incompat", (json_int_t)m->features.incompat, "uuid", uuid, "created", created,
-            "volumes", (json_int_t)volumes, "bytes_used", (json_int_t)s.bytes_used, "bytes_free",
-            (json_int_t)s.bytes_free, "bytes_available", (json_int_t)s.bytes_available));
+            "volumes", (json_int_t)volumes, "bytes_used", describe_bytes_json(s.bytes_used),
+            "bytes_free", describe_bytes_json(s.bytes_free), "bytes_available",
+            describe_bytes_json(s.bytes_available)));
         return CLI_DONE;
     }
     printf("uri:        %s\n", s.uri);
     printf("engine:     %s\n", s.engine);
+    printf("state:      %s\n", s.state[0] ? s.state : "works");
     printf("format:     %u, features compat %#" PRIx64 " ro_compat %#" PRIx64 " incompat %#" PRIx64
            "\n",
            m->format, m->features.compat, m->features.ro_compat, m->features.incompat);
     printf("uuid:       %s\n", uuid);
     printf("created:    %s\n", created);
     printf("volumes:    %zu\n", volumes);
-    printf("used:       %s\n", cli_size(s.bytes_used, a));
-    printf("free:       %s (inside the store's files)\n", cli_size(s.bytes_free, a));
-    printf("available:  %s (it could grow by)\n", cli_size(s.bytes_available, a));
+    printf("used:       %s\n", describe_bytes(s.bytes_used, a));
+    printf("free:       %s (inside the store's files)\n", describe_bytes(s.bytes_free, a));
+    printf("available:  %s (it could grow by)\n", describe_bytes(s.bytes_available, a));
     return CLI_DONE;
 }
 

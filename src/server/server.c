@@ -21,7 +21,8 @@
 
 #define CLEAR_EVERY_MS 30000u
 /* How long volumes may take to commit after the last connection, before the process ends
- * without (what was answered is in the log and will be replayed). */
+ * without (what was answered is in the log and will be replayed, or committed where the
+ * store has no log). */
 #define COMMIT_MAX_MS 60000u
 
 /* Gives the space of removed volumes back, a batch at a time, and clears the records of sessions
@@ -146,9 +147,13 @@ void server_lane_stopped(struct lane *lane)
 
 static void end_without(struct env_timer *timer)
 {
-    (void)timer;
-    log_error("the store did not take the last commits in time; ending without them. What was "
-              "answered is in the store, or in the log and comes back at the next start");
+    const struct running *r = container_of(timer, struct running, end_timer);
+    bool answered_in_log = r->server.store->limits.has_log;
+    /* (Answered at its log record, which is replayed, or at its commit.) */
+    log_error("the store did not take the last commits in time; ending without them. Nothing that "
+              "was answered is lost: it is %s",
+              answered_in_log ? "in the log and comes back at the next start"
+                              : "committed already; what was not answered is dropped");
     _exit(1);
 }
 
@@ -222,7 +227,8 @@ static enum status open_lanes(struct server *s, struct err *e)
         struct shard_config config = {.store = s->store,
                                       .env = reactor_env(lane->reactor),
                                       .session = s->session,
-                                      .cache_bytes = s->config->cache_bytes / s->n_lanes};
+                                      .cache_bytes = s->config->cache_bytes / s->n_lanes,
+                                      .store_timeout_ms = s->config->store_timeout_ms};
         enum status st = shard_new(&config, &lane->shard, e);
         if (st != ST_OK)
             return st;

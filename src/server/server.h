@@ -28,6 +28,7 @@ struct server_config {
     uint64_t cache_bytes; /* all reactors together; at least VOLUME_CACHE_BYTES_MIN for each */
     unsigned threads;     /* reactors; 1 .. SERVER_THREADS_MAX */
     unsigned lease_ms;
+    unsigned store_timeout_ms; /* as in struct shard_config */
     unsigned connections_max;      /* 0: 1024 */
     unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
     unsigned handshake_timeout_ms; /* 0: 10000 */

@@ -36,7 +36,6 @@
 
 #define VOLUME_BYTES_MAX (1ull << 62)
 #define SECTOR_BYTES 512u
-#define BLOCK_BYTES_DEFAULT 16384u
 #define BLOCK_BYTES_MIN 4096u
 #define BLOCK_BYTES_MAX 65536u
 #define ZSTD_LEVEL_MAX 19
@@ -93,7 +92,7 @@ struct job {
     struct volume_spec spec;
     char name[NAME_BYTES_MAX + 1], to[NAME_BYTES_MAX + 1];
     struct catalog_entry entry;
-    bool create;
+    bool create, background;
     bool *more;
     uint64_t branch;
     size_t cap_entries, loaded; /* list: entries before `loaded` are whole */
@@ -292,6 +291,7 @@ static void start_read(struct job *job, void (*next)(struct job *job, enum statu
                                     .ranges = job->ranges,
                                     .n_gets = (uint32_t)job->n_gets,
                                     .n_ranges = (uint32_t)job->n_ranges,
+                                    .background = job->background,
                                     .done = read_done};
     store_read(job->op->store, job->op->env, &job->read);
 }
@@ -319,6 +319,7 @@ static void start_commit(struct job *job, bool wake_watchers,
                                         .n_checks = job->n_checks,
                                         .n_mutations = job->n_mutations,
                                         .wake_watchers = wake_watchers,
+                                        .background = job->background,
                                         .done = commit_done};
     store_commit(job->op->store, job->op->env, &job->commit);
 }
@@ -470,19 +471,16 @@ static enum status size_check(struct err *e, uint64_t size)
     return ST_OK;
 }
 
-enum status volume_spec_check(struct volume_spec *spec, struct err *e)
+enum status volume_spec_check(const struct volume_spec *spec, struct err *e)
 {
-    if (spec->block_size == 0)
-        spec->block_size = BLOCK_BYTES_DEFAULT;
-    if (spec->codec < 0)
-        spec->codec = CODEC_LZ4;
     enum status st = name_check(e, spec->name);
     if (st == ST_OK)
         st = size_check(e, spec->size);
     if (st != ST_OK)
         return st;
-    if (spec->block_size < BLOCK_BYTES_MIN || spec->block_size > BLOCK_BYTES_MAX ||
-        (spec->block_size & (spec->block_size - 1)) != 0)
+    if (spec->block_size != 0 &&
+        (spec->block_size < BLOCK_BYTES_MIN || spec->block_size > BLOCK_BYTES_MAX ||
+         (spec->block_size & (spec->block_size - 1)) != 0))
         return fail(e, ST_INVAL, "the block size is 4K, 8K, 16K, 32K or 64K, not %u bytes",
                     spec->block_size);
     if (spec->codec > CODEC_ZSTD)
@@ -578,6 +576,10 @@ void catalog_create(struct catalog_op *op, struct store *store, struct env *env,
 {
     struct job *job = job_new(op, store, env);
     job->spec = *spec;
+    if (job->spec.block_size == 0)
+        job->spec.block_size = store->limits.body_bytes_best;
+    if (job->spec.codec < 0)
+        job->spec.codec = CODEC_LZ4;
     if (volume_spec_check(&job->spec, &op->err) != ST_OK)
         job_refuse(job);
     else
@@ -1125,6 +1127,7 @@ void catalog_clear_removed(struct catalog_op *op, struct store *store, struct en
     struct job *job = job_new(op, store, env);
     struct key key;
     job->more = more;
+    job->background = true;
     *more = false;
     key_prefix(&key, 'g');
     add_prefix_range(job, &key, 2);

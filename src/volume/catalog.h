@@ -25,7 +25,7 @@ struct catalog_entry {
 struct volume_spec {
     char name[NAME_BYTES_MAX + 1];
     uint64_t size;       /* bytes, a multiple of 512, at least 512, at most 2^62 */
-    uint32_t block_size; /* 0: the engine's default (16 KiB) */
+    uint32_t block_size; /* 0: what performs best on the store (limits.body_bytes_best) */
     int codec;           /* enum codec_kind; -1: the default (lz4) */
     int codec_level;     /* zstd: 1..19, 0: the library's default */
     char description[DESCRIPTION_BYTES_MAX + 1];
@@ -58,8 +58,8 @@ static inline bool catalog_may_write(const struct meta_record *meta)
     return (meta->features.ro_compat & ~FEATURES_RO_COMPAT_KNOWN) == 0;
 }
 
-/* Checks a specification and fills in its defaults, as catalog_create does. ST_INVAL. */
-enum status volume_spec_check(struct volume_spec *spec, struct err *e);
+/* Checks a specification, as catalog_create does, before there is a store. ST_INVAL. */
+enum status volume_spec_check(const struct volume_spec *spec, struct err *e);
 
 /* Makes a volume. ST_EXISTS, ST_INVAL (name, size, block size, codec), ST_NOSPC. */
 void catalog_create(struct catalog_op *op, struct store *store, struct env *env,

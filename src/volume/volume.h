@@ -41,6 +41,8 @@ struct shard_config {
     uint64_t log_bytes;       /* 0: a size fitting cache_bytes */
     bool no_log;              /* answer at the commit although the store has a log (commands) */
     uint32_t seal_age_ms;     /* 0: 1000 */
+    /* A request that has waited about so long for the store is answered ST_IO; 0: it waits. */
+    uint32_t store_timeout_ms;
 };
 
 /* Makes a shard: pool and log. Blocks while the log is written through; before the reactor

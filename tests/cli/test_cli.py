@@ -92,6 +92,7 @@ def test_help_names_every_command():
     for command in COMMANDS:
         assert re.search(rf"^  {command}\b", done.stdout, re.M), done.stdout
     assert "FDB_NBD_STORE" in done.stdout and "exit status" in done.stdout
+    assert "fdb:[CLUSTER_FILE][?prefix=TEXT]" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,10 +105,11 @@ def test_help_of_each_command(command):
 
 def test_help_has_the_defaults():
     text = bare("serve", "--help").stdout
-    for default in ("localhost:10809", "256M", "10000", "default: 1)"):
+    for default in ("localhost:10809", "256M", "10000", "default: 1)", "never (default: 0)",
+                    "no limit"):
         assert default in text
     text = bare("create", "--help").stdout
-    assert "default: 16K" in text and "default: lz4" in text
+    assert "lmdb: 16K" in text and "default: lz4" in text
 
 
 def test_version():
@@ -135,6 +137,10 @@ def test_version():
     ["serve", "--cache-size", "31M"], ["serve", "--cache-size", "x"],
     ["serve", "--threads", "9", "--cache-size", "256M"],
     ["serve", "--lease-ms", "999"], ["serve", "--lease-ms", "600001"],
+    ["serve", "--store-timeout", "x"], ["serve", "--store-timeout", "-1"],
+    ["serve", "--store-timeout", "99ms"], ["serve", "--store-timeout", "86401"],
+    ["serve", "--store-timeout", "1m"], ["serve", "--store-timeout", "ms"],
+    ["serve", "--quota", "x"], ["serve", "--quota", "1G"], # (there is none on lmdb)
     ["serve", "--lease-ms", "-1"], ["serve", "--create", "a"], ["serve", "--create", "a:"],
     ["serve", "--create", ":1G"], ["serve", "--create", "a b:1G"], ["serve", "--create", "a:1"],
     ["serve", "--default", "/"], ["--log-level", "loud", "list"], ["--config", "/none", "list"],
@@ -345,7 +351,8 @@ def test_bad_settings_file(folder, run, text, line):
 
 
 @pytest.mark.parametrize("text", ["threads = many\n", "lease-ms = 1\n", "cache-size = 1M\n",
-                                  "create = a\n", "default = /\n"])
+                                  "create = a\n", "default = /\n", "store-timeout = 1h\n",
+                                  "quota = all\n"])
 def test_bad_values_in_the_settings_of_serve(folder, run, text):
     config = folder / "config"
     config.write_text("# one line before\n" + text)
@@ -435,6 +442,7 @@ def test_store_info(run, store):
     info = run.json("store", "info")
     assert info["uri"] == store and info["engine"] == stores.engine() and info["format"] == 1
     assert info["volumes"] == 1 and info["bytes_available"] > 0 and info["bytes_used"] > 0
+    assert info["state"] is None
     assert info["features"] == {"compat": 0, "ro_compat": 0, "incompat": 0}
     assert re.fullmatch("[0-9a-f]{32}", info["uuid"])
     assert store in run("store", "info").stdout

@@ -132,7 +132,7 @@ static void creating(void **state)
     assert_int_equal(two.branch, 2);
     assert_string_equal(two.name, "two");
     assert_int_equal(two.header.size, 1 << 20);
-    assert_int_equal(two.header.block_size, 16384);
+    assert_int_equal(two.header.block_size, 32768); /* best on this store */
     assert_int_equal(two.header.codec, CODEC_LZ4);
     assert_int_equal(two.header.epoch, 1);
     assert_int_equal(two.owner.token, 0);

@@ -368,6 +368,7 @@ static void memory_store_init(struct memory_store *m, const char *what)
     m->chance = chance_begin(what);
     m->env.ops = &env_ops;
     m->store.ops = &store_ops;
+    m->store.limits.body_bytes_best = 32768; /* no engine's */
     m->now_ns = 1000000000ull;
     m->last_task = &m->first_task;
     list_init(&m->timers);
