@@ -24,7 +24,8 @@ struct fetch_block {
 
 struct fetch {
     struct volume *vol;
-    struct vol_io *io; /* NULL: read-ahead */
+    struct vol_io *io; /* NULL: read-ahead, or nobody waits for it any more */
+    struct list link;  /* in shard->fetches where `io` */
     uint64_t first, end; /* blocks */
     struct row_wait row_wait;
     struct store_read read;
@@ -182,6 +183,9 @@ static struct fetch *fetch_new(struct volume *vol, struct vol_io *io, uint64_t f
     f->row_wait.ready = rows_came;
     vol->shard->read_bytes += (end - first) << vol->block_shift;
     vol->fetches++;
+    list_init(&f->link);
+    if (io)
+        list_add_tail(&vol->shard->fetches, &f->link);
     return f;
 }
 
@@ -278,7 +282,7 @@ static void fetch_read(struct store_read *read, enum status st)
             continue;
         b->ok = b->ok && st == ST_OK;
         e->fetching = false;
-        if (!b->ok && !e->full) {
+        if (!b->ok && !e->full && st != ST_UNAVAIL) {
             vol->stats.hash_errors++;
             log_error("volume %s: block %llu can't be read: %s", vol->name,
                       (unsigned long long)(f->first + i),
@@ -396,6 +400,7 @@ static void fetch_finish(struct fetch *f)
     }
     s->read_bytes -= (f->end - f->first) << vol->block_shift;
     vol->fetches--;
+    list_remove(&f->link);
     free(f->gets);
     free(f);
     if (newer) {
@@ -481,6 +486,7 @@ void volume_prefetch(struct volume *vol, struct vol_io *io)
 struct status_walk {
     struct row_wait wait;
     struct vol_io *io;
+    struct list link; /* in shard->walks */
     uint64_t at;
     unsigned loads;
 };
@@ -522,6 +528,7 @@ static void status_step(struct row_wait *wait)
         }
         w->at = end;
     }
+    list_remove(&w->link);
     free(w);
     io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_OK);
 }
@@ -533,8 +540,32 @@ static void status_begin(struct volume *vol, struct vol_io *io)
     w->io = io;
     w->at = io->offset;
     w->wait.ready = status_step;
-    (void)vol;
+    list_add_tail(&vol->shard->walks, &w->link);
     status_step(&w->wait);
+}
+
+void fetch_collect(struct shard *s, bool (*late)(const struct shard *s, const struct vol_io *io),
+                   struct list *to)
+{
+    list_for_each_safe(l, next, &s->fetches)
+    {
+        struct fetch *f = container_of(l, struct fetch, link);
+        if (!late(s, f->io))
+            continue;
+        list_remove(&f->link);
+        list_add_tail(to, &f->io->link);
+        f->io = NULL;
+    }
+    list_for_each_safe(l, next, &s->walks)
+    {
+        struct status_walk *w = container_of(l, struct status_walk, link);
+        if (!late(s, w->io))
+            continue;
+        index_wait_stop(&w->wait);
+        list_remove(&w->link);
+        list_add_tail(to, &w->io->link);
+        free(w);
+    }
 }
 
 void volume_status(struct volume *vol, struct vol_io *io)

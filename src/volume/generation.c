@@ -1069,6 +1069,12 @@ static void answer_waiters(struct volume *vol, struct list *waiters, enum status
     }
 }
 
+void gen_owes(struct gen *g, const struct vol_io *io)
+{
+    if (io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM)
+        g->vol->owed_gen = max_u64(g->vol->owed_gen, g->no);
+}
+
 static void commit_start(struct gen *g);
 
 static void commit_retry(struct env_timer *timer)
@@ -1096,6 +1102,7 @@ static void commit_failed(struct gen *g, enum status st)
         if (st == ST_IO || io->kind == IO_FLUSH || io->kind == IO_SYNC || io->kind == IO_RESIZE) {
             list_remove(l);
             list_add_tail(&told, l);
+            gen_owes(g, io);
         }
     }
     struct list *l;
@@ -1141,6 +1148,7 @@ static void commit_done(struct store_commit *commit, enum status st)
         }
     }
     s->space_refused = false;
+    s->timeout_told = false;
     vol->gens_queued--;
     struct list waiters = LIST_INIT(waiters);
     list_splice_tail(&waiters, &g->waiters);

@@ -11,6 +11,7 @@
  *   index.c       the rows in memory
  *   trash.c       space behind trims
  *   replay.c      the log of an owner that died
+ *   timeout.c     requests that the store keeps waiting too long
  *   shard.c       limits, and the batch that ends with one log write
  *
  * One thread: everything here runs on the shard's reactor, but the `work` and
@@ -97,6 +98,13 @@ struct shard {
     uint64_t log_synced_seq;    /* records below are known to survive the machine */
     struct env_timer age_timer;
     bool age_running;
+
+    /* See timeout.c. */
+    uint32_t store_timeout_ms;
+    uint32_t tick;
+    struct env_timer tick_timer;
+    bool tick_running, timeout_told;
+    struct list fetches, walks; /* loads that somebody waits for; see fetch.c */
 };
 
 struct gen_range {
@@ -233,6 +241,7 @@ struct volume {
     struct gen *open;
     uint64_t gen_next;
     uint64_t committed_gen;  /* all up to this one are in the store */
+    uint64_t owed_gen; /* up to this one there are writes that were answered with an error */
     uint64_t n_ranges_unbuilt; /* ranges of generations that the index does not show yet */
     uint64_t n_ranges_uncommitted;
     unsigned gens_queued;
@@ -348,6 +357,15 @@ int overlay_lookup(const struct volume *vol, uint64_t no);
  * over the reference to `base`. */
 void blk_complete(struct volume *vol, struct blk *e, struct buf *base);
 
+/* Takes the requests for which `late` holds away from what is loaded for them. */
+void fetch_collect(struct shard *s, bool (*late)(const struct shard *s, const struct vol_io *io),
+                   struct list *to);
+
+/* --- timeout.c ------------------------------------------------------------------- */
+
+/* Makes sure that time is counted while requests are under way. */
+void timeout_start(struct shard *s);
+
 /* --- generation.c ---------------------------------------------------------------- */
 
 struct gen *gen_open(struct volume *vol);
@@ -366,6 +384,9 @@ int built_range_over(const struct volume *vol, uint64_t row2);
 /* Whether nothing will come back to any generation; then, the volume being lost, they go. */
 bool gen_all_quiet(const struct volume *vol);
 void gen_free_all(struct volume *vol);
+/* `io`, which waits for the commit, is answered with an error instead: if it wrote something,
+ * no flush succeeds before that is in. */
+void gen_owes(struct gen *g, const struct vol_io *io);
 /* Answers the requests that wait for commits, because there will be none. */
 void gen_fail_waiters(struct volume *vol);
 

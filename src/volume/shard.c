@@ -115,6 +115,9 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     list_init(&s->write_waiters);
     list_init(&s->read_waiters);
     list_init(&s->submitted);
+    list_init(&s->fetches);
+    list_init(&s->walks);
+    s->store_timeout_ms = config->store_timeout_ms;
     s->age_timer.fire = age_fire;
     s->doubt_timer.fire = doubt_fire;
     if (s->store->limits.has_log && !config->no_log) {
@@ -144,6 +147,7 @@ void shard_free(struct shard *s)
     env_timer_stop(s->env, &s->doubt_timer);
     if (s->member)
         session_leave(s->member);
+    env_timer_stop(s->env, &s->tick_timer);
     store_unreserve(s->store, s->credit);
     /* Every volume was committed and given back, so no record is needed any more. */
     if (s->log)

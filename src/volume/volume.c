@@ -154,6 +154,8 @@ void volume_begin_io(struct volume *vol, struct vol_io *io)
     io->held_space = (struct store_reservation){0, 0};
     vol->busy++;
     vol->requests++;
+    io->tick = vol->shard->tick;
+    timeout_start(vol->shard);
 }
 
 void volume_end_io(struct volume *vol, struct vol_io *io, enum status st)

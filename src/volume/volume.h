@@ -111,6 +111,7 @@ struct vol_io {
     uint64_t held_bytes, held_log;
     uint64_t new_size;
     struct store_reservation held_space;
+    uint32_t tick; /* since then it waits for the store; see timeout.c */
     uint8_t kind, stage;
 };
 
@@ -215,7 +216,7 @@ void volume_sync(struct volume *vol, struct vol_io *io);
 
 struct volume_stats {
     uint64_t dirty_bytes, cached_bytes, generation, data_blocks;
-    uint64_t cache_hits, cache_misses, hash_errors, commits, commit_retries;
+    uint64_t cache_hits, cache_misses, hash_errors, commits, commit_retries, timeouts;
 };
 void volume_get_stats(const struct volume *vol, struct volume_stats *stats);
 

@@ -524,6 +524,8 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
     uint32_t lo = (uint32_t)(io->offset & (vol->block_size - 1));
     uint64_t left = io->length;
 
+    /* Until now it waited for its client. */
+    io->tick = vol->shard->tick;
     if (vol->lost || io->offset + io->length > vol->size) {
         /* Lost, or made smaller, while the payload was on its way. */
         volume_release_segs(io);

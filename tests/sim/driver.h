@@ -31,6 +31,7 @@ struct drv_config {
     uint64_t write_bytes_max; /* longest write; 0: 4 MiB */
     uint64_t log_bytes;
     uint32_t seal_age_ms;
+    uint32_t store_timeout_ms;
     bool resize;       /* sizes change now and then */
     bool expect_nospc; /* writes may be refused; not checked against the array */
     bool faults;       /* requests may fail with ST_IO */

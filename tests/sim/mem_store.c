@@ -82,6 +82,8 @@ struct mem_store {
     struct sim *sim;
     struct mem_config config;
     struct mem_faults faults;
+    bool stopped;
+    uint64_t stopped_ns;
     struct node *head;
     struct list handles, logs, sessions;
     uint64_t next_log_id;
@@ -263,9 +265,20 @@ static void mem_read_release(struct store_read *read)
     }
 }
 
+#define LOOK_AGAIN_NS 1000000u
+
 static void read_answer(void *arg)
 {
     struct store_read *read = arg;
+    struct mem_store *db = handle_of(read->store)->db;
+    if (db->stopped && !handle_of(read->store)->dead) {
+        uint64_t waited_ns = sim_now_ns(db->sim) - db->stopped_ns;
+        if (!db->config.timeout_ms || waited_ns < db->config.timeout_ms * 1000000ull) {
+            sim_at(handle_of(read->store)->env, LOOK_AGAIN_NS, read_answer, read);
+            return;
+        }
+        read->result = ST_UNAVAIL;
+    }
     handle_of(read->store)->out--;
     if (handle_of(read->store)->dead)
         read->result = ST_IO;
@@ -527,6 +540,10 @@ static void commit_answer(void *arg)
 {
     struct store_commit *commit = arg;
     struct handle *h = handle_of(commit->store);
+    if (h->db->stopped && !h->dead) {
+        sim_at(h->env, LOOK_AGAIN_NS, commit_answer, commit);
+        return;
+    }
     h->out--;
     if (h->dead)
         commit->result = ST_CONFLICT;
@@ -553,6 +570,10 @@ static void answer_later(struct handle *h, struct store_commit *commit)
 static void commit_run(void *arg)
 {
     struct handle *h = arg;
+    if (h->db->stopped && !h->dead) {
+        sim_at(h->env, LOOK_AGAIN_NS, commit_run, h);
+        return;
+    }
     h->committing = false;
     struct list *l = list_pop(&h->commits);
     if (!l)
@@ -1278,6 +1299,12 @@ void mem_store_on_kill(struct mem_store *db, void (*kill)(void *arg, struct stor
 void mem_store_set_faults(struct mem_store *db, struct mem_faults faults)
 {
     db->faults = faults;
+}
+
+void mem_store_stop(struct mem_store *db, bool stopped)
+{
+    db->stopped = stopped;
+    db->stopped_ns = sim_now_ns(db->sim);
 }
 
 void mem_store_set_capacity(struct mem_store *db, uint64_t bytes)

@@ -40,6 +40,7 @@ struct mem_config {
     uint64_t commit_bytes_max;                        /* 0: without end; see limits */
     uint64_t capacity_bytes;                          /* of bodies; 0: without end */
     uint64_t read_ns_max, commit_ns_max, sync_ns_max; /* random delays; 0: 300 us */
+    uint32_t timeout_ms;                              /* of reads while it is stopped; 0: none */
     uint64_t commit_bytes_per_ms;                     /* a slow medium; 0: bytes take no time */
     enum mem_lie lie;
 };
@@ -70,6 +71,9 @@ struct mem_faults {
     enum status commit_status; /* 0: ST_IO */
 };
 void mem_store_set_faults(struct mem_store *db, struct mem_faults faults);
+/* It answers nothing until told to go on: requests wait, whether they were executed already or
+ * not. Reads only for config.timeout_ms, where that is set. */
+void mem_store_stop(struct mem_store *db, bool stopped);
 void mem_store_set_capacity(struct mem_store *db, uint64_t bytes);
 
 /* For looking: numbers, and the value of a key (false: not there). */
