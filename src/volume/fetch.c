@@ -97,11 +97,18 @@ static struct gen *must_commit_first(struct volume *vol, uint64_t first, uint64_
     return NULL;
 }
 
+/* When it has committed, newer writes may be there already. A read that met that before keeps
+ * further ones from being granted, so that it comes to its turn: those granted are few. */
 static void wait_for_commit(struct volume *vol, struct gen *g, struct vol_io *io)
 {
+    if (!io->first && ++io->commits_waited >= READ_COMMITS_MAX) {
+        io->first = true;
+        vol->reads_first++;
+    }
     list_add_tail(&g->waiters, &io->link);
+    /* At the end of the batch, as for writes: what came together commits together. */
     if (g->stage == GEN_OPEN && !vol->gens_queued)
-        gen_seal(vol, false);
+        vol->shard->seal_wanted = true;
 }
 
 /* --- the way of cached blocks -------------------------------------------------------- */
@@ -109,8 +116,24 @@ static void wait_for_commit(struct volume *vol, struct gen *g, struct vol_io *io
 static void ahead_hit(struct volume *vol, struct blk *e);
 static void ahead_miss(struct volume *vol, uint64_t offset, uint64_t length);
 
-/* Fills io->segs from the cache; false at the first byte that is not there. */
-static bool segs_from_cache(struct volume *vol, struct vol_io *io)
+/* Whether a range that is not committed yet lies over one of the blocks. */
+static bool range_uncommitted(const struct volume *vol, uint64_t first, uint64_t end)
+{
+    if (!vol->n_ranges_uncommitted)
+        return false;
+    list_for_each(l, &vol->gens)
+    {
+        const struct gen *g = container_of(l, struct gen, link);
+        for (size_t i = 0; i < g->n_ranges; i++)
+            if (g->ranges[i].first < end && first < g->ranges[i].end)
+                return true;
+    }
+    return false;
+}
+
+/* Fills io->segs from the cache; false at the first byte that is not there or, with
+ * `committed`, at the first block that changed since the last commit. */
+static bool segs_from_cache(struct volume *vol, struct vol_io *io, bool committed)
 {
     const struct blocks *t = &vol->shard->blocks;
     uint32_t size = vol->block_size;
@@ -121,7 +144,7 @@ static bool segs_from_cache(struct volume *vol, struct vol_io *io)
     while (left) {
         uint32_t len = (uint32_t)min_u64(size - lo, left);
         struct blk *e = blocks_find(t, vol->tag, no);
-        if (!e || !blk_has(e, lo, lo + len)) {
+        if (!e || (committed && e->gen) || !blk_has(e, lo, lo + len)) {
             volume_release_segs(io);
             return false;
         }
@@ -144,8 +167,14 @@ static void read_begin(struct volume *vol, struct vol_io *io);
 bool volume_read(struct volume *vol, struct vol_io *io)
 {
     CHECK(io->length > 0 && io->length <= VOLUME_READ_BYTES_MAX);
-    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt && io->offset + io->length <= vol->size &&
-        shard_uses_log(vol->shard) && segs_from_cache(vol, io)) {
+    /* Without a log nothing may be shown that could still vanish. */
+    bool committed = !shard_uses_log(vol->shard);
+    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt &&
+        io->offset + io->length <= vol->size &&
+        !(committed &&
+          range_uncommitted(vol, io->offset >> vol->block_shift,
+                            ((io->offset + io->length - 1) >> vol->block_shift) + 1)) &&
+        segs_from_cache(vol, io, committed)) {
         vol->stats.cache_hits++;
         io->st = ST_OK;
         return true;
@@ -390,7 +419,7 @@ static void fetch_finish(struct fetch *f)
 
     /* Writes that came while it loaded must be committed before they are shown. */
     struct gen *newer = io && st == ST_OK ? must_commit_first(vol, f->first, f->end) : NULL;
-    if (io && st == ST_OK && !newer && !segs_from_cache(vol, io))
+    if (io && st == ST_OK && !newer && !segs_from_cache(vol, io, false))
         st = ST_IO;
     for (uint64_t i = 0; f->looked_up && i < f->end - f->first; i++) {
         struct blk *e = f->block[i].e;
@@ -595,10 +624,15 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
     default:
         /* The answer comes from the index alone, so what was written must be in it. */
         if (io->stage == IO_IDLE && (!gen_empty(vol->open) || vol->gens_queued)) {
+            struct gen *newest = vol->open;
             io->stage = IO_WAITING;
-            gen_seal(vol, false);
-            list_add_tail(&container_of(vol->open->link.prev, struct gen, link)->waiters,
-                          &io->link);
+            if (gen_empty(newest))
+                newest = container_of(newest->link.prev, struct gen, link);
+            list_add_tail(&newest->waiters, &io->link);
+            if (shard_uses_log(vol->shard))
+                gen_seal(vol, false);
+            else
+                vol->shard->seal_wanted = true;
         } else {
             status_begin(vol, io);
         }

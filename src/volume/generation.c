@@ -1154,10 +1154,11 @@ static void commit_done(struct store_commit *commit, enum status st)
     list_splice_tail(&waiters, &g->waiters);
     trash_committed(vol, g);
     gen_free(g);
-    answer_waiters(vol, &waiters, ST_OK);
+    /* First the next commit, then the answers: the store is the slower one. */
     if (!vol->gens_queued && !shard_uses_log(s))
         gen_seal(vol, false);
     pipeline_step(vol);
+    answer_waiters(vol, &waiters, ST_OK);
     shard_wake_writers(s);
     volume_progress(vol);
 }

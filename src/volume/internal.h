@@ -35,6 +35,7 @@
 #define GENERATION_BLOCKS_MAX 16384u
 #define GENERATIONS_QUEUED_MAX 8u
 #define GENERATION_ROWS_COUNTED 256u
+#define READ_COMMITS_MAX 2u /* a read that waited for so many commits comes before new writes */
 /* A commit takes at least this much: a write of 4 MiB with its index rows (weight.c). */
 #define COMMIT_BYTES_MIN (5ull << 20)
 
@@ -210,6 +211,7 @@ struct volume {
     struct env_task fail_task;
     bool free_posted, fail_posted;
     unsigned busy; /* requests under way */
+    unsigned reads_first; /* reads that new writes wait for */
     unsigned fetches; /* loads under way, read-ahead too */
     uint64_t requests; /* counts requests, to tell an idle volume */
     uint64_t last_seq; /* of its records in the shard's log */

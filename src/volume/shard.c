@@ -236,10 +236,22 @@ void shard_seal_for_room(struct shard *s)
     }
 }
 
+/* Whose turn it is. Writes that wait for a read of their volume hold nobody else up. */
+static struct vol_io *next_writer(struct shard *s)
+{
+    list_for_each(l, &s->write_waiters)
+    {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        if (!io->vol->reads_first || io->vol->lost)
+            return io;
+    }
+    return NULL;
+}
+
 void shard_wake_writers(struct shard *s)
 {
-    while (!list_empty(&s->write_waiters)) {
-        struct vol_io *io = container_of(s->write_waiters.next, struct vol_io, link);
+    struct vol_io *io;
+    while ((io = next_writer(s))) {
         if (!write_try_grant(io->vol, io)) {
             shard_seal_for_room(s);
             return;

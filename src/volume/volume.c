@@ -150,6 +150,8 @@ void volume_begin_io(struct volume *vol, struct vol_io *io)
 {
     io->vol = vol;
     io->stage = IO_IDLE;
+    io->commits_waited = 0;
+    io->first = false;
     io->held_bytes = io->held_log = 0;
     io->held_space = (struct store_reservation){0, 0};
     vol->busy++;
@@ -164,7 +166,11 @@ void volume_end_io(struct volume *vol, struct vol_io *io, enum status st)
     io->vol = NULL;
     CHECK(vol->busy > 0);
     vol->busy--;
+    bool last = io->first && --vol->reads_first == 0;
+    io->first = false;
     io->done(io);
+    if (last)
+        shard_wake_writers(vol->shard);
     volume_progress(vol);
 }
 

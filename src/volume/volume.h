@@ -113,6 +113,8 @@ struct vol_io {
     struct store_reservation held_space;
     uint32_t tick; /* since then it waits for the store; see timeout.c */
     uint8_t kind, stage;
+    uint8_t commits_waited; /* by a read; see wait_for_commit() */
+    bool first;             /* new writes of its volume wait for it */
 };
 
 #define VOL_SEGS(length, block_size) ((uint32_t)((length) / (block_size) + 2))

@@ -131,7 +131,7 @@ bool write_try_grant(struct volume *vol, struct vol_io *io)
     uint64_t bytes = blocks << vol->block_shift;
     if (bytes && s->write_bytes && s->write_bytes + bytes > s->write_bytes_max)
         return false;
-    if (vol->gens_queued >= GENERATIONS_QUEUED_MAX)
+    if (vol->gens_queued >= GENERATIONS_QUEUED_MAX || vol->reads_first)
         return false;
     uint64_t record = 0;
     if (shard_uses_log(s)) {
@@ -507,10 +507,11 @@ static void operation_done(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
     release_held(vol, io);
-    if (!shard_uses_log(s))
-        s->seal_wanted = true;
-    else if (vol->open->dirty_bytes >= s->generation_bytes_max ||
-             (!vol->gens_queued && store_log_room(s->log) < store_log_capacity(s->log) / 2))
+    s->seal_wanted |= !shard_uses_log(s);
+    /* A full one is prepared and encoded while the one before commits. */
+    if (vol->open->dirty_bytes >= s->generation_bytes_max ||
+        (shard_uses_log(s) && !vol->gens_queued &&
+         store_log_room(s->log) < store_log_capacity(s->log) / 2))
         gen_seal(vol, false);
 }
 
@@ -641,10 +642,27 @@ void flush_by_commit(struct volume *vol, struct vol_io *io)
     list_add_tail(&container_of(l->prev, struct gen, link)->waiters, &io->link);
 }
 
+/* Without a log what was answered is committed. But what was answered with an error has to be
+ * in before a flush may succeed. */
+static void flush_without_log(struct volume *vol, struct vol_io *io)
+{
+    list_for_each(l, &vol->gens)
+    {
+        struct gen *g = container_of(l, struct gen, link);
+        if (g->no == vol->owed_gen) {
+            list_add_tail(&g->waiters, &io->link);
+            return;
+        }
+    }
+    io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_OK);
+}
+
 static void flush_begin(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
-    if (io->kind == IO_SYNC || !shard_uses_log(s))
+    if (io->kind == IO_FLUSH && !s->log)
+        flush_without_log(vol, io);
+    else if (io->kind == IO_SYNC || !shard_uses_log(s))
         flush_by_commit(vol, io);
     else if (vol->last_seq < s->log_synced_seq || (gen_empty(vol->open) && !vol->gens_queued))
         io_finish_soon(vol, io, ST_OK);

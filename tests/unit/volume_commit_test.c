@@ -420,6 +420,217 @@ static void reads_say_what_they_are(void **state)
     end(d);
 }
 
+/* --- what waits for which commit ----------------------------------------------------------- */
+
+/* Two writers who never leave a block alone, and a read of it. */
+struct rewriter {
+    struct vol_io io;
+    struct drv *d;
+    uint64_t left;
+};
+
+static void rewrite(struct rewriter *w);
+
+static void rewriter_granted(struct vol_io *io)
+{
+    struct rewriter *w = container_of(io, struct rewriter, io);
+    if (io->st == ST_OK)
+        volume_write_commit(w->d->p->vol, io, payload);
+}
+
+static void rewriter_done(struct vol_io *io)
+{
+    rewrite(container_of(io, struct rewriter, io));
+}
+
+static void rewrite(struct rewriter *w)
+{
+    if (!w->left)
+        return;
+    w->left--;
+    w->io = (struct vol_io){.done = rewriter_done, .granted = rewriter_granted, .length = 4096};
+    if (volume_write_begin(w->d->p->vol, &w->io))
+        rewriter_granted(&w->io);
+}
+
+struct reader {
+    struct vol_io io;
+    struct vol_seg segs[300];
+    bool answered;
+};
+
+static void reader_done(struct vol_io *io)
+{
+    container_of(io, struct reader, io)->answered = true;
+    volume_release_segs(io);
+}
+
+static bool reader_start(struct drv *d, struct reader *r, uint64_t offset, uint64_t length)
+{
+    *r = (struct reader){.io = {.done = reader_done, .offset = offset, .length = length,
+                                .segs_cap = 300}};
+    r->io.segs = r->segs;
+    if (!volume_read(d->p->vol, &r->io))
+        return false;
+    reader_done(&r->io);
+    return true;
+}
+
+static void reads_come_to_their_turn(void **state)
+{
+    (void)state;
+    enum { WRITERS = 8, WRITES = 400 };
+    struct drv *d = start(6, 1u << 20, 4096);
+    static struct rewriter w[WRITERS];
+    static struct reader r;
+    struct mem_counts before, after;
+    open_and_own(d);
+    for (unsigned i = 0; i < WRITERS; i++) {
+        w[i] = (struct rewriter){.d = d, .left = WRITES};
+        rewrite(&w[i]);
+        shard_submit(d->p->shard);
+        for (unsigned k = 0; k < 3; k++)
+            sim_step(d->sim);
+    }
+    mem_store_counts(d->db, &before);
+    assert_false(reader_start(d, &r, 0, 8192));
+    while (!r.answered && sim_step(d->sim))
+        shard_submit(d->p->shard);
+    mem_store_counts(d->db, &after);
+    assert_true(r.answered);
+    print_message("# read after %llu commits\n",
+                  (unsigned long long)(after.commits - before.commits));
+    assert_true(after.commits - before.commits <= 6);
+    assert_true(w[0].left > WRITES / 2);
+    assert_int_equal(d->p->vol->reads_first, 0);
+    for (bool busy = true; busy && sim_step(d->sim);) {
+        shard_submit(d->p->shard);
+        busy = d->p->vol->busy != 0;
+    }
+    for (unsigned i = 0; i < WRITERS; i++)
+        assert_int_equal(w[i].left, 0);
+    end(d);
+}
+
+/* Clean blocks are read from the cache, whatever else is dirty; changed ones after their commit
+ * only, and so are those below a trim. */
+static void clean_blocks_need_no_wait(void **state)
+{
+    (void)state;
+    struct drv *d = start(7, 8u << 20, 4096);
+    static uint8_t got[1 << 20];
+    static struct reader r;
+    struct volume_stats stats;
+    open_and_own(d);
+    drv_write(d, 0, 1u << 20, 0);
+    assert_int_equal(drv_read(d, 0, sizeof got, got), ST_OK);
+    volume_get_stats(d->p->vol, &stats);
+    uint64_t hits = stats.cache_hits;
+
+    struct batch *b = batch_new(d, 2);
+    batch_write(b, 0, 4096, 4096);
+    batch_writes(b);
+    batch_trim(b, 1, 512u << 10, 512u << 10);
+    assert_true(reader_start(d, &r, 0, 4096));
+    assert_true(reader_start(d, &r, 8192, (512u << 10) - 8192));
+    volume_get_stats(d->p->vol, &stats);
+    assert_int_equal(stats.cache_hits, hits + 2);
+    static struct reader dirty, trimmed;
+    assert_false(reader_start(d, &dirty, 0, 8192));
+    assert_false(reader_start(d, &trimmed, 700u << 10, 4096));
+    shard_submit(d->p->shard);
+    /* The same while it commits. */
+    assert_true(reader_start(d, &r, 0, 4096));
+    assert_false(dirty.answered || trimmed.answered);
+    batch_run(b, true);
+    while (!(dirty.answered && trimmed.answered) && sim_step(d->sim)) {
+    }
+    assert_true(dirty.answered && trimmed.answered);
+    assert_true(reader_start(d, &r, 0, 8192));
+    volume_get_stats(d->p->vol, &stats);
+    assert_int_equal(stats.cache_hits, hits + 4);
+    batch_free(b);
+    end(d);
+}
+
+/* What came together commits together, also with reads, flushes and questions in between. */
+static void a_batch_is_one_generation(void **state)
+{
+    (void)state;
+    struct drv *d = start(8, 8u << 20, 4096);
+    static struct reader r;
+    struct mem_counts before, after;
+    open_and_own(d);
+    assert_true(sim_run_idle(d->sim, 1000000));
+    mem_store_counts(d->db, &before);
+    enum { N = 24 };
+    struct batch *b = batch_new(d, N);
+    struct vol_extent extents[4];
+    for (size_t i = 0; i < N; i++) {
+        struct op *op = &b->ops[i];
+        if (i % 6 == 3) {
+            b->open++;
+            volume_flush(d->p->vol, &op->io);
+        } else if (i % 6 == 5) {
+            op->io.length = 65536;
+            op->io.extents = extents;
+            op->io.extents_cap = 4;
+            b->open++;
+            volume_status(d->p->vol, &op->io);
+        } else {
+            batch_write(b, i, i * 4096, 4096);
+            batch_writes(b);
+        }
+        if (i == 2)
+            assert_false(reader_start(d, &r, 0, 4096));
+    }
+    batch_run(b, true);
+    assert_true(sim_run_idle(d->sim, 1000000));
+    mem_store_counts(d->db, &after);
+    assert_true(r.answered);
+    assert_int_equal(after.commits - before.commits, 1);
+    batch_free(b);
+    end(d);
+}
+
+/* While one commits, a full one is made ready, also where no request comes behind it. */
+static void the_next_one_is_ready(void **state)
+{
+    (void)state;
+    struct drv *d = start(9, 64u << 20, 4096);
+    open_and_own(d);
+    enum { N = 5 };
+    struct batch *b = batch_new(d, N);
+    batch_write(b, 0, 0, 4096);
+    batch_writes(b);
+    shard_submit(d->p->shard);
+    for (size_t i = 1; i < N; i++)
+        batch_write(b, i, i << 20, 1u << 20);
+    batch_writes(b);
+    shard_submit(d->p->shard);
+    const struct volume *vol = d->p->vol;
+    assert_int_equal(vol->gens_queued, 2);
+    const struct gen *first = container_of(vol->gens.next, struct gen, link);
+    const struct gen *second = container_of(first->link.next, struct gen, link);
+    assert_int_equal(second->n_items, 1024);
+    /* The first takes its time: the store does not answer. */
+    while (first->stage != GEN_COMMITTING && sim_step(d->sim)) {
+    }
+    mem_store_stop(d->db, true);
+    for (unsigned i = 0; i < 3000; i++)
+        sim_step(d->sim);
+    assert_int_equal(first->stage, GEN_COMMITTING);
+    assert_int_equal(second->stage, GEN_BUILT);
+    uint64_t one = second->no;
+    mem_store_stop(d->db, false);
+    while (vol->committed_gen + 1 < one && sim_step(d->sim)) {
+    }
+    assert_int_equal(second->stage, GEN_COMMITTING);
+    batch_run(b, true);
+    batch_free(b);
+    end(d);
+}
+
 int main(void)
 {
     memset(payload, 0x5a, sizeof payload);
@@ -430,6 +641,10 @@ int main(void)
         cmocka_unit_test(trims_of_everything),
         cmocka_unit_test(shrinking_from_petabytes),
         cmocka_unit_test(reads_say_what_they_are),
+        cmocka_unit_test(reads_come_to_their_turn),
+        cmocka_unit_test(clean_blocks_need_no_wait),
+        cmocka_unit_test(a_batch_is_one_generation),
+        cmocka_unit_test(the_next_one_is_ready),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
