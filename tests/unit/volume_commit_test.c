@@ -410,7 +410,7 @@ static void reads_say_what_they_are(void **state)
     bool more = false;
     struct catalog_op clear = {.done = cleared};
     before = after;
-    catalog_clear_removed(&clear, d->p->store, &d->p->env->base, &more);
+    catalog_clear_removed(&clear, d->p->store, d->p->env, &more);
     assert_true(sim_run_idle(d->sim, 1000000));
     catalog_op_free(&clear);
     mem_store_counts(d->db, &after);
