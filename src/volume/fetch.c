@@ -527,6 +527,20 @@ static uint32_t extent_flags(int kind)
                                  : VOL_EXTENT_ZERO | VOL_EXTENT_HOLE;
 }
 
+/* Without a log: the newest generation that the index shows already and that has not committed,
+ * or NULL. */
+static struct gen *newest_shown(struct volume *vol)
+{
+    if (shard_uses_log(vol->shard))
+        return NULL;
+    for (struct list *l = vol->gens.prev; l != &vol->gens; l = l->prev) {
+        struct gen *g = container_of(l, struct gen, link);
+        if (g->stage >= GEN_BUILT)
+            return g;
+    }
+    return NULL;
+}
+
 static void status_step(struct row_wait *wait)
 {
     struct status_walk *w = container_of(wait, struct status_walk, wait);
@@ -559,6 +573,12 @@ static void status_step(struct row_wait *wait)
     }
     list_remove(&w->link);
     free(w);
+    struct gen *shown = vol->lost ? NULL : newest_shown(vol);
+    if (shown) {
+        io->stage = IO_LOOKED;
+        list_add_tail(&shown->waiters, &io->link);
+        return;
+    }
     io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_OK);
 }
 
@@ -623,7 +643,9 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
         break;
     default:
         /* The answer comes from the index alone, so what was written must be in it. */
-        if (io->stage == IO_IDLE && (!gen_empty(vol->open) || vol->gens_queued)) {
+        if (io->stage == IO_LOOKED) {
+            io_finish_soon(vol, io, ST_OK);
+        } else if (io->stage == IO_IDLE && (!gen_empty(vol->open) || vol->gens_queued)) {
             struct gen *newest = vol->open;
             io->stage = IO_WAITING;
             if (gen_empty(newest))

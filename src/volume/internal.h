@@ -58,6 +58,7 @@ enum io_stage {
     IO_GRANTED,
     IO_LOGGED,
     IO_STARTING, /* inside volume_read */
+    IO_LOOKED,   /* status: known; answered when what it saw has committed */
     IO_FINISHED, /* and answered there */
 };
 
