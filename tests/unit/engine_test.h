@@ -3,7 +3,7 @@
  *
  *     STORE   "lmdb:[DIRECTORY]" (the default), "fdb:CLUSTER_FILE[?prefix=TEXT]" (a cluster, with
  *             the libfdb_c that the loader finds), or "double": FoundationDB's test double, which
- *             must be that libfdb_c: LD_LIBRARY_PATH=build/tests/fdb/double
+ *             must be that libfdb_c: LD_LIBRARY_PATH=build/tests/fdb
  *     FAULTS  1: the double injects all the faults it knows, at rates from the seed
  */
 #ifndef TESTS_UNIT_ENGINE_TEST_H
