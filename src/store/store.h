@@ -345,8 +345,8 @@ static inline enum status store_info(struct store *store, struct store_info *inf
 }
 
 /* How many keys [begin, end) holds and what their heads and bodies take in the store.
- * May walk the range (bounded: past a million keys it may extrapolate). Blocks: not on a
- * reactor that serves. */
+ * May walk the range (bounded: past a million keys it may extrapolate); an engine that only
+ * estimates bytes says 0 keys. Blocks: not on a reactor that serves. */
 static inline enum status store_usage(struct store *store, struct slice begin, struct slice end,
                                       uint64_t *keys, uint64_t *bytes, struct err *e)
 {

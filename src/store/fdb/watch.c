@@ -50,7 +50,6 @@ static void fire(struct fd_watch *w)
     drop(w);
     if (!watch)
         return;
-    watch->store = NULL;
     watch->seen = 0;
     watch->fired(watch);
 }
@@ -110,7 +109,9 @@ static void version_came(struct fd_version_wait *v, int64_t version)
     struct fr *fr = w->fr;
     struct fd_key key;
     w->waits_version = false;
-    fd_transaction(fr->fd, &w->tr, false, 0);
+    /* Without fd_transaction(): one that does not read its writes may not watch (1034). */
+    int code = fdb.database_create_transaction(fr->fd->db, &w->tr);
+    CHECK(code == 0);
     fdb.transaction_set_read_version(w->tr, version);
     fd_key_make(fr->fd, &key, w->watch->key);
     w->future = fdb.transaction_watch(w->tr, key.bytes, key.len);
@@ -141,12 +142,10 @@ void fd_watch(struct store *store, struct env *env, struct store_watch *watch)
 
 void fd_watch_stop(struct store_watch *watch)
 {
-    if (!watch->store)
-        return;
     struct fd_watch *w = (struct fd_watch *)(uintptr_t)watch->seen;
-    watch->store = NULL;
     if (!w)
-        return;
+        return; /* it fired */
+    watch->seen = 0;
     w->watch = NULL;
     if (w->future && w->pending)
         fdb.future_cancel(w->future);
