@@ -375,6 +375,8 @@ static void read_ready(struct fd_wait *wait)
     if (cut) {
         parts_drop(r);
         r->no_runs = true;
+        /* One that has read takes no options and no version any more. */
+        fdb.transaction_reset(r->tr);
         read_send(r);
         return;
     }
