@@ -35,9 +35,9 @@ BUGGIFY = {
 
 
 def shape(**more):
-    return Shape(SIZE, connections=3, depth=4, ops=1 << 30,
-                 lengths=((512, 6), (4096, 8), (16384, 4), (65536, 2), (1 << 20, 1)),
-                 **{"pace_us": 8000, **more})
+    return Shape(SIZE, **{
+        "connections": 3, "depth": 4, "ops": 1 << 30, "pace_us": 8000,
+        "lengths": ((512, 6), (4096, 8), (16384, 4), (65536, 2), (1 << 20, 1)), **more})
 
 
 def filled(server):

@@ -26,7 +26,7 @@ def cpu_s(pid):
 def test_a_thousand_idle_volumes(cluster, folder, store):
     prefix = cluster.prefix_in(store)
     names = [f"v{n}" for n in range(VOLUMES)]
-    server = gateway(cluster, folder / "s", store=store)
+    server = gateway(cluster, folder / "s", {"first": "1M"}, store=store)
     server.start()
     began = time.monotonic()
     for at in range(0, VOLUMES, 8):
