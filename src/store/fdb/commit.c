@@ -194,6 +194,14 @@ static void settle_again(struct fd_retry *retry, bool lasting)
     settle(c);
 }
 
+/* From the start, with a new number: the transaction that settled the last one is used up. */
+static void begin_anew(struct fd_commit *c)
+{
+    fdb.transaction_destroy(c->tr);
+    c->tr = NULL;
+    begin(c);
+}
+
 static void settle_committed(struct fd_wait *wait)
 {
     struct fd_commit *c = container_of(wait, struct fd_commit, wait);
@@ -205,8 +213,8 @@ static void settle_committed(struct fd_wait *wait)
         fd_retry(c->fr, &c->retry, c->tr, code, settle_again);
         return;
     }
-    /* It did not happen and can't any more: from the start, with a new number. */
-    begin(c);
+    /* It did not happen and can't any more. */
+    begin_anew(c);
 }
 
 static void settle_read(struct fd_wait *wait)
@@ -231,7 +239,7 @@ static void settle_read(struct fd_wait *wait)
     }
     if (number > c->id) {
         /* An earlier attempt to settle was the one that happened. */
-        begin(c);
+        begin_anew(c);
         return;
     }
     struct fd_key key;
