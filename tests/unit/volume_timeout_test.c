@@ -127,15 +127,14 @@ static void expect_late(const struct timed *t)
     assert_in_range(t->took_ms, TIMEOUT_MS * 9 / 10, TIMEOUT_MS * 13 / 10);
 }
 
-static void each_kind_of_request_ends(void **state)
+static void one_of_each_kind(uint32_t read_timeout_ms)
 {
-    (void)state;
     struct drv_config config = config_of(1, false);
     config.block_size = 4096;
     config.size = 8ull << 30; /* rows that are not in memory */
     config.n_regions = 2;
     config.region_bytes = 1u << 20;
-    config.store.timeout_ms = 0;
+    config.store.timeout_ms = read_timeout_ms;
     struct drv *d = drv_new(&config);
     static uint8_t data[4096], got[4096];
     struct timed write, trim, flush, read_dirty, read_store, read_row, status;
@@ -195,6 +194,13 @@ static void each_kind_of_request_ends(void **state)
     assert_int_equal(stats.hash_errors, 0);
     drv_close(d);
     assert_true(drv_free(d));
+}
+
+static void each_kind_of_request_ends(void **state)
+{
+    (void)state;
+    one_of_each_kind(0);
+    one_of_each_kind(TIMEOUT_MS); /* reads end in the store */
 }
 
 /* Who waits for the volume itself ends, too, and gets it later. */
