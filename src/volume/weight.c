@@ -11,9 +11,10 @@
  */
 #include "volume/internal.h"
 
-/* A mutation beside its value. Engines count keys more than once: as key, as write conflict
- * and as the end of both, each with the store's prefix in front. */
-#define MUTATION_BYTES 256u
+/* A mutation beside its value. FoundationDB counts the key three times (as such, and for both
+ * ends of the write conflict) and some 64 bytes: with rows' and blocks' keys of up to 32 bytes
+ * behind a prefix of up to 66, 358 bytes. */
+#define MUTATION_BYTES 384u
 #define UNIFORM_ROW_BYTES 64u /* a level-2 row of one kind, a trash record */
 /* State, header, and the check of the owner key. */
 #define RECORDS_BYTES (3 * RECORD_BYTES_MAX)

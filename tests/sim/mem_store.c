@@ -483,15 +483,17 @@ static void apply(struct mem_store *db, struct store_commit *commit, size_t n_mu
     }
 }
 
-/* As FoundationDB counts: keys as such, and twice in each conflict range. */
+/* As the FoundationDB engine counts with its longest prefix: keys as such, and twice in each
+ * conflict range. */
+#define PREFIX_BYTES 66u
 static uint64_t commit_whole_bytes(const struct store_commit *commit)
 {
-    uint64_t n = 0;
+    uint64_t n = 1000;
     for (size_t i = 0; i < commit->n_checks; i++)
-        n += 64 + 3 * commit->checks[i].key.len;
+        n += 2 * (commit->checks[i].key.len + commit->checks[i].value.len + 2 * PREFIX_BYTES);
     for (size_t i = 0; i < commit->n_mutations; i++) {
         const struct store_mutation *m = &commit->mutations[i];
-        n += 64 + 4 * m->key.len + m->head.len + m->body.len;
+        n += 64 + 3 * (m->key.len + PREFIX_BYTES) + m->head.len + m->body.len;
     }
     return n;
 }
