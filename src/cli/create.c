@@ -7,7 +7,8 @@
 enum { BLOCK_SIZE = 1, COMPRESSION, DESCRIPTION };
 
 static const struct cli_option options[] = {
-    {BLOCK_SIZE, "block-size", "SIZE", "4K, 8K, 16K, 32K or 64K (default: what is best on the store; lmdb: 16K)"},
+    {BLOCK_SIZE, "block-size", "SIZE",
+     "4K, 8K, 16K, 32K or 64K (default: what is best on the store; lmdb: 16K)"},
     {COMPRESSION, "compression", "CODEC", "none, lz4, zstd or zstd:LEVEL, 1 to 19 (default: lz4)"},
     {DESCRIPTION, "description", "TEXT", "shown to clients and by info (default: none)"},
     {0, NULL, NULL, NULL},

@@ -79,8 +79,9 @@ const struct cli_command info_command = {
     .name = "info",
     .args = "NAME",
     .summary = "show all about one volume",
-    .details = "used: what clients see as data. stored: what it takes in the store, compressed, which\n"
-               "the store may estimate.",
+    .details =
+        "used: what clients see as data. stored: what it takes in the store, compressed, which\n"
+        "the store may estimate.",
     .args_min = 1,
     .args_max = 1,
     .run = run_info,

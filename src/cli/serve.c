@@ -45,7 +45,7 @@ static const struct cli_option options[] = {
     {SHARED, "shared", NULL,
      "let clients at several addresses write one volume (default: the first)"},
     {STORE_TIMEOUT, "store-timeout", "TIME",
-     "30 (seconds) or 500ms: requests the store keeps waiting longer get EIO; 0: never (default: 0)"},
+     "30 (seconds) or 500ms; longer waits for the store are EIO; 0: never (default: 0)"},
     {QUOTA, "quota", "SIZE",
      "bytes the store may use; writes beyond get ENOSPC; not on lmdb (default: no limit)"},
     {0, NULL, NULL, NULL},
@@ -104,7 +104,8 @@ static enum status parse_timeout(const char *text, uint64_t *ms, struct err *e)
     if (cli_parse_number(number, 0, STORE_TIMEOUT_MS_MAX / (is_ms ? 1 : 1000), ms, &ignored) !=
             ST_OK ||
         (is_ms && *ms && *ms < STORE_TIMEOUT_MS_MIN))
-        return fail(e, ST_INVAL, "seconds, or milliseconds like 500ms, from %ums to %us, or 0, not %.64s",
+        return fail(e, ST_INVAL,
+                    "seconds, or milliseconds like 500ms, from %ums to %us, or 0, not %.64s",
                     STORE_TIMEOUT_MS_MIN, STORE_TIMEOUT_MS_MAX / 1000, text);
     if (!is_ms)
         *ms *= 1000;
