@@ -540,7 +540,8 @@ static void reads_show_one_version(void **state)
         together_key(keys[i], i);
     worker_start(&w, writes_together);
     uint64_t versions = 0, last = 0;
-    for (unsigned round = 0; round < 2000 && versions < 150; round++) {
+    /* As long as it takes to see the other side at work. */
+    for (unsigned round = 0; versions < 150 && (round < 2000 || versions <= 5); round++) {
         struct store_get gets[TOGETHER];
         struct store_range ranges[2] = {
             {.begin = text("together-"), .end = text("together."), .limit = 1000},
