@@ -76,11 +76,10 @@ EXPORT const char *fdb_get_client_version(void)
 EXPORT fdb_error_t fdb_select_api_version_impl(int runtime_version, int header_version)
 {
     lock();
-    fdb_error_t error = g.api_selected                     ? E_API_TWICE
-                        : runtime_version > header_version ? E_API_INVALID
-                        : header_version > g.config.api || runtime_version < 13
-                            ? E_API_UNSUPPORTED
-                            : 0;
+    fdb_error_t error = g.api_selected                                          ? E_API_TWICE
+                        : runtime_version > header_version                      ? E_API_INVALID
+                        : header_version > g.config.api || runtime_version < 13 ? E_API_UNSUPPORTED
+                                                                                : 0;
     if (!error)
         g.api_selected = runtime_version;
     unlock();
@@ -129,7 +128,7 @@ EXPORT const char *fdb_get_error(fdb_error_t code)
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
         if (texts[i].code == code)
             return texts[i].text;
-    return "UNKNOWN_ERROR";
+    return "An unknown error occurred";
 }
 
 EXPORT fdb_bool_t fdb_error_predicate(int predicate, fdb_error_t code)
@@ -189,9 +188,9 @@ static fdb_error_t read_cluster_file(const char *path)
     if (path && !*path)
         path = NULL;
     if (!path)
-        path = from_env                                ? from_env
+        path = from_env                           ? from_env
                : access("fdb.cluster", F_OK) == 0 ? "fdb.cluster"
-                                                       : "/etc/foundationdb/fdb.cluster";
+                                                  : "/etc/foundationdb/fdb.cluster";
     FILE *file = fopen(path, "r");
     if (!file)
         return E_NO_CLUSTER_FILE;

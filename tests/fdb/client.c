@@ -10,6 +10,7 @@
 #define TXN_MAGIC 0x74786e21u
 #define DB_MAGIC 0x64622121u
 #define DEAD_MAGIC 0xdeadbeefu
+#define REPLY_BYTES_MAX 80000u
 #define BACKOFF_NS 10000000u
 #define BACKOFF_NS_MAX 1000000000u
 #define TOO_OLD_DELAY_NS 10000000u
@@ -293,11 +294,11 @@ static FDBFuture *begin(FDBTransaction *t, enum future_kind kind, enum op op, fd
 
 static bool option_known(int option)
 {
-    static const short known[] = {
-        10,  20,  21,  23,  30,  40,  50,  51,  52,  110, 120, 130, 200, 201, 300, 301,
-        302, 303, 304, 400, 401, 402, 403, 404, 405, 406, 500, 501, 502, 503, 504, 505,
-        507, 508, 509, 510, 511, 600, 601, 700, 701, 702, 710, 711, 712, 713, 714, 800,
-        801, 900, 1000, 1100, 1101, 1102, 2000};
+    static const short known[] = {10,  20,  21,  23,  30,  40,  50,   51,   52,   110,  120,
+                                  130, 200, 201, 300, 301, 302, 303,  304,  400,  401,  402,
+                                  403, 404, 405, 406, 500, 501, 502,  503,  504,  505,  507,
+                                  508, 509, 510, 511, 600, 601, 700,  701,  702,  710,  711,
+                                  712, 713, 714, 800, 801, 900, 1000, 1100, 1101, 1102, 2000};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (known[i] == option)
             return true;
@@ -512,7 +513,9 @@ EXPORT FDBFuture *fdb_transaction_get_read_version(FDBTransaction *t)
     if (!alive(t, "fdb_transaction_get_read_version")) {
         f = begin(NULL, F_INT64, OP_NONE, E_INVALID);
     } else {
-        fdb_error_t error = t->deferred ? t->deferred : t->db->error ? t->db->error : t->reset_error;
+        fdb_error_t error = t->deferred    ? t->deferred
+                            : t->db->error ? t->db->error
+                                           : t->reset_error;
         f = begin(t, F_INT64, OP_VERSION, error);
         if (!error)
             with_version(f, t);
@@ -682,8 +685,8 @@ EXPORT FDBFuture *fdb_transaction_get_range(FDBTransaction *t, const uint8_t *be
         error = E_INVALID;
     if (!error)
         error = enter(t, "fdb_transaction_get_range");
-    if (!error && (outside_reads(t, begin_key, begin_len, true) ||
-                   outside_reads(t, end_key, end_len, true)))
+    if (!error &&
+        (outside_reads(t, begin_key, begin_len, true) || outside_reads(t, end_key, end_len, true)))
         error = E_OUTSIDE;
     if (!error && (limit < 0 || target_bytes < 0))
         error = E_LIMITS;
@@ -694,6 +697,9 @@ EXPORT FDBFuture *fdb_transaction_get_range(FDBTransaction *t, const uint8_t *be
     }
     f = begin(t, F_RANGE, OP_RANGE, 0);
     f->snapshot = snapshot;
+    /* However much is asked for: the cluster answers with so much at a time. */
+    if (mode_bytes > REPLY_BYTES_MAX && (target_bytes || mode_bytes != UINT64_MAX))
+        mode_bytes = REPLY_BYTES_MAX;
     f->range = (struct range_request){
         .begin = {blob_new(begin_key, (size_t)begin_len), begin_or_equal, begin_offset},
         .end = {blob_new(end_key, (size_t)end_len), end_or_equal, end_offset},
@@ -713,6 +719,10 @@ EXPORT FDBFuture *fdb_transaction_get_range(FDBTransaction *t, const uint8_t *be
     if (f->has_view)
         writes_copy(&f->writes, &t->writes);
     roll_read(f, t);
+    bool cut = one_in(g.config.range_short), cut_at_own = one_in(g.config.range_short_own);
+    uint64_t rows = 1 + chance_below(8);
+    f->rows_cut = cut && f->range.bytes_max != UINT64_MAX ? rows : 0;
+    f->cut_at_own = cut_at_own && f->range.bytes_max != UINT64_MAX;
     with_version(f, t);
     unlock();
     return f;
@@ -833,11 +843,9 @@ static FDBFuture *estimate(FDBTransaction *t, enum future_kind kind, const uint8
     return f;
 }
 
-EXPORT FDBFuture *fdb_transaction_get_estimated_range_size_bytes(FDBTransaction *t,
-                                                                 const uint8_t *begin_key,
-                                                                 int begin_len,
-                                                                 const uint8_t *end_key,
-                                                                 int end_len)
+EXPORT FDBFuture *
+fdb_transaction_get_estimated_range_size_bytes(FDBTransaction *t, const uint8_t *begin_key,
+                                               int begin_len, const uint8_t *end_key, int end_len)
 {
     return estimate(t, F_INT64, begin_key, begin_len, end_key, end_len, 0,
                     "fdb_transaction_get_estimated_range_size_bytes");
@@ -939,11 +947,11 @@ EXPORT void fdb_transaction_atomic_op(FDBTransaction *t, const uint8_t *key, int
         const uint8_t *stamp = type == M_VERSIONSTAMPED_KEY ? key : param;
         int len = type == M_VERSIONSTAMPED_KEY ? key_len : param_len;
         if (!error && (type == M_VERSIONSTAMPED_KEY || type == M_VERSIONSTAMPED_VALUE)) {
-            int64_t at = len < 4 ? INT64_MAX
-                                 : (int64_t)((uint32_t)stamp[len - 4] |
-                                             (uint32_t)stamp[len - 3] << 8 |
-                                             (uint32_t)stamp[len - 2] << 16 |
-                                             (uint32_t)stamp[len - 1] << 24);
+            int64_t at =
+                len < 4
+                    ? INT64_MAX
+                    : (int64_t)((uint32_t)stamp[len - 4] | (uint32_t)stamp[len - 3] << 8 |
+                                (uint32_t)stamp[len - 2] << 16 | (uint32_t)stamp[len - 1] << 24);
             if (at > len - 14)
                 error = E_INVALID;
         }
@@ -983,8 +991,8 @@ EXPORT void fdb_transaction_clear(FDBTransaction *t, const uint8_t *key, int key
     unlock();
 }
 
-EXPORT void fdb_transaction_clear_range(FDBTransaction *t, const uint8_t *begin_key,
-                                        int begin_len, const uint8_t *end_key, int end_len)
+EXPORT void fdb_transaction_clear_range(FDBTransaction *t, const uint8_t *begin_key, int begin_len,
+                                        const uint8_t *end_key, int end_len)
 {
     lock();
     if (alive(t, "fdb_transaction_clear_range") && !t->deferred && !t->db->error &&

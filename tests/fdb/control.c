@@ -8,10 +8,9 @@
 #include <time.h>
 
 static const char default_health[] =
-    "{\"batch_limited\":false,\"limiting_durability_lag_storage_server\":5000000,"
-    "\"limiting_queue_storage_server\":0,\"tps_limit\":100000,"
-    "\"worst_durability_lag_storage_server\":5000000,\"worst_queue_storage_server\":0,"
-    "\"worst_queue_tlog\":0}";
+    "{\"batch_limited\":false,\"limiting_storage_durability_lag\":5000000,"
+    "\"limiting_storage_queue\":1000000,\"tps_limit\":100000.0,\"worst_log_queue\":1000000,"
+    "\"worst_storage_durability_lag\":5000000,\"worst_storage_queue\":1000000}";
 
 static void health_set(const char *json)
 {
@@ -226,19 +225,19 @@ static bool control_commit(const struct fdb_double_change *changes, size_t n)
 
 static bool control_put(const void *key, size_t key_len, const void *value, size_t value_len)
 {
-    return control_commit(&(struct fdb_double_change){.key = key,
-                                                      .key_len = key_len,
-                                                      .value = value ? value : "",
-                                                      .value_len = value_len},
-                          1);
+    return control_commit(
+        &(struct fdb_double_change){
+            .key = key, .key_len = key_len, .value = value ? value : "", .value_len = value_len},
+        1);
 }
 
 static void control_clear(const void *begin, size_t begin_len, const void *end, size_t end_len)
 {
     if (bytes_compare(begin, begin_len, end, end_len) < 0)
-        control_commit(&(struct fdb_double_change){
-                           .key = begin, .key_len = begin_len, .end = end, .end_len = end_len},
-                       1);
+        control_commit(
+            &(struct fdb_double_change){
+                .key = begin, .key_len = begin_len, .end = end, .end_len = end_len},
+            1);
 }
 
 static bool control_get(const void *key, size_t key_len, void **value, size_t *value_len)
@@ -258,14 +257,13 @@ static bool control_get(const void *key, size_t key_len, void **value, size_t *v
 }
 
 static void control_each(const void *begin, size_t begin_len, const void *end, size_t end_len,
-                         void (*see)(void *arg, const void *key, size_t key_len,
-                                     const void *value, size_t value_len),
+                         void (*see)(void *arg, const void *key, size_t key_len, const void *value,
+                                     size_t value_len),
                          void *arg)
 {
     lock();
     for (const struct node *n = map_seek(begin, begin_len);
-         n && bytes_compare(map_key(n)->data, map_key(n)->len, end, end_len) < 0;
-         n = map_next(n)) {
+         n && bytes_compare(map_key(n)->data, map_key(n)->len, end, end_len) < 0; n = map_next(n)) {
         const struct blob *v = map_value(n, INT64_MAX);
         if (v)
             see(arg, map_key(n)->data, map_key(n)->len, v->data, v->len);

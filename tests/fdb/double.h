@@ -30,28 +30,31 @@
 
 /* Numbers one can set. "one in N": 0 is never. X(name, value after reset) */
 #define FDB_DOUBLE_CONFIG(X)                                                                       \
-    X(api, 730)               /* newest API version of this library; also its release */           \
-    X(seed, 1)                /* setting it starts the generator again */                          \
-    X(delay_us_max, 0)        /* each request takes 0 .. this on its way, and so does its answer */ \
-    X(window_ms, 5000)        /* versions older than this are too old (1007) */                    \
+    X(api, 730)        /* newest API version of this library; also its release */                  \
+    X(seed, 1)         /* setting it starts the generator again */                                 \
+    X(delay_us_max, 0) /* each request takes 0 .. this on its way, and so does its answer */       \
+    X(window_ms, 5000) /* versions older than this are too old (1007) */                           \
     X(history_bytes_max, 256 << 20) /* superseded values beyond this are too old early */          \
     X(retry_delay_us_max, -1) /* bounds the delay of on_error; -1: as long as the real one */      \
-    X(version_step, 0)        /* versions go on by this at every commit, and not with time; 0: time */ \
+    X(version_step, 0) /* versions go on by this at every commit, and not with time; 0: time */    \
     /* faults of reads, one in N */                                                                \
-    X(read_too_old, 0)        /* 1007 */                                                           \
-    X(read_future, 0)         /* 1009 */                                                           \
-    X(read_behind, 0)         /* 1037 */                                                           \
-    X(grv_delayed, 0)         /* a read version takes grv_delay_ms */                              \
+    X(read_too_old, 0) /* 1007 */                                                                  \
+    X(read_future, 0)  /* 1009 */                                                                  \
+    X(read_behind, 0)  /* 1037 */                                                                  \
+    X(range_short, 0)  /* a range's answer is cut anywhere, with more to come */                   \
+    X(range_short_own,                                                                             \
+      2)              /* likewise where it meets keys the transaction wrote, as the real one's */  \
+    X(grv_delayed, 0) /* a read version takes grv_delay_ms */                                      \
     X(grv_delay_ms, 20)                                                                            \
     /* faults of commits that write, one in N */                                                   \
-    X(conflict, 0)            /* 1020 where there is none */                                       \
-    X(too_large, 0)           /* 2101 */                                                           \
-    X(unknown_happened, 0)    /* 1021; it happened, unless there was a conflict */                 \
-    X(unknown_lost, 0)        /* 1021; it did not happen */                                        \
-    X(changed_happened, 0)    /* 1039 */                                                           \
-    X(changed_lost, 0)        /* 1039 */                                                           \
-    X(timeout_late, 0)        /* 1031 at once; arrives within late_ms_max, conflicts checked then */ \
-    X(cancelled_late, 0)      /* 1101, likewise */                                                 \
+    X(conflict, 0)         /* 1020 where there is none */                                          \
+    X(too_large, 0)        /* 2101 */                                                              \
+    X(unknown_happened, 0) /* 1021; it happened, unless there was a conflict */                    \
+    X(unknown_lost, 0)     /* 1021; it did not happen */                                           \
+    X(changed_happened, 0) /* 1039 */                                                              \
+    X(changed_lost, 0)     /* 1039 */                                                              \
+    X(timeout_late, 0)     /* 1031 at once; arrives within late_ms_max, conflicts checked then */  \
+    X(cancelled_late, 0)   /* 1101, likewise */                                                    \
     X(late_ms_max, 20)                                                                             \
     /* faults of watches, one in N */                                                              \
     X(watch_cancelled, 0)     /* 1101 */                                                           \
@@ -59,28 +62,29 @@
     X(watch_spurious, 0)      /* fires without a change */                                         \
     X(watch_delay_ms_max, 20) /* these three happen within that time */                            \
     /* the state of the cluster */                                                                 \
-    X(down, 0)                /* 1: nothing is answered; all that is asked waits for 0 */          \
-    X(incompatible, 0)        /* 1: of another protocol: only get_server_protocol answers */       \
-    X(grv_ms, 0)              /* throttled: every read version takes this long */                  \
-    X(batch_stopped, 0)       /* 1: transactions of batch priority get no read version until 0 */  \
-    X(create_error, 0)        /* what fdb_create_database returns */                               \
-    X(open_error, 0)          /* what every operation on a database opened from now on gets */
+    X(down, 0)          /* 1: nothing is answered; all that is asked waits for 0 */                \
+    X(incompatible, 0)  /* 1: of another protocol: only get_server_protocol answers */             \
+    X(grv_ms, 0)        /* throttled: every read version takes this long */                        \
+    X(batch_stopped, 0) /* 1: transactions of batch priority get no read version until 0 */        \
+    X(create_error, 0)  /* what fdb_create_database returns */                                     \
+    X(open_error, 0)    /* what every operation on a database opened from now on gets */
 
 /* What has been counted since the last reset. */
 #define FDB_DOUBLE_COUNTS(X)                                                                       \
-    X(transactions)           /* created */                                                        \
+    X(transactions) /* created */                                                                  \
     X(grvs)                                                                                        \
     X(gets)                                                                                        \
     X(ranges)                                                                                      \
-    X(commits_tried)          /* that had something to write and were sent */                      \
+    X(commits_tried) /* that had something to write and were sent */                               \
     X(commits_happened)                                                                            \
-    X(commits_refused)        /* for a true conflict or a true age */                              \
-    X(commits_empty)          /* of transactions that wrote nothing */                             \
-    X(bytes_committed)        /* keys and values */                                                \
-    X(retries)                /* on_error that led to a retry */                                   \
-    X(read_too_old)           /* faults, by the name of their setting */                           \
+    X(commits_refused) /* for a true conflict or a true age */                                     \
+    X(commits_empty)   /* of transactions that wrote nothing */                                    \
+    X(bytes_committed) /* keys and values */                                                       \
+    X(retries)         /* on_error that led to a retry */                                          \
+    X(read_too_old)    /* faults, by the name of their setting */                                  \
     X(read_future)                                                                                 \
     X(read_behind)                                                                                 \
+    X(range_short)                                                                                 \
     X(grv_delayed)                                                                                 \
     X(conflict)                                                                                    \
     X(too_large)                                                                                   \
@@ -93,28 +97,28 @@
     X(watch_cancelled)                                                                             \
     X(watch_future)                                                                                \
     X(watch_spurious)                                                                              \
-    X(late_landed)            /* commits given up by their caller that happened afterwards */      \
+    X(late_landed) /* commits given up by their caller that happened afterwards */                 \
     X(late_refused)                                                                                \
     X(watches_fired)                                                                               \
-    X(grvs_batch)             /* asked with PRIORITY_BATCH */                                      \
+    X(grvs_batch) /* asked with PRIORITY_BATCH */                                                  \
     X(commits_batch)                                                                               \
-    X(grvs_immediate)         /* asked with PRIORITY_SYSTEM_IMMEDIATE */                           \
-    X(reads_low)              /* reads with READ_PRIORITY_LOW */                                   \
-    X(causal_write_risky)     /* transactions that set an option nobody here should set */         \
-    X(timeouts_set)           /* transactions with a TIMEOUT */                                    \
+    X(grvs_immediate)     /* asked with PRIORITY_SYSTEM_IMMEDIATE */                               \
+    X(reads_low)          /* reads with READ_PRIORITY_LOW */                                       \
+    X(causal_write_risky) /* transactions that set an option nobody here should set */             \
+    X(timeouts_set)       /* transactions with a TIMEOUT */                                        \
     X(retry_limits_set)                                                                            \
     X(size_limits_set)                                                                             \
     X(retry_delays_set)                                                                            \
-    X(timed_out)              /* transactions that ran into their TIMEOUT */                       \
-    X(violations)             /* see fdb_double.violation */                                       \
+    X(timed_out)  /* transactions that ran into their TIMEOUT */                                   \
+    X(violations) /* see fdb_double.violation */                                                   \
     /* levels, not sums: reset leaves them */                                                      \
     X(futures_alive)                                                                               \
     X(transactions_alive)                                                                          \
     X(databases_alive)                                                                             \
     X(watches_alive)                                                                               \
-    X(late_alive)             /* commits still on their way whose callers were told otherwise */   \
+    X(late_alive) /* commits still on their way whose callers were told otherwise */               \
     X(keys)                                                                                        \
-    X(bytes_held)             /* memory of keys and values, all versions and transactions */
+    X(bytes_held) /* memory of keys and values, all versions and transactions */
 
 struct fdb_double_config {
 #define X(name, value) int64_t name;

@@ -81,7 +81,7 @@ enum fdb_error {
 #define VALUE_BYTES_MAX 100000u
 #define TXN_BYTES_MAX 10000000u
 /* What the real client charges for a mutation and for a conflict range beside their bytes. */
-#define MUTATION_BYTES 56u
+#define MUTATION_BYTES 44u
 #define RANGE_BYTES 24u
 #define TAGS_MAX 5u
 
@@ -124,7 +124,7 @@ struct node *map_seek(const uint8_t *key, size_t len); /* the first node at or b
 struct node *map_before(const uint8_t *key, size_t len);
 struct node *map_next(const struct node *n);
 const struct blob *map_key(const struct node *n);
-struct blob *map_value(const struct node *n, int64_t version); /* NULL: not there then */
+struct blob *map_value(const struct node *n, int64_t version);       /* NULL: not there then */
 void map_set(struct blob *key, struct blob *value, int64_t version); /* value NULL: removed */
 void map_clear(const struct blob *begin, const struct blob *end, int64_t version);
 /* Versions below this are forgotten, and no longer held. */
@@ -173,7 +173,7 @@ enum written { W_NOT, W_SET, W_CLEARED, W_ATOMIC, W_UNREADABLE };
 /* What holds for one key, and for all keys between it and the entry behind. */
 struct write {
     struct blob *key;
-    struct blob *value; /* W_SET */
+    struct blob *value;    /* W_SET */
     struct atomic_op *ops; /* W_ATOMIC, W_UNREADABLE: on top of the cluster's value */
     size_t n_ops;
     enum written at;
@@ -252,7 +252,7 @@ struct FDB_future {
     uint32_t refs;
     enum future_kind kind;
     bool settled; /* decided, perhaps not to be seen yet */
-    bool ready, released, destroyed;
+    bool ready, released, destroyed, calling;
     fdb_error_t error;
     FDBCallback callback;
     void *callback_arg;
@@ -272,11 +272,13 @@ struct FDB_future {
     FDBTransaction *txn; /* a reference, while linked */
     struct list txn_link;
     bool snapshot, waits_version;
-    bool has_view;       /* `writes` is what the transaction had written when it was asked */
+    bool has_view; /* `writes` is what the transaction had written when it was asked */
     struct writes writes;
     struct blob *key;
     struct range_request range;
     fdb_error_t fault;
+    bool cut_at_own;
+    uint64_t rows_cut; /* a range's answer is cut after so many rows; 0: not */
     uint64_t delay_ns, answer_delay_ns;
 };
 
@@ -301,7 +303,7 @@ struct event *event_new(void (*run)(struct event *e), FDBFuture *f, FDBTransacti
 void event_post(struct event *e, uint64_t delay_ns);
 void event_free(struct event *e);
 void events_release_held(void); /* those held up may run, as far as the settings allow now */
-bool events_pending(void); /* any that somebody may wait for */
+bool events_pending(void);      /* any that somebody may wait for */
 
 FDBFuture *future_new(enum future_kind kind);
 FDBFuture *future_ref(FDBFuture *f);
@@ -332,9 +334,9 @@ struct commit {
     struct ranges reads, writes;
     int64_t read_version;
     enum fate fate;
-    bool given_up; /* its caller was told something before it arrived */
-    FDBFuture *f;         /* NULL: not sent */
-    struct event *event;  /* on its way */
+    bool given_up;       /* its caller was told something before it arrived */
+    FDBFuture *f;        /* NULL: not sent */
+    struct event *event; /* on its way */
     uint64_t bytes, charged_bytes;
     uint64_t answer_delay_ns;
     struct list link;
@@ -388,12 +390,12 @@ struct FDB_transaction {
     uint32_t refs;
     bool destroyed;
     FDBDatabase *db;
-    uint64_t gen; /* counts resets, so that late answers are known to be for the past */
-    struct list pending;      /* FDB_future.txn_link */
-    struct list watches;      /* begun, not committed */
-    fdb_error_t reset_error;  /* no longer usable: cancelled, timed out, used during commit */
-    fdb_error_t deferred;     /* of a call that returns nothing; the next future has it */
-    fdb_error_t read_error;   /* of a read; a commit fails with it */
+    uint64_t gen;            /* counts resets, so that late answers are known to be for the past */
+    struct list pending;     /* FDB_future.txn_link */
+    struct list watches;     /* begun, not committed */
+    fdb_error_t reset_error; /* no longer usable: cancelled, timed out, used during commit */
+    fdb_error_t deferred;    /* of a call that returns nothing; the next future has it */
+    fdb_error_t read_error;  /* of a read; a commit fails with it */
     bool commit_started;
     FDBFuture *commit_waiting; /* for the reads before it; no reference, it is in `pending` */
     struct commit *unsent;     /* for a read version */
@@ -401,7 +403,7 @@ struct FDB_transaction {
     enum version_state version_state;
     int64_t read_version, committed_version;
     struct writes writes;
-    struct ranges reads_made;  /* read conflicts */
+    struct ranges reads_made; /* read conflicts */
     uint64_t bytes_approx;
     struct txn_options options;
     bool ryw_disabled, next_write_no_conflict, system_read, system_write, batch, immediate;
@@ -440,12 +442,12 @@ struct double_state {
     struct fdb_double_config config;
     struct fdb_double_counts counts;
     uint64_t random;
-    int64_t version_base;   /* version_now() at version_base_ns */
+    int64_t version_base; /* version_now() at version_base_ns */
     uint64_t version_base_ns;
     int64_t version_last;   /* the newest that was committed or given out */
     int64_t version_oldest; /* that can still be read */
     struct list watches;
-    struct list commits;    /* on their way */
+    struct list commits; /* on their way */
     char *health;
     char violation[200];
     struct tag_use *tags;

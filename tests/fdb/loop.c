@@ -237,7 +237,8 @@ void future_settle(FDBFuture *f, fdb_error_t error)
 /* Whether this is a future that lives. The lock is held. */
 static bool alive(FDBFuture *f, const char *what)
 {
-    if (f && f->magic == FUTURE_MAGIC && !f->destroyed)
+    /* One that is destroyed before it is ready still calls back, with itself. */
+    if (f && f->magic == FUTURE_MAGIC && (!f->destroyed || f->calling))
         return true;
     violation("%s of a future that was destroyed", what);
     return false;
@@ -246,7 +247,9 @@ static bool alive(FDBFuture *f, const char *what)
 EXPORT void fdb_future_destroy(FDBFuture *f)
 {
     lock();
-    if (alive(f, "fdb_future_destroy")) {
+    if (alive(f, "fdb_future_destroy") && f->destroyed) {
+        violation("fdb_future_destroy in the callback of a future that was destroyed");
+    } else if (f->magic == FUTURE_MAGIC && !f->destroyed) {
         f->destroyed = true;
         g.counts.futures_alive--;
         future_settle(f, E_CANCELLED);
@@ -419,11 +422,11 @@ static void fire(void)
         FDBFuture *f = container_of(l, FDBFuture, fire_link);
         FDBCallback callback = f->callback;
         f->callback = NULL;
-        g.dispatching = true;
+        g.dispatching = f->calling = true;
         unlock();
         callback(f, f->callback_arg);
         lock();
-        g.dispatching = false;
+        g.dispatching = f->calling = false;
         future_unref(f);
     }
 }

@@ -163,8 +163,7 @@ static void supersede(struct node *n, int64_t version, uint64_t bytes)
         memmove(superseded, superseded + superseded_first, superseded_n * sizeof *superseded);
         superseded_first = 0;
     }
-    mem_grow(&superseded, &superseded_cap, superseded_first + superseded_n + 1,
-             sizeof *superseded);
+    mem_grow(&superseded, &superseded_cap, superseded_first + superseded_n + 1, sizeof *superseded);
     superseded[superseded_first + superseded_n++] =
         (struct superseded){.version = version, .node = n, .bytes = bytes};
     superseded_bytes += bytes;

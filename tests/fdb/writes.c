@@ -168,8 +168,7 @@ void writes_free(struct writes *w)
     *w = (struct writes){0};
 }
 
-const struct write *writes_find(const struct writes *w, const uint8_t *key, size_t len,
-                                bool *exact)
+const struct write *writes_find(const struct writes *w, const uint8_t *key, size_t len, bool *exact)
 {
     if (!w || !w->n)
         return NULL;
@@ -369,8 +368,8 @@ struct blob *atomic_apply_all(const struct write *w, struct blob *old)
 /* --- the merged view ------------------------------------------------------------------- */
 
 /* What the view holds for `key`; `stored` is the cluster's value. False: no such key. */
-static bool resolve(const struct write *e, bool exact, const struct blob *key,
-                    struct blob *stored, struct seen *out, bool *unreadable)
+static bool resolve(const struct write *e, bool exact, const struct blob *key, struct blob *stored,
+                    struct seen *out, bool *unreadable)
 {
     struct blob *value;
     if (!e || (!exact && !e->gap_cleared) || (exact && e->at == W_NOT)) {
