@@ -96,8 +96,7 @@ static struct event *heap_pop(void)
 void event_post(struct event *e, uint64_t delay_ns)
 {
     e->seq = event_seq++;
-    /* Without a delay the order is that of the calls, whatever the clock does. */
-    e->due_ns = delay_ns ? now_ns() + delay_ns : 0;
+    e->due_ns = now_ns() + delay_ns;
     heap_push(e);
 }
 

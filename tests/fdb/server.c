@@ -337,7 +337,7 @@ static struct blob *stamped(const struct blob *from, int64_t version)
     uint32_t at = (uint32_t)from->data[b->len] | (uint32_t)from->data[b->len + 1] << 8 |
                   (uint32_t)from->data[b->len + 2] << 16 | (uint32_t)from->data[b->len + 3] << 24;
     for (uint32_t i = 0; i < 10; i++)
-        b->data[at + i] = i < 8 ? (uint8_t)((uint64_t)version >> (56 - 8 * i)) : 0;
+        b->data[at + i] = (uint8_t)(i < 8 ? (uint64_t)version >> (56 - 8 * i) : 0);
     return b;
 }
 

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "chance.h"
 #include "test.h"
 #include "../fdb/c_api.h"
 #include "../fdb/double.h"
@@ -20,15 +21,17 @@
 #define FUNCTIONS(X)                                                                               \
     X(fdb_select_api_version_impl)                                                                 \
     X(fdb_get_max_api_version)                                                                     \
-    X(fdb_get_client_version) X(fdb_get_error) X(fdb_error_predicate) X(fdb_network_set_option) X( \
-        fdb_setup_network) X(fdb_run_network) X(fdb_stop_network) X(fdb_create_database)           \
-        X(fdb_database_destroy) X(fdb_database_set_option) X(                                      \
-            fdb_database_get_main_thread_busyness) X(fdb_database_get_server_protocol)             \
-            X(fdb_database_create_transaction) X(fdb_transaction_destroy) X(                       \
-                fdb_transaction_cancel) X(fdb_transaction_reset) X(fdb_transaction_set_option)     \
-                X(fdb_transaction_set_read_version) X(fdb_transaction_get_read_version) X(         \
-                    fdb_transaction_get) X(fdb_transaction_get_range) X(fdb_transaction_watch)     \
-                    X(fdb_transaction_get_estimated_range_size_bytes)                              \
+    X(fdb_get_client_version)                                                                      \
+    X(fdb_get_error)                                                                               \
+    X(fdb_error_predicate) X(fdb_network_set_option) X(fdb_setup_network) X(fdb_run_network)       \
+        X(fdb_stop_network) X(fdb_create_database) X(fdb_database_destroy) X(                      \
+            fdb_database_set_option) X(fdb_database_get_main_thread_busyness)                      \
+            X(fdb_database_get_server_protocol) X(fdb_database_create_transaction) X(              \
+                fdb_transaction_destroy) X(fdb_transaction_cancel) X(fdb_transaction_reset)        \
+                X(fdb_transaction_set_option) X(fdb_transaction_set_read_version) X(               \
+                    fdb_transaction_get_read_version) X(fdb_transaction_get)                       \
+                    X(fdb_transaction_get_range) X(fdb_transaction_watch) X(                       \
+                        fdb_transaction_get_estimated_range_size_bytes)                            \
                         X(fdb_transaction_get_range_split_points) X(                               \
                             fdb_transaction_get_approximate_size) X(fdb_transaction_set)           \
                             X(fdb_transaction_atomic_op) X(fdb_transaction_clear) X(               \
@@ -1365,6 +1368,782 @@ static void test_health_is_told(void **state)
     f.fdb_transaction_destroy(t);
 }
 
+/* --- against a model ----------------------------------------------------------------------------
+ */
+
+/* Two transactions at a time do random things to a few keys; a model says what each read must
+ * give and which commit must fail. */
+enum { MODEL_KEYS = 24, MODEL_STEPS = 1500 };
+
+struct cell {
+    bool present;
+    uint16_t value;
+};
+
+enum cell_state { CELL_STORED, CELL_KNOWN, CELL_ATOMIC };
+
+struct model_txn {
+    FDBTransaction *t;
+    bool begun, wrote;
+    struct cell cells[MODEL_KEYS]; /* as it sees them */
+    enum cell_state states[MODEL_KEYS];
+    bool read[MODEL_KEYS], written[MODEL_KEYS];
+    uint16_t added[MODEL_KEYS]; /* CELL_ATOMIC: to whatever is there when it commits */
+    int64_t begun_at;
+};
+
+struct model {
+    struct chance chance;
+    struct cell cells[MODEL_KEYS];
+    int64_t changed_at[MODEL_KEYS]; /* the number of the commit */
+    int64_t commits;
+    struct model_txn txns[2];
+};
+
+static const char *model_key(int i)
+{
+    static char text[4][32];
+    static int next;
+    char *key = text[next++ % 4];
+    snprintf(key, sizeof text[0], PREFIX "model/%02d", i);
+    return key;
+}
+
+static void model_see(struct model_txn *m, int i, bool snapshot)
+{
+    if (!snapshot && m->states[i] != CELL_KNOWN)
+        m->read[i] = true;
+}
+
+static void model_write(struct model_txn *m, int i, bool present, uint16_t value)
+{
+    m->cells[i] = (struct cell){present, value};
+    m->states[i] = CELL_KNOWN;
+    m->wrote = m->written[i] = true;
+}
+
+static void model_get(struct model_txn *m, int i, bool snapshot)
+{
+    fdb_bool_t present;
+    const uint8_t *value;
+    int len;
+    FDBFuture *x = ask(m->t, model_key(i), snapshot);
+    assert_int_equal(wait_for(x), 0);
+    assert_int_equal(f.fdb_future_get_value(x, &present, &value, &len), 0);
+    assert_int_equal(present, m->cells[i].present);
+    if (present) {
+        assert_int_equal(len, 2);
+        assert_int_equal(value[0] | value[1] << 8, m->cells[i].value);
+    }
+    f.fdb_future_destroy(x);
+    model_see(m, i, snapshot);
+}
+
+static void model_range(struct model *all, struct model_txn *m)
+{
+    struct chance *c = &all->chance;
+    int from = (int)chance_below(c, MODEL_KEYS), to = (int)chance_below(c, MODEL_KEYS + 1);
+    int limit = 1 + (int)chance_below(c, MODEL_KEYS);
+    bool reverse = chance_below(c, 2), snapshot = chance_below(c, 3) == 0;
+    bool after = chance_below(c, 3) == 0;
+    int first = from + after, expected = 0, last = -1;
+    FDBFuture *x = f.fdb_transaction_get_range(
+        m->t, (const uint8_t *)model_key(from), (int)strlen(model_key(from)), after, 1,
+        (const uint8_t *)model_key(to), (int)strlen(model_key(to)), 0, 1, limit, 0, EXACT, 0,
+        snapshot, reverse);
+    struct pairs p = pairs_of(x);
+    for (int k = 0; k < to - first && expected < limit; k++) {
+        int i = reverse ? to - 1 - k : first + k;
+        if (!m->cells[i].present)
+            continue;
+        assert_key(&p, expected, model_key(i));
+        const uint8_t *value = p.items[expected].value;
+        assert_int_equal(value[0] | value[1] << 8, m->cells[i].value);
+        expected++;
+        last = i;
+    }
+    assert_int_equal(p.n, expected);
+    assert_int_equal(p.more, expected == limit);
+    if (expected < limit)
+        last = reverse ? first : to - 1;
+    for (int i = reverse ? last : first; i < to && i <= (reverse ? to - 1 : last); i++)
+        model_see(m, i, snapshot);
+    f.fdb_future_destroy(x);
+}
+
+static void model_begin(struct model *all, struct model_txn *m)
+{
+    FDBTransaction *t = m->t;
+    *m = (struct model_txn){.t = t, .begun = true, .begun_at = all->commits};
+    memcpy(m->cells, all->cells, sizeof m->cells);
+    f.fdb_transaction_reset(t);
+    read_version(t);
+}
+
+static void model_commit(struct model *all, struct model_txn *m)
+{
+    bool conflict = false;
+    for (int i = 0; i < MODEL_KEYS; i++)
+        conflict |= m->read[i] && all->changed_at[i] > m->begun_at;
+    assert_int_equal(commit(m->t), m->wrote && conflict ? 1020 : 0);
+    m->begun = false;
+    if (!m->wrote || conflict)
+        return;
+    all->commits++;
+    for (int i = 0; i < MODEL_KEYS; i++) {
+        if (!m->written[i])
+            continue;
+        /* What adds to a value adds to the one that is there by then. */
+        if (m->states[i] == CELL_ATOMIC)
+            all->cells[i] = (struct cell){
+                true, (uint16_t)(all->cells[i].value * all->cells[i].present + m->added[i])};
+        else
+            all->cells[i] = m->cells[i];
+        all->changed_at[i] = all->commits;
+    }
+}
+
+static void model_step(struct model *all, struct model_txn *m)
+{
+    struct chance *c = &all->chance;
+    int i = (int)chance_below(c, MODEL_KEYS), k = (int)chance_below(c, MODEL_KEYS + 1);
+    uint16_t value = (uint16_t)chance_u64(c);
+    uint8_t bytes[2] = {(uint8_t)value, (uint8_t)(value >> 8)};
+    const uint8_t *key = (const uint8_t *)model_key(i);
+    int key_len = (int)strlen(model_key(i));
+    switch (chance_below(c, 12)) {
+    case 0:
+    case 1:
+        f.fdb_transaction_set(m->t, key, key_len, bytes, 2);
+        model_write(m, i, true, value);
+        break;
+    case 2:
+        f.fdb_transaction_clear(m->t, key, key_len);
+        model_write(m, i, false, 0);
+        break;
+    case 3:
+        if (i >= k || k - i > 5)
+            break;
+        clear(m->t, model_key(i), model_key(k));
+        for (int j = i; j < k; j++)
+            model_write(m, j, false, 0);
+        break;
+    case 4: {
+        bool known = m->states[i] == CELL_KNOWN;
+        f.fdb_transaction_atomic_op(m->t, key, key_len, bytes, 2, ADD);
+        if (known) {
+            model_write(m, i, true, (uint16_t)(m->cells[i].value * m->cells[i].present + value));
+        } else {
+            m->cells[i].value = (uint16_t)(m->cells[i].value * m->cells[i].present + value);
+            m->cells[i].present = true;
+            m->wrote = m->written[i] = true;
+            m->states[i] = CELL_ATOMIC;
+            m->added[i] = (uint16_t)(m->added[i] + value);
+        }
+        break;
+    }
+    case 5:
+    case 6:
+    case 7:
+        model_get(m, i, chance_below(c, 3) == 0);
+        break;
+    case 8:
+    case 9:
+        model_range(all, m);
+        break;
+    case 10:
+        model_commit(all, m);
+        break;
+    default:
+        if (chance_below(c, 4) == 0)
+            m->begun = false;
+        break;
+    }
+}
+
+static void test_two_transactions_do_what_a_model_says(void **state)
+{
+    (void)state;
+    static struct model all;
+    memset(&all, 0, sizeof all);
+    all.chance = chance_begin("model");
+    for (int i = 0; i < 2; i++)
+        all.txns[i].t = begin();
+    for (int step = 0; step < MODEL_STEPS; step++) {
+        struct model_txn *m = &all.txns[chance_below(&all.chance, 2)];
+        if (!m->begun)
+            model_begin(&all, m);
+        model_step(&all, m);
+    }
+    for (int i = 0; i < 2; i++)
+        f.fdb_transaction_destroy(all.txns[i].t);
+}
+
+/* --- faults: the double alone ------------------------------------------------------------------
+ */
+
+static bool stored(const char *key, const char *value)
+{
+    void *bytes;
+    size_t len;
+    if (!d->get(key, strlen(key), &bytes, &len))
+        return value == NULL;
+    bool same = value && len == strlen(value) && memcmp(bytes, value, len) == 0;
+    free(bytes);
+    return same;
+}
+
+static void test_every_fault_of_reads(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    static const struct {
+        const char *name;
+        fdb_error_t error;
+    } cases[] = {{"read_too_old", 1007}, {"read_future", 1009}, {"read_behind", 1037}};
+    put(PREFIX "a", "1");
+    FDBTransaction *t = begin();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        assert_true(d->set(cases[i].name, 1));
+        assert_int_equal(done(ask(t, PREFIX "a", false)), cases[i].error);
+        assert_int_equal(done(ask_range(t, PREFIX, false, PREFIX "z", 0, 0, WANT_ALL, 0, false)),
+                         cases[i].error);
+        assert_int_equal(d->count(cases[i].name), 2);
+        assert_true(d->set(cases[i].name, 0));
+        assert_int_equal(done(f.fdb_transaction_on_error(t, cases[i].error)), 0);
+        assert_string_equal(get(t, PREFIX "a"), "1");
+        f.fdb_transaction_reset(t);
+    }
+    d->set("grv_delayed", 1);
+    d->set("grv_delay_ms", 60);
+    int64_t start = now_ms();
+    read_version(t);
+    assert_true(now_ms() - start >= 60);
+    f.fdb_transaction_destroy(t);
+    assert_false(d->set("no_such_setting", 1));
+    assert_int_equal(d->count("no_such_counter"), -1);
+}
+
+static void test_every_fault_of_commits(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    static const struct {
+        const char *name;
+        fdb_error_t error;
+        bool happens, late, retryable;
+    } cases[] = {
+        {"conflict", 1020, false, false, true},        {"too_large", 2101, false, false, false},
+        {"unknown_happened", 1021, true, false, true}, {"unknown_lost", 1021, false, false, true},
+        {"changed_happened", 1039, true, false, true}, {"changed_lost", 1039, false, false, true},
+        {"timeout_late", 1031, true, true, false},     {"cancelled_late", 1101, true, true, false},
+    };
+    d->set("late_ms_max", 100);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        FDBTransaction *t = begin();
+        d->put(PREFIX "a", strlen(PREFIX "a"), "old", 3);
+        assert_string_equal(get(t, PREFIX "a"), "old");
+        set(t, PREFIX "a", cases[i].name);
+        assert_true(d->set(cases[i].name, 1));
+        assert_int_equal(commit(t), cases[i].error);
+        assert_true(d->set(cases[i].name, 0));
+        assert_int_equal(d->count(cases[i].name), 1);
+        assert_int_equal(done(f.fdb_transaction_on_error(t, cases[i].error)),
+                         cases[i].retryable ? 0 : cases[i].error);
+        if (cases[i].late)
+            assert_true(d->settle(5000));
+        assert_int_equal(d->count("late_alive"), 0);
+        assert_true(stored(PREFIX "a", cases[i].happens ? cases[i].name : "old"));
+        f.fdb_transaction_destroy(t);
+    }
+    assert_int_equal(d->count("late_landed"), 2);
+}
+
+static void test_late_commits_are_checked_when_they_land(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    d->set("late_ms_max", 200);
+    int refused = 0, landed = 0;
+    for (int i = 0; i < 40; i++) {
+        FDBTransaction *t = begin();
+        d->put(PREFIX "owner", strlen(PREFIX "owner"), "me", 2);
+        d->put(PREFIX "data", strlen(PREFIX "data"), "old", 3);
+        get(t, PREFIX "owner");
+        set(t, PREFIX "data", "late");
+        d->set("timeout_late", 1);
+        assert_int_equal(commit(t), 1031);
+        d->set("timeout_late", 0);
+        bool before = stored(PREFIX "data", "late");
+        /* From here on it cannot land any more, wherever it is. */
+        d->put(PREFIX "owner", strlen(PREFIX "owner"), "you", 3);
+        before |= stored(PREFIX "data", "late");
+        assert_true(d->settle(5000));
+        assert_int_equal(stored(PREFIX "data", "late"), before);
+        refused += !before;
+        landed += before;
+        f.fdb_transaction_destroy(t);
+    }
+    assert_int_equal(d->count("late_refused"), refused);
+    assert_int_equal(d->count("late_landed"), landed);
+    assert_true(refused > 0);
+}
+
+static void test_given_up_commits_still_happen(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    d->set("delay_us_max", 20000);
+    int happened = 0;
+    for (int i = 0; i < 20; i++) {
+        FDBTransaction *t = begin();
+        char value[16];
+        snprintf(value, sizeof value, "%d", i);
+        read_version(t);
+        set(t, PREFIX "a", value);
+        FDBFuture *x = f.fdb_transaction_commit(t);
+        if (i % 4 == 0)
+            f.fdb_future_cancel(x);
+        else if (i % 4 == 1)
+            f.fdb_transaction_cancel(t);
+        else if (i % 4 == 2)
+            f.fdb_transaction_reset(t);
+        else
+            f.fdb_transaction_destroy(t);
+        assert_int_equal(done(x), i % 4 == 0 ? 1101 : 1025);
+        if (i % 4 != 3)
+            f.fdb_transaction_destroy(t);
+        assert_true(d->settle(5000));
+        happened += stored(PREFIX "a", value);
+    }
+    assert_int_equal(happened, 20);
+    assert_int_equal(d->count("late_landed"), 20);
+}
+
+static void test_faults_of_watches(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    static const struct {
+        const char *name;
+        fdb_error_t error;
+    } cases[] = {{"watch_cancelled", 1101}, {"watch_future", 1009}, {"watch_spurious", 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        d->set(cases[i].name, 1);
+        FDBTransaction *t = begin();
+        FDBFuture *w = f.fdb_transaction_watch(t, K(PREFIX "w"));
+        assert_int_equal(commit(t), 0);
+        assert_int_equal(done(w), cases[i].error);
+        assert_int_equal(d->count(cases[i].name), 1);
+        d->set(cases[i].name, 0);
+        f.fdb_transaction_destroy(t);
+    }
+    assert_int_equal(d->count("watches_alive"), 0);
+}
+
+static void test_a_cluster_that_is_away(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    put(PREFIX "a", "1");
+    FDBTransaction *t = begin(), *u = begin();
+    get(u, PREFIX "a");
+    d->set("down", 1);
+    FDBFuture *x = ask(t, PREFIX "a", false);
+    set(u, PREFIX "a", "2");
+    FDBFuture *c = f.fdb_transaction_commit(u);
+    FDBFuture *p = f.fdb_database_get_server_protocol(db, 0);
+    usleep(50000);
+    assert_false(f.fdb_future_is_ready(x) || f.fdb_future_is_ready(c) || f.fdb_future_is_ready(p));
+    assert_true(stored(PREFIX "a", "1"));
+    d->set("down", 0);
+    assert_int_equal(done(x), 0);
+    assert_int_equal(done(c), 0);
+    assert_int_equal(done(p), 0);
+    assert_true(stored(PREFIX "a", "2"));
+    /* A timeout is the client's own, and does not wait. */
+    f.fdb_transaction_reset(t);
+    d->set("down", 1);
+    option_number(t, TIMEOUT, 30);
+    assert_int_equal(done(ask(t, PREFIX "a", false)), 1031);
+    /* Another protocol: told, and nothing else. */
+    d->set("down", 0);
+    d->set("incompatible", 1);
+    f.fdb_transaction_reset(t);
+    x = ask(t, PREFIX "a", false);
+    p = f.fdb_database_get_server_protocol(db, 0);
+    uint64_t protocol;
+    assert_int_equal(wait_for(p), 0);
+    assert_int_equal(f.fdb_future_get_uint64(p, &protocol), 0);
+    f.fdb_future_destroy(p);
+    assert_int_equal(protocol, 0x0fdb00b074000000u);
+    assert_false(f.fdb_future_is_ready(x));
+    d->set("incompatible", 0);
+    assert_int_equal(done(x), 0);
+    f.fdb_transaction_destroy(t);
+    f.fdb_transaction_destroy(u);
+}
+
+static void test_throttling(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    d->set("batch_stopped", 1);
+    FDBTransaction *t = begin(), *u = begin();
+    assert_int_equal(f.fdb_transaction_set_option(t, PRIORITY_BATCH, NULL, 0), 0);
+    assert_int_equal(f.fdb_transaction_set_option(t, TAG, K("volume-7")), 0);
+    assert_int_equal(f.fdb_transaction_set_option(t, READ_PRIORITY_LOW, NULL, 0), 0);
+    FDBFuture *x = ask(t, PREFIX "a", false);
+    assert_null(get(u, PREFIX "a"));
+    assert_false(f.fdb_future_is_ready(x));
+    d->set("batch_stopped", 0);
+    assert_int_equal(done(x), 0);
+    set(t, PREFIX "b", "1");
+    assert_int_equal(commit(t), 0);
+    assert_int_equal(d->count("grvs_batch"), 1);
+    assert_int_equal(d->count("commits_batch"), 1);
+    assert_int_equal(d->count("reads_low"), 1);
+    assert_int_equal(d->tag_count("volume-7"), 3);
+    assert_int_equal(d->tag_count("volume-8"), 0);
+    d->set("grv_ms", 50);
+    f.fdb_transaction_reset(u);
+    int64_t start = now_ms();
+    read_version(u);
+    assert_true(now_ms() - start >= 50);
+    d->set_health("{\"tps_limit\":1}");
+    x = f.fdb_transaction_get(u, K("\xff\xff/metrics/health/aggregate"), 0);
+    assert_string_equal(value_of(x), "{\"tps_limit\":1}");
+    f.fdb_transaction_destroy(t);
+    f.fdb_transaction_destroy(u);
+}
+
+static void test_versions_get_too_old(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    put(PREFIX "a", "1");
+    FDBTransaction *t = begin();
+    get(t, PREFIX "a");
+    d->set("window_ms", 50);
+    assert_string_equal(get(t, PREFIX "a"), "1");
+    usleep(80000);
+    assert_int_equal(done(ask(t, PREFIX "b", false)), 1007);
+    f.fdb_transaction_reset(t);
+    get(t, PREFIX "a");
+    set(t, PREFIX "a", "2");
+    usleep(80000);
+    assert_int_equal(commit(t), 1007);
+    d->set("window_ms", 5000);
+    f.fdb_transaction_reset(t);
+    get(t, PREFIX "a");
+    d->forget_versions();
+    assert_int_equal(done(ask(t, PREFIX "b", false)), 1007);
+    /* Versions that go on with commits only. */
+    d->set("version_step", 10);
+    int64_t version = d->version();
+    usleep(2000);
+    assert_int_equal(d->version(), version);
+    put(PREFIX "a", "3");
+    assert_int_equal(d->version(), version + 10);
+    f.fdb_transaction_destroy(t);
+}
+
+static void test_faults_follow_the_seed(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    char outcomes[3][200];
+    for (int round = 0; round < 3; round++) {
+        d->reset();
+        d->set_many("unknown_lost=4,conflict=5,read_behind=4,retry_delay_us_max=0,version_step=1");
+        d->set("seed", round == 2 ? 8 : 7);
+        for (size_t i = 0; i < sizeof outcomes[0]; i++) {
+            FDBTransaction *t = begin();
+            fdb_error_t error = done(ask(t, PREFIX "a", true));
+            if (!error) {
+                set(t, PREFIX "a", "1");
+                error = commit(t);
+            }
+            outcomes[round][i] = (char)error;
+            f.fdb_transaction_destroy(t);
+        }
+    }
+    assert_memory_equal(outcomes[0], outcomes[1], sizeof outcomes[0]);
+    assert_memory_not_equal(outcomes[0], outcomes[2], sizeof outcomes[0]);
+}
+
+static void test_violations_are_told(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    assert_string_equal(d->violation(), "");
+    FDBTransaction *t = begin();
+    FDBFuture *x = ask(t, PREFIX "a", false);
+    assert_int_equal(done(x), 0);
+    assert_false(f.fdb_future_is_ready(x));
+    assert_string_equal(d->violation(), "fdb_future_is_ready of a future that was destroyed");
+    f.fdb_future_destroy(x);
+    assert_int_equal(d->count("violations"), 2);
+    assert_int_equal(d->count("futures_alive"), 0);
+    set(t, PREFIX "a", "1");
+    assert_int_equal(commit(t), 0);
+    set(t, PREFIX "a", "1");
+    assert_int_equal(d->count("violations"), 3);
+    f.fdb_transaction_reset(t);
+    x = f.fdb_transaction_get_read_version(t);
+    assert_int_equal(wait_for(x), 0);
+    fdb_bool_t present;
+    const uint8_t *value;
+    int len;
+    assert_int_equal(f.fdb_future_get_value(x, &present, &value, &len), 2000);
+    f.fdb_future_destroy(x);
+    assert_int_equal(d->count("violations"), 4);
+    f.fdb_transaction_destroy(t);
+    assert_int_equal(d->count("transactions_alive"), 0);
+}
+
+static void count_key(void *arg, const void *key, size_t key_len, const void *value,
+                      size_t value_len)
+{
+    (void)key;
+    (void)key_len;
+    (void)value;
+    (void)value_len;
+    ++*(int *)arg;
+}
+
+static void test_another_client(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    FDBTransaction *t = begin();
+    get(t, PREFIX "a");
+    FDBFuture *w = f.fdb_transaction_watch(t, K(PREFIX "b"));
+    usleep(10000);
+    struct fdb_double_change changes[] = {
+        {.key = PREFIX "a", .key_len = strlen(PREFIX "a"), .value = "1", .value_len = 1},
+        {.key = PREFIX "c", .key_len = strlen(PREFIX "c"), .value = "", .value_len = 0},
+        {.key = PREFIX "b", .key_len = strlen(PREFIX "b"), .value = "2", .value_len = 1},
+        {.key = PREFIX "c", .key_len = strlen(PREFIX "c")},
+    };
+    assert_true(d->commit(changes, 4));
+    set(t, PREFIX "x", "1");
+    assert_int_equal(commit(t), 1020);
+    assert_int_equal(done(w), 1020);
+    int n = 0;
+    d->each(PREFIX, strlen(PREFIX), "e", 1, count_key, &n);
+    assert_int_equal(n, 2);
+    assert_true(stored(PREFIX "c", NULL));
+    d->clear(PREFIX, strlen(PREFIX), "e", 1);
+    assert_int_equal(d->count("keys"), 0);
+    f.fdb_transaction_destroy(t);
+}
+
+static void test_memory_does_not_pile_up(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    uint64_t most = 0;
+    d->set_many("version_step=1000,window_ms=3"); /* three commits back */
+    for (int i = 0; i < 200; i++) {
+        FDBTransaction *t = begin();
+        for (int k = 0; k < 16; k++) {
+            char key[64];
+            snprintf(key, sizeof key, PREFIX "m/%d", (i + k) % 20);
+            put_bytes(t, key, 65536, i);
+        }
+        if (i % 10 == 0)
+            clear(t, PREFIX "m/", PREFIX "m0");
+        commit_surely(t);
+        uint64_t held = (uint64_t)d->count("bytes_held");
+        most = held > most ? held : most;
+    }
+    assert_true(most < 8u << 20);
+    /* Within the window, what is held has a bound. */
+    d->set_many("version_step=0,window_ms=5000");
+    d->set("history_bytes_max", 8 << 20);
+    for (int i = 0; i < 200; i++) {
+        FDBTransaction *t = begin();
+        put_bytes(t, PREFIX "m", 100000, i);
+        put_bytes(t, PREFIX "n", 100000, i);
+        commit_surely(t);
+        assert_true(d->count("bytes_held") < 12 << 20);
+    }
+    d->reset();
+    assert_int_equal(d->count("bytes_held"), 0);
+}
+
+/* Many threads move money between accounts under every fault at once; what
+ * has an unknown outcome is left alone. Whatever happened: no money may be made or lost. */
+enum { ACCOUNTS = 8, THREADS = 4, TRANSFERS = 150, MONEY = 1000 };
+
+struct transfers {
+    pthread_t thread;
+    int number, unknown;
+};
+
+static fdb_error_t number_of(FDBTransaction *t, const char *key, int *out)
+{
+    FDBFuture *x = ask(t, key, false);
+    f.fdb_future_block_until_ready(x);
+    fdb_bool_t present = 0;
+    const uint8_t *value;
+    int len;
+    fdb_error_t error = f.fdb_future_get_value(x, &present, &value, &len);
+    *out = 0;
+    if (!error && present) {
+        char text[32] = "";
+        memcpy(text, value, (size_t)len < sizeof text ? (size_t)len : sizeof text - 1);
+        *out = atoi(text);
+    }
+    f.fdb_future_destroy(x);
+    return error;
+}
+
+static void *transfer(void *arg)
+{
+    struct transfers *me = arg;
+    uint64_t random = (uint64_t)me->number * 7919 + 1;
+    for (int i = 0; i < TRANSFERS; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        int from = (int)(random >> 33) % ACCOUNTS, to = (int)(random >> 40) % ACCOUNTS;
+        int amount = (int)(random >> 50) % 10;
+        if (from == to)
+            continue;
+        char from_key[64], to_key[64], mark[64], text[32];
+        snprintf(from_key, sizeof from_key, PREFIX "account/%d", from);
+        snprintf(to_key, sizeof to_key, PREFIX "account/%d", to);
+        snprintf(mark, sizeof mark, PREFIX "mark/%d/%d", me->number, i);
+        FDBTransaction *t = begin();
+        bool over = false;
+        while (!over) {
+            int a, b;
+            fdb_error_t error = number_of(t, from_key, &a);
+            if (!error)
+                error = number_of(t, to_key, &b);
+            bool tried = false;
+            if (!error) {
+                snprintf(text, sizeof text, "%d", a - amount);
+                set(t, from_key, text);
+                snprintf(text, sizeof text, "%d", b + amount);
+                set(t, to_key, text);
+                set(t, mark, "1");
+                tried = true;
+                error = commit(t);
+            }
+            if (!error)
+                break;
+            over = tried && (error == 1021 || error == 1039 || error == 1031 || error == 1101);
+            me->unknown += over;
+            if (!over && done(f.fdb_transaction_on_error(t, error)))
+                f.fdb_transaction_reset(t);
+        }
+        f.fdb_transaction_destroy(t);
+    }
+    return NULL;
+}
+
+static void test_no_money_is_made(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    for (unsigned seed = 1; seed <= 3; seed++) {
+        d->reset();
+        assert_true(d->set_many("delay_us_max=300,retry_delay_us_max=500,read_too_old=50,"
+                                "read_future=60,read_behind=70,conflict=20,too_large=50,"
+                                "unknown_happened=20,unknown_lost=20,changed_happened=40,"
+                                "changed_lost=40,timeout_late=20,cancelled_late=30,late_ms_max=30,"
+                                "range_short=5"));
+        d->set("seed", seed);
+        for (int i = 0; i < ACCOUNTS; i++) {
+            char key[64];
+            snprintf(key, sizeof key, PREFIX "account/%d", i);
+            d->put(key, strlen(key), "1000", 4);
+        }
+        static struct transfers threads[THREADS];
+        memset(threads, 0, sizeof threads);
+        for (int i = 0; i < THREADS; i++) {
+            threads[i].number = i;
+            assert_int_equal(pthread_create(&threads[i].thread, NULL, transfer, &threads[i]), 0);
+        }
+        int unknown = 0;
+        for (int i = 0; i < THREADS; i++) {
+            pthread_join(threads[i].thread, NULL);
+            unknown += threads[i].unknown;
+        }
+        assert_true(d->settle(5000));
+        int sum = 0;
+        for (int i = 0; i < ACCOUNTS; i++) {
+            char key[64], text[32] = "";
+            void *value;
+            size_t len;
+            snprintf(key, sizeof key, PREFIX "account/%d", i);
+            assert_true(d->get(key, strlen(key), &value, &len));
+            memcpy(text, value, len < sizeof text ? len : sizeof text - 1);
+            free(value);
+            sum += atoi(text);
+        }
+        assert_int_equal(sum, ACCOUNTS * MONEY);
+        struct fdb_double_counts counts;
+        d->counts(&counts);
+        assert_true(unknown > 0 && counts.unknown_happened && counts.unknown_lost &&
+                    counts.timeout_late && counts.cancelled_late && counts.late_refused);
+        print_message("# seed %u: %llu commits happened of %llu, %d unknown, %llu late landed, "
+                      "%llu late refused\n",
+                      seed, (unsigned long long)counts.commits_happened,
+                      (unsigned long long)counts.commits_tried, unknown,
+                      (unsigned long long)counts.late_landed,
+                      (unsigned long long)counts.late_refused);
+        assert_int_equal(counts.violations, 0);
+    }
+}
+
+static void test_settings_come_from_the_environment(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    char command[600], line[64] = "";
+    ssize_t n = readlink("/proc/self/exe", command + 100, 400);
+    assert_true(n > 0 && n < 400);
+    command[100 + n] = 0;
+    static char whole[700];
+    snprintf(whole, sizeof whole,
+             "FDB_DOUBLE=api=630,seed=99,unknown_happened=50,late_ms_max=0x10 '%s' --settings",
+             command + 100);
+    FILE *child = popen(whole, "r");
+    assert_non_null(child);
+    assert_non_null(fgets(line, sizeof line, child));
+    assert_int_equal(pclose(child), 0);
+    assert_string_equal(line, "630 99 50 16\n");
+}
+
+static int print_settings(void)
+{
+    void *state = NULL;
+    if (load(&state))
+        return 1;
+    struct fdb_double_config config;
+    d->config_get(&config);
+    printf("%d %lld %lld %lld\n", f.fdb_get_max_api_version(), (long long)config.seed,
+           (long long)config.unknown_happened, (long long)config.late_ms_max);
+    unlink(cluster_file);
+    return 0;
+}
+
 /* --- the end -----------------------------------------------------------------------------------
  */
 
@@ -1387,8 +2166,10 @@ static void test_network_ends(void **state)
 
 #define T(name) cmocka_unit_test_setup_teardown(name, empty, clean)
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], "--settings") == 0)
+        return print_settings();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_version_is_selected_once),
         cmocka_unit_test(test_nothing_works_before_the_network),
@@ -1422,6 +2203,21 @@ int main(void)
         T(test_callbacks),
         T(test_futures_give_what_they_hold),
         T(test_health_is_told),
+        T(test_two_transactions_do_what_a_model_says),
+        T(test_every_fault_of_reads),
+        T(test_every_fault_of_commits),
+        T(test_late_commits_are_checked_when_they_land),
+        T(test_given_up_commits_still_happen),
+        T(test_faults_of_watches),
+        T(test_a_cluster_that_is_away),
+        T(test_throttling),
+        T(test_versions_get_too_old),
+        T(test_faults_follow_the_seed),
+        T(test_violations_are_told),
+        T(test_another_client),
+        T(test_memory_does_not_pile_up),
+        T(test_no_money_is_made),
+        T(test_settings_come_from_the_environment),
         cmocka_unit_test(test_network_ends),
     };
     return cmocka_run_group_tests_name("fdb_double", tests, load, NULL);
