@@ -65,7 +65,7 @@ void txn_unref(FDBTransaction *t)
     CHECK(t->destroyed && list_empty(&t->pending) && list_empty(&t->watches));
     db_unref(t->db);
     t->magic = DEAD_MAGIC;
-    free(t);
+    bury(t);
 }
 
 static bool alive(FDBTransaction *t, const char *what)

@@ -38,13 +38,12 @@
     X(retry_delay_us_max, -1) /* bounds the delay of on_error; -1: as long as the real one */      \
     X(version_step, 0) /* versions go on by this at every commit, and not with time; 0: time */    \
     /* faults of reads, one in N */                                                                \
-    X(read_too_old, 0) /* 1007 */                                                                  \
-    X(read_future, 0)  /* 1009 */                                                                  \
-    X(read_behind, 0)  /* 1037 */                                                                  \
-    X(range_short, 0)  /* a range's answer is cut anywhere, with more to come */                   \
-    X(range_short_own,                                                                             \
-      2)              /* likewise where it meets keys the transaction wrote, as the real one's */  \
-    X(grv_delayed, 0) /* a read version takes grv_delay_ms */                                      \
+    X(read_too_old, 0)    /* 1007 */                                                               \
+    X(read_future, 0)     /* 1009 */                                                               \
+    X(read_behind, 0)     /* 1037 */                                                               \
+    X(range_short, 0)     /* a range's answer is cut anywhere, with more to come */                \
+    X(range_short_own, 2) /* cut where it meets own writes, as the real client may */              \
+    X(grv_delayed, 0)     /* a read version takes grv_delay_ms */                                  \
     X(grv_delay_ms, 20)                                                                            \
     /* faults of commits that write, one in N */                                                   \
     X(conflict, 0)         /* 1020 where there is none */                                          \

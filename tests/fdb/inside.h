@@ -311,6 +311,9 @@ void future_unref(FDBFuture *f);
 /* The result is there (filled in before) or the error. Any thread; nothing happens to one
  * that was settled before. */
 void future_settle(FDBFuture *f, fdb_error_t error);
+/* Futures and transactions that ended keep their memory for a while, so that a later use is
+ * seen and does no harm. */
+void bury(void *object);
 void graves_free(void);
 
 /* --- server.c ------------------------------------------------------------------------- */

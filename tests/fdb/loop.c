@@ -129,14 +129,13 @@ bool events_pending(void)
 
 /* --- futures --------------------------------------------------------------------------- */
 
-/* Futures that were destroyed keep their head for a while, so that a later use is seen. */
-static FDBFuture *graves[GRAVES];
+static void *graves[GRAVES];
 static size_t graves_at;
 
-static void bury(FDBFuture *f)
+void bury(void *object)
 {
-    FDBFuture *old = graves[graves_at];
-    graves[graves_at] = f;
+    void *old = graves[graves_at];
+    graves[graves_at] = object;
     graves_at = (graves_at + 1) % GRAVES;
     free(old);
 }

@@ -23,15 +23,15 @@
     X(fdb_get_max_api_version)                                                                     \
     X(fdb_get_client_version)                                                                      \
     X(fdb_get_error)                                                                               \
-    X(fdb_error_predicate) X(fdb_network_set_option) X(fdb_setup_network) X(fdb_run_network)       \
-        X(fdb_stop_network) X(fdb_create_database) X(fdb_database_destroy) X(                      \
-            fdb_database_set_option) X(fdb_database_get_main_thread_busyness)                      \
-            X(fdb_database_get_server_protocol) X(fdb_database_create_transaction) X(              \
-                fdb_transaction_destroy) X(fdb_transaction_cancel) X(fdb_transaction_reset)        \
-                X(fdb_transaction_set_option) X(fdb_transaction_set_read_version) X(               \
-                    fdb_transaction_get_read_version) X(fdb_transaction_get)                       \
-                    X(fdb_transaction_get_range) X(fdb_transaction_watch) X(                       \
-                        fdb_transaction_get_estimated_range_size_bytes)                            \
+    X(fdb_error_predicate)                                                                         \
+    X(fdb_network_set_option) X(fdb_setup_network) X(fdb_run_network) X(fdb_stop_network) X(       \
+        fdb_create_database) X(fdb_database_destroy) X(fdb_database_set_option)                    \
+        X(fdb_database_get_main_thread_busyness) X(fdb_database_get_server_protocol) X(            \
+            fdb_database_create_transaction) X(fdb_transaction_destroy) X(fdb_transaction_cancel)  \
+            X(fdb_transaction_reset) X(fdb_transaction_set_option)                                 \
+                X(fdb_transaction_set_read_version) X(fdb_transaction_get_read_version) X(         \
+                    fdb_transaction_get) X(fdb_transaction_get_range) X(fdb_transaction_watch)     \
+                    X(fdb_transaction_get_estimated_range_size_bytes)                              \
                         X(fdb_transaction_get_range_split_points) X(                               \
                             fdb_transaction_get_approximate_size) X(fdb_transaction_set)           \
                             X(fdb_transaction_atomic_op) X(fdb_transaction_clear) X(               \
@@ -1317,8 +1317,11 @@ static void test_callbacks(void **state)
     static struct called destroyed = CALLED;
     assert_int_equal(f.fdb_future_set_callback(y, callback, &destroyed), 0);
     f.fdb_future_destroy(y);
-    usleep(100000);
+    wait_called(&destroyed);
+    usleep(20000);
+    pthread_mutex_lock(&destroyed.lock);
     assert_int_equal(destroyed.calls, 1);
+    pthread_mutex_unlock(&destroyed.lock);
     assert_int_equal(destroyed.error, 1101);
     f.fdb_transaction_destroy(t);
 }
@@ -1909,6 +1912,10 @@ static void test_violations_are_told(void **state)
     f.fdb_future_destroy(x);
     assert_int_equal(d->count("violations"), 4);
     f.fdb_transaction_destroy(t);
+    assert_int_equal(d->count("transactions_alive"), 0);
+    assert_int_equal(done(ask(t, PREFIX "a", false)), 2000);
+    f.fdb_transaction_destroy(t);
+    assert_int_equal(d->count("violations"), 6);
     assert_int_equal(d->count("transactions_alive"), 0);
 }
 
