@@ -24,14 +24,15 @@
     X(fdb_get_client_version)                                                                      \
     X(fdb_get_error)                                                                               \
     X(fdb_error_predicate)                                                                         \
-    X(fdb_network_set_option) X(fdb_setup_network) X(fdb_run_network) X(fdb_stop_network) X(       \
-        fdb_create_database) X(fdb_database_destroy) X(fdb_database_set_option)                    \
-        X(fdb_database_get_main_thread_busyness) X(fdb_database_get_server_protocol) X(            \
-            fdb_database_create_transaction) X(fdb_transaction_destroy) X(fdb_transaction_cancel)  \
-            X(fdb_transaction_reset) X(fdb_transaction_set_option)                                 \
-                X(fdb_transaction_set_read_version) X(fdb_transaction_get_read_version) X(         \
-                    fdb_transaction_get) X(fdb_transaction_get_range) X(fdb_transaction_watch)     \
-                    X(fdb_transaction_get_estimated_range_size_bytes)                              \
+    X(fdb_network_set_option)                                                                      \
+    X(fdb_setup_network) X(fdb_run_network) X(fdb_stop_network) X(fdb_create_database) X(          \
+        fdb_database_destroy) X(fdb_database_set_option) X(fdb_database_get_main_thread_busyness)  \
+        X(fdb_database_get_server_protocol) X(fdb_database_create_transaction)                     \
+            X(fdb_transaction_destroy) X(fdb_transaction_cancel) X(fdb_transaction_reset)          \
+                X(fdb_transaction_set_option) X(fdb_transaction_set_read_version) X(               \
+                    fdb_transaction_get_read_version) X(fdb_transaction_get)                       \
+                    X(fdb_transaction_get_range) X(fdb_transaction_watch) X(                       \
+                        fdb_transaction_get_estimated_range_size_bytes)                            \
                         X(fdb_transaction_get_range_split_points) X(                               \
                             fdb_transaction_get_approximate_size) X(fdb_transaction_set)           \
                             X(fdb_transaction_atomic_op) X(fdb_transaction_clear) X(               \
@@ -1376,7 +1377,7 @@ static void test_health_is_told(void **state)
 
 /* Two transactions at a time do random things to a few keys; a model says what each read must
  * give and which commit must fail. */
-enum { MODEL_KEYS = 24, MODEL_STEPS = 1500 };
+enum { MODEL_KEYS = 24, MODEL_STEPS = 6000 };
 
 struct cell {
     bool present;
@@ -1856,6 +1857,30 @@ static void test_versions_get_too_old(void **state)
     assert_int_equal(d->version(), version);
     put(PREFIX "a", "3");
     assert_int_equal(d->version(), version + 10);
+    /* Of a key that changes all the time, what is in the window is as it was. */
+    d->set_many("version_step=1000,window_ms=3");
+    int64_t versions[20];
+    for (int i = 0; i < 20; i++) {
+        char value[16];
+        snprintf(value, sizeof value, "%d", i);
+        if (i % 4 == 3)
+            d->clear(PREFIX "a", strlen(PREFIX "a"), PREFIX "b", strlen(PREFIX "b"));
+        else
+            d->put(PREFIX "a", strlen(PREFIX "a"), value, strlen(value));
+        versions[i] = d->version();
+        for (int k = i; k >= 0 && k >= i - 6; k--) {
+            f.fdb_transaction_reset(t);
+            f.fdb_transaction_set_read_version(t, versions[k]);
+            if (k < i - 3) {
+                assert_int_equal(done(ask(t, PREFIX "a", false)), 1007);
+            } else if (k % 4 == 3) {
+                assert_null(get(t, PREFIX "a"));
+            } else {
+                snprintf(value, sizeof value, "%d", k);
+                assert_string_equal(get(t, PREFIX "a"), value);
+            }
+        }
+    }
     f.fdb_transaction_destroy(t);
 }
 
