@@ -18,6 +18,7 @@
 #include "../fdb/c_api.h"
 #include "../fdb/double.h"
 
+/* clang-format off */
 #define FUNCTIONS(X)                                                                               \
     X(fdb_select_api_version_impl)                                                                 \
     X(fdb_get_max_api_version)                                                                     \
@@ -25,28 +26,48 @@
     X(fdb_get_error)                                                                               \
     X(fdb_error_predicate)                                                                         \
     X(fdb_network_set_option)                                                                      \
-    X(fdb_setup_network) X(fdb_run_network) X(fdb_stop_network) X(fdb_create_database) X(          \
-        fdb_database_destroy) X(fdb_database_set_option) X(fdb_database_get_main_thread_busyness)  \
-        X(fdb_database_get_server_protocol) X(fdb_database_create_transaction)                     \
-            X(fdb_transaction_destroy) X(fdb_transaction_cancel) X(fdb_transaction_reset)          \
-                X(fdb_transaction_set_option) X(fdb_transaction_set_read_version) X(               \
-                    fdb_transaction_get_read_version) X(fdb_transaction_get)                       \
-                    X(fdb_transaction_get_range) X(fdb_transaction_watch) X(                       \
-                        fdb_transaction_get_estimated_range_size_bytes)                            \
-                        X(fdb_transaction_get_range_split_points) X(                               \
-                            fdb_transaction_get_approximate_size) X(fdb_transaction_set)           \
-                            X(fdb_transaction_atomic_op) X(fdb_transaction_clear) X(               \
-                                fdb_transaction_clear_range) X(fdb_transaction_add_conflict_range) \
-                                X(fdb_transaction_commit) X(fdb_transaction_get_committed_version) \
-                                    X(fdb_transaction_on_error) X(fdb_future_destroy)              \
-                                        X(fdb_future_cancel) X(fdb_future_release_memory)          \
-                                            X(fdb_future_is_ready) X(fdb_future_block_until_ready) \
-                                                X(fdb_future_set_callback) X(fdb_future_get_error) \
-                                                    X(fdb_future_get_int64)                        \
-                                                        X(fdb_future_get_uint64)                   \
-                                                            X(fdb_future_get_value)                \
-                                                                X(fdb_future_get_keyvalue_array)   \
-                                                                    X(fdb_future_get_key_array)
+    X(fdb_setup_network)                                                                           \
+    X(fdb_run_network)                                                                             \
+    X(fdb_stop_network)                                                                            \
+    X(fdb_create_database)                                                                         \
+    X(fdb_database_destroy)                                                                        \
+    X(fdb_database_set_option)                                                                     \
+    X(fdb_database_get_main_thread_busyness)                                                       \
+    X(fdb_database_get_server_protocol)                                                            \
+    X(fdb_database_create_transaction)                                                             \
+    X(fdb_transaction_destroy)                                                                     \
+    X(fdb_transaction_cancel)                                                                      \
+    X(fdb_transaction_reset)                                                                       \
+    X(fdb_transaction_set_option)                                                                  \
+    X(fdb_transaction_set_read_version)                                                            \
+    X(fdb_transaction_get_read_version)                                                            \
+    X(fdb_transaction_get)                                                                         \
+    X(fdb_transaction_get_range)                                                                   \
+    X(fdb_transaction_watch)                                                                       \
+    X(fdb_transaction_get_estimated_range_size_bytes)                                              \
+    X(fdb_transaction_get_range_split_points)                                                      \
+    X(fdb_transaction_get_approximate_size)                                                        \
+    X(fdb_transaction_set)                                                                         \
+    X(fdb_transaction_atomic_op)                                                                   \
+    X(fdb_transaction_clear)                                                                       \
+    X(fdb_transaction_clear_range)                                                                 \
+    X(fdb_transaction_add_conflict_range)                                                          \
+    X(fdb_transaction_commit)                                                                      \
+    X(fdb_transaction_get_committed_version)                                                       \
+    X(fdb_transaction_on_error)                                                                    \
+    X(fdb_future_destroy)                                                                          \
+    X(fdb_future_cancel)                                                                           \
+    X(fdb_future_release_memory)                                                                   \
+    X(fdb_future_is_ready)                                                                         \
+    X(fdb_future_block_until_ready)                                                                \
+    X(fdb_future_set_callback)                                                                     \
+    X(fdb_future_get_error)                                                                        \
+    X(fdb_future_get_int64)                                                                        \
+    X(fdb_future_get_uint64)                                                                       \
+    X(fdb_future_get_value)                                                                        \
+    X(fdb_future_get_keyvalue_array)                                                               \
+    X(fdb_future_get_key_array)
+/* clang-format on */
 
 static struct {
 #define X(name) __typeof__(name) *name;
