@@ -37,6 +37,8 @@ struct store_limits {
     uint64_t batch_bytes_max; /* most bytes (heads and bodies) in one commit that performs well */
     uint64_t commit_bytes_max; /* a commit with more (keys, heads, bodies) is refused: ST_INVAL */
     uint32_t body_bytes_best; /* bodies of about this size perform best: the default block size */
+    bool clears_ranges;       /* STORE_CLEAR_RANGE costs the same however much there is, and reading
+                                 a range costs as much as its bodies: clean-up need not look */
     bool has_log;             /* log.h works: writes may be answered from it */
     bool needs_heartbeat;     /* dead processes are known by silence only (no session_probe) */
 };
@@ -107,7 +109,8 @@ struct store_check {
 enum store_mutation_kind {
     STORE_SET,         /* key = head + body */
     STORE_CLEAR,       /* key is removed; its absence is no error */
-    STORE_CLEAR_RANGE, /* all keys in [key, head) are removed; meant for ranges that hold few */
+    STORE_CLEAR_RANGE, /* all keys in [key, head) are removed; meant for ranges that hold few,
+                          unless limits.clears_ranges */
 };
 
 struct store_mutation {

@@ -270,6 +270,13 @@ static void add_clear(struct job *job, const struct key *key)
     add_mutation(job, STORE_CLEAR, key_slice(key), (struct slice){NULL, 0});
 }
 
+static void add_clear_prefix(struct job *job, const struct key *prefix)
+{
+    struct key end = *prefix;
+    key_prefix_end(&end);
+    add_mutation(job, STORE_CLEAR_RANGE, key_slice(prefix), key_slice(&end));
+}
+
 static void read_done(struct store_read *read, enum status st)
 {
     struct job *job = container_of(read, struct job, read);
@@ -1067,6 +1074,20 @@ static void clear_written(struct job *job, enum status st)
         job_finish(job, ST_OK);
 }
 
+static void clear_commit(struct job *job, bool all)
+{
+    /* Last of all the record that says what is still to be done: from any interruption a
+     * later call goes on. */
+    if (all) {
+        struct key key;
+        key_removed(&key, job->branch);
+        add_clear(job, &key);
+    } else {
+        *job->more = true;
+    }
+    start_commit(job, false, clear_written);
+}
+
 static void clear_found(struct job *job, enum status st)
 {
     if (st != ST_OK) {
@@ -1084,16 +1105,7 @@ static void clear_found(struct job *job, enum status st)
         if (range->more || n < range->n_pairs)
             all = false;
     }
-    /* Last of all the record that says what is still to be done: from any interruption a
-     * later call goes on. */
-    if (all) {
-        struct key key;
-        key_removed(&key, job->branch);
-        add_clear(job, &key);
-    } else {
-        *job->more = true;
-    }
-    start_commit(job, false, clear_written);
+    clear_commit(job, all);
 }
 
 static void clear_chosen(struct job *job, enum status st)
@@ -1114,12 +1126,19 @@ static void clear_chosen(struct job *job, enum status st)
     }
     job_reset(job);
     static const char tags[] = "bitoaqrh";
+    bool blind = job->op->store->limits.clears_ranges;
     for (size_t i = 0; i < sizeof tags - 1; i++) {
         struct key key;
         key_prefix_branch(&key, tags[i], job->branch);
-        add_prefix_range(job, &key, CLEAR_BATCH_KEYS);
+        if (blind)
+            add_clear_prefix(job, &key);
+        else
+            add_prefix_range(job, &key, CLEAR_BATCH_KEYS);
     }
-    start_read(job, clear_found);
+    if (blind)
+        clear_commit(job, true);
+    else
+        start_read(job, clear_found);
 }
 
 void catalog_clear_removed(struct catalog_op *op, struct store *store, struct env *env, bool *more)

@@ -728,19 +728,22 @@ static void set_fixed(struct gen *g, uint64_t no, uint8_t kind)
     row_changed(g, r1);
 }
 
-static void put_trash(struct gen *g)
+static void trash_record(struct gen *g, const struct trash_record *rec)
 {
-    struct volume *vol = g->vol;
-    if (g->trash_first == g->trash_end)
-        return;
-    struct trash_record rec = {.epoch = vol->header.epoch,
-                               .first_block = g->trash_first,
-                               .end_block = g->trash_end};
     struct key key;
     uint8_t bytes[RECORD_BYTES_MAX];
-    key_trash(&key, vol->branch, g->state_after.trash_next++);
-    size_t len = trash_encode(&rec, key_slice(&key), bytes);
+    key_trash(&key, g->vol->branch, g->state_after.trash_next++);
+    size_t len = trash_encode(rec, key_slice(&key), bytes);
     mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
+}
+
+static void put_trash(struct gen *g)
+{
+    if (g->trash_first == g->trash_end)
+        return;
+    trash_record(g, &(struct trash_record){.epoch = g->vol->header.epoch,
+                                           .first_block = g->trash_first,
+                                           .end_block = g->trash_end});
     g->trash_first = g->trash_end = 0;
 }
 
@@ -876,14 +879,75 @@ static void build_item(struct gen *g, const struct gen_item *item)
     mutate(g, STORE_SET, &key, (struct slice){item->head, item->head_len}, item->body);
 }
 
+/* Whether the index names this version of a block. */
+static bool named(struct volume *vol, uint64_t no, uint64_t epoch)
+{
+    struct row_source src;
+    return index_lookup(vol, no, &src) == SOURCE_FIRST && src.branch == vol->branch &&
+           src.epoch == epoch;
+}
+
+/* The first block from `no` on, below `end`, whose being named is `is`; else `end`. */
+static uint64_t next_named(struct volume *vol, uint64_t no, uint64_t end, uint64_t epoch, bool is)
+{
+    while (no < end && named(vol, no, epoch) != is)
+        no++;
+    return no;
+}
+
+static void clear_run(struct gen *g, uint64_t epoch, uint64_t first, uint64_t end)
+{
+    struct volume *vol = g->vol;
+    struct key begin, behind;
+    key_block(&begin, vol->branch, epoch, first);
+    key_block(&behind, vol->branch, epoch, end);
+    /* One that goes on where the last one ended makes it longer. */
+    struct store_mutation *last = g->n_mutations ? &g->mutations[g->n_mutations - 1] : NULL;
+    if (last && last->kind == STORE_CLEAR_RANGE && last->head.len == begin.len &&
+        memcmp(last->head.data, begin.bytes, begin.len) == 0)
+        last->head = keep_key(g, &behind);
+    else
+        mutate(g, STORE_CLEAR_RANGE, &begin, keep_key(g, &behind), (struct slice){0});
+}
+
+/* Clears what the index does not name of some blocks of one row, without looking whether it is
+ * there. */
+static void build_clear_blocks(struct gen *g, const struct gen_clear *c)
+{
+    struct volume *vol = g->vol;
+    uint64_t end = c->no + c->n_blocks;
+    uint32_t runs = 0;
+    if (!index_row1(vol, c->no >> INDEX_SHIFT)) {
+        clear_run(g, c->epoch, c->no, end);
+        return;
+    }
+    for (uint64_t no = next_named(vol, c->no, end, c->epoch, false); no < end; runs++) {
+        no = next_named(vol, no, end, c->epoch, true);
+        no = next_named(vol, no, end, c->epoch, false);
+    }
+    if (runs > c->runs_max) {
+        /* The row was written since: it is left to a later generation. */
+        trash_record(g, &(struct trash_record){
+                            .epoch = c->epoch, .first_block = c->no, .end_block = end});
+        return;
+    }
+    for (uint64_t no = next_named(vol, c->no, end, c->epoch, false); no < end;) {
+        uint64_t behind = next_named(vol, no, end, c->epoch, true);
+        clear_run(g, c->epoch, no, behind);
+        no = next_named(vol, behind, end, c->epoch, false);
+    }
+}
+
 static void build_clear(struct gen *g, const struct gen_clear *c)
 {
     struct volume *vol = g->vol;
     struct key key;
+    if (c->n_blocks) {
+        build_clear_blocks(g, c);
+        return;
+    }
     if (c->level == 0) {
-        struct row_source src;
-        if (index_lookup(vol, c->no, &src) == SOURCE_FIRST && src.branch == vol->branch &&
-            src.epoch == c->epoch)
+        if (named(vol, c->no, c->epoch))
             return;
         key_block(&key, vol->branch, c->epoch, c->no);
     } else {

@@ -128,7 +128,9 @@ struct gen_item {
 
 struct gen_clear {
     uint64_t epoch, no;
-    unsigned level; /* 0: a block; 1: a level-1 row */
+    unsigned level;    /* 0: a block; 1: a level-1 row */
+    uint32_t n_blocks; /* level 0, not 0: blocks of one level-1 row, whether they are there or not */
+    uint32_t runs_max; /* of these: more ranges than that have no room in this commit */
 };
 
 enum gen_stage {
@@ -340,6 +342,12 @@ void owner_forget(struct volume *vol);
 void write_resume(struct volume *vol, struct vol_io *io);
 /* Decides a waiting write, zero or trim: true when io->st says how; false: not yet. */
 bool write_try_grant(struct volume *vol, struct vol_io *io);
+/* Whether it takes no space in the store: it must not stand behind one that waits for some. */
+bool write_needs_no_space(const struct vol_io *io);
+static inline bool shard_lacks_space(const struct shard *s)
+{
+    return s->space_waiting || s->space_refused;
+}
 /* Goes on with one that was decided while it waited. */
 void write_granted(struct volume *vol, struct vol_io *io);
 /* Its log record survives the process: answers it, or syncs first (FUA). */

@@ -237,24 +237,29 @@ void shard_seal_for_room(struct shard *s)
 }
 
 /* Whose turn it is. Writes that wait for a read of their volume hold nobody else up. */
-static struct vol_io *next_writer(struct shard *s)
+static struct vol_io *next_writer(struct shard *s, bool needs_no_space)
 {
     list_for_each(l, &s->write_waiters)
     {
         struct vol_io *io = container_of(l, struct vol_io, link);
-        if (!io->vol->reads_first || io->vol->lost)
+        if ((!io->vol->reads_first || io->vol->lost) &&
+            (!needs_no_space || write_needs_no_space(io)))
             return io;
     }
     return NULL;
 }
 
+/* In order of arrival; but where the first waits for space, a trim goes ahead, which gives some. */
 void shard_wake_writers(struct shard *s)
 {
     struct vol_io *io;
-    while ((io = next_writer(s))) {
+    while ((io = next_writer(s, false))) {
         if (!write_try_grant(io->vol, io)) {
-            shard_seal_for_room(s);
-            return;
+            io = shard_lacks_space(s) ? next_writer(s, true) : NULL;
+            if (!io || !write_try_grant(io->vol, io)) {
+                shard_seal_for_room(s);
+                return;
+            }
         }
         list_remove(&io->link);
         write_granted(io->vol, io);

@@ -4,7 +4,9 @@
  * Such a trim left a trash record that names a range of blocks. Batch by batch
  * the cleaner reads which keys exist there and adds them to a generation as
  * candidates; whether the index still names one is decided when that generation
- * is built, so a block written again meanwhile stays. A record goes with the
+ * is built, so a block written again meanwhile stays. Where clearing a range costs
+ * nothing and reading one costs all its data (limits.clears_ranges), blocks are not
+ * looked for: all of the range are candidates, row by row of the index. A record goes with the
  * commit that finishes it; a crash at any point leaves it to be gone through
  * again.
  */
@@ -13,13 +15,16 @@
 #include "volume/internal.h"
 
 #define BATCH_KEYS 2048u
+#define RUNS_SPARE 8u /* what a row may have become more ragged until it is cleared */
 
 struct cleaner {
     struct volume *vol;
     struct store_read read;
     struct store_range range;
     struct key begin, end;
-    bool reading;
+    struct row_wait row_wait;
+    bool reading; /* the store, or rows of the index */
+    bool waits_rows;
     bool urgent;
     bool have;           /* a record is being gone through */
     uint64_t n;          /* its number */
@@ -34,6 +39,83 @@ struct cleaner {
 };
 
 static void clean_step(struct cleaner *c);
+
+/* The record is gone through: it goes with this generation. */
+static void record_done(struct cleaner *c, struct gen *g)
+{
+    mem_grow(&g->trash_done, &g->cap_trash_done, g->n_trash_done + 1, sizeof *g->trash_done);
+    g->trash_done[g->n_trash_done++] = c->n;
+    c->after = c->n + 1;
+    c->have = false;
+}
+
+/* Candidates were added: more of them, or their commit first. */
+static void batch_added(struct cleaner *c, struct gen *g)
+{
+    struct volume *vol = c->vol;
+    if (!g->opened_ns)
+        g->opened_ns = env_now_ns(vol->shard->env);
+    shard_age_start(vol->shard);
+    if (c->batch < BATCH_KEYS && g->n_trash_done < BATCH_KEYS) {
+        clean_step(c);
+        return;
+    }
+    c->wait_gen = g->no;
+    gen_seal(vol, false);
+}
+
+static void rows_came(struct row_wait *wait)
+{
+    struct cleaner *c = container_of(wait, struct cleaner, row_wait);
+    struct volume *vol = c->vol;
+    c->reading = c->waits_rows = false;
+    if (vol->ownership == VOL_OWNED && c->have)
+        clean_step(c);
+    volume_progress(vol);
+}
+
+/* How many ranges clear what the index does not name of blocks [first, end) of one row. */
+static uint32_t runs_of(struct volume *vol, uint64_t first, uint64_t end)
+{
+    struct row_slot *r1 = index_row1(vol, first >> INDEX_SHIFT);
+    uint32_t runs = 1;
+    for (uint64_t no = first + 1; r1 && no < end; no++)
+        runs += r1->row1.source[no & (INDEX_FANOUT - 1)] !=
+                r1->row1.source[(no - 1) & (INDEX_FANOUT - 1)];
+    return runs;
+}
+
+/* Adds all blocks of the record as candidates, as far as a batch goes. */
+static void sweep_blocks(struct cleaner *c)
+{
+    struct volume *vol = c->vol;
+    struct gen *g = vol->open;
+    while (c->next < c->rec.end_block && c->batch < BATCH_KEYS) {
+        uint64_t end = min_u64((c->next / INDEX_FANOUT + 1) * INDEX_FANOUT, c->rec.end_block);
+        if (!index_have(vol, c->next, c->next + 1, &c->row_wait)) {
+            c->reading = c->waits_rows = true;
+            return;
+        }
+        uint32_t runs = runs_of(vol, c->next, end) + RUNS_SPARE;
+        if (g->weight + weight_of_clears(runs + 1) > vol->shard->commit_bytes_max) {
+            c->batch = BATCH_KEYS;
+            break;
+        }
+        weight_clears(g, runs);
+        mem_grow(&g->clears, &g->cap_clears, g->n_clears + 1, sizeof *g->clears);
+        g->clears[g->n_clears++] = (struct gen_clear){.epoch = c->rec.epoch,
+                                                      .no = c->next,
+                                                      .n_blocks = (uint32_t)(end - c->next),
+                                                      .runs_max = runs};
+        c->batch++;
+        c->next = end;
+    }
+    if (c->next >= c->rec.end_block) {
+        c->level = 1;
+        c->next = c->rec.first_block >> INDEX_SHIFT;
+    }
+    batch_added(c, g);
+}
 
 static void batch_read(struct store_read *read, enum status st)
 {
@@ -73,20 +155,9 @@ static void batch_read(struct store_read *read, enum status st)
         c->level = 1;
         c->next = c->rec.first_block >> INDEX_SHIFT;
     } else {
-        mem_grow(&g->trash_done, &g->cap_trash_done, g->n_trash_done + 1, sizeof *g->trash_done);
-        g->trash_done[g->n_trash_done++] = c->n;
-        c->after = c->n + 1;
-        c->have = false;
+        record_done(c, g);
     }
-    if (!g->opened_ns)
-        g->opened_ns = env_now_ns(vol->shard->env);
-    shard_age_start(vol->shard);
-    if (c->batch < BATCH_KEYS && g->n_trash_done < BATCH_KEYS) {
-        clean_step(c);
-        return;
-    }
-    c->wait_gen = g->no;
-    gen_seal(vol, false);
+    batch_added(c, g);
 }
 
 static void record_read(struct store_read *read, enum status st)
@@ -129,6 +200,10 @@ static void clean_step(struct cleaner *c)
 {
     struct volume *vol = c->vol;
     struct shard *s = vol->shard;
+    if (c->have && c->level == 0 && s->store->limits.clears_ranges) {
+        sweep_blocks(c);
+        return;
+    }
     c->reading = true;
     c->read = owner_read(vol);
     c->read.background = true;
@@ -165,6 +240,7 @@ bool trash_kick(struct volume *vol, bool urgent)
     if (!c) {
         c = vol->cleaner = mem_zalloc(sizeof *c);
         c->vol = vol;
+        c->row_wait.ready = rows_came;
     }
     c->urgent = urgent;
     if (c->found_none && c->seen_next == vol->state.trash_next)
@@ -203,6 +279,10 @@ void trash_stop(struct volume *vol)
         return;
     c->have = c->found_none = false;
     c->wait_gen = c->after = 0;
+    if (c->waits_rows) {
+        index_wait_stop(&c->row_wait);
+        c->reading = c->waits_rows = false;
+    }
     if (!c->reading) {
         vol->cleaner = NULL;
         free(c);

@@ -174,9 +174,9 @@ static void release_held(struct volume *vol, struct vol_io *io)
     credit_trim(s);
 }
 
-static bool needs_no_space(const struct volume *vol, const struct vol_io *io)
+bool write_needs_no_space(const struct vol_io *io)
 {
-    return io->kind != IO_WRITE && blocks_needed(vol, io) == 0;
+    return io->kind != IO_WRITE && blocks_needed(io->vol, io) == 0;
 }
 
 /* The common begin: true when decided. */
@@ -189,23 +189,11 @@ static bool admit(struct volume *vol, struct vol_io *io)
         io->st = read_only ? ST_PERM : ST_NOSPC;
         return true;
     }
-    bool ahead = needs_no_space(vol, io);
+    bool ahead = shard_lacks_space(s) && write_needs_no_space(io);
     if ((ahead || list_empty(&s->write_waiters)) && write_try_grant(vol, io))
         return true;
     io->stage = IO_WAITING;
-    /* A trim needs no space, so it must not stand behind a write that waits for some; but behind
-     * those that went ahead before it. */
-    struct list *before = &s->write_waiters;
-    if (ahead) {
-        before = before->next;
-        while (before != &s->write_waiters) {
-            const struct vol_io *other = container_of(before, struct vol_io, link);
-            if (!needs_no_space(other->vol, other))
-                break;
-            before = before->next;
-        }
-    }
-    list_add_tail(before, &io->link);
+    list_add_tail(&s->write_waiters, &io->link);
     shard_seal_for_room(s);
     return false;
 }

@@ -1210,6 +1210,7 @@ struct store *mem_store_attach(struct mem_store *db, struct sim_env *env)
                                            .batch_bytes_max = db->config.batch_bytes_max,
                                            .commit_bytes_max = db->config.commit_bytes_max,
                                            .body_bytes_best = 16384,
+                                           .clears_ranges = db->config.clears_ranges,
                                            .has_log = db->config.has_log};
     h->db = db;
     h->env = env;

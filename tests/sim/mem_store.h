@@ -36,6 +36,7 @@ enum mem_lie {
 
 struct mem_config {
     bool has_log;
+    bool clears_ranges;                               /* as in struct store_limits */
     uint64_t batch_bytes_max;                         /* 0: 16 MiB */
     uint64_t commit_bytes_max;                        /* 0: without end; see limits */
     uint64_t capacity_bytes;                          /* of bodies; 0: without end */

@@ -29,7 +29,8 @@ static struct drv_config any_config(uint64_t seed, uint64_t *c)
         .no_log = pick(c, 6) == 0,
         .seal_age_ms = pick(c, 2) ? 0 : 3,
         .write_bytes_max = pick(c, 2) ? 0 : 300000,
-        .store = {.has_log = pick(c, 5) != 0, .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20},
+        .store = {.has_log = pick(c, 5) != 0, .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20,
+                  .clears_ranges = seed % 3 == 0},
     };
     if (pick(c, 3) == 0)
         config.log_bytes = 8u << 20;

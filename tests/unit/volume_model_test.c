@@ -54,7 +54,8 @@ static struct drv_config any_config(uint64_t seed, struct chooser *c)
         .cache_bytes = VOLUME_CACHE_BYTES_MIN,
         .no_log = pick(c, 5) == 0,
         .seal_age_ms = pick(c, 3) ? 0 : 5,
-        .store = {.has_log = pick(c, 3) != 0, .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20},
+        .store = {.has_log = pick(c, 3) != 0, .batch_bytes_max = pick(c, 2) ? 0 : 1u << 20,
+                  .clears_ranges = seed % 3 == 0},
     };
     if (pick(c, 4) == 0)
         config.log_bytes = 8u << 20;

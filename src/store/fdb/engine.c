@@ -552,6 +552,7 @@ static enum status fd_open(const char *rest, const struct store_options *options
                                             .batch_bytes_max = FD_BATCH_BYTES_MAX,
                                             .commit_bytes_max = FD_COMMIT_BYTES_MAX,
                                             .body_bytes_best = 16384,
+                                            .clears_ranges = true,
                                             .has_log = false,
                                             .needs_heartbeat = true};
     fd->options = *options;
