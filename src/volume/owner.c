@@ -407,7 +407,8 @@ static void acquire_asked(struct catalog_op *op)
     }
     if (s->session->timed) {
         /* Gone, or given back, or no answer: the next look says whether it lives. */
-        acquire_retry(a, st == ST_OK || st == ST_NOTFOUND ? 1 : ASK_AGAIN_MS);
+        bool waited = env_now_ns(s->env) - a->sight.since_ns >= session_silence_ns(&a->sight);
+        acquire_retry(a, st == ST_OK || st == ST_NOTFOUND || waited ? 1 : ASK_AGAIN_MS);
         return;
     }
     if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==

@@ -1049,6 +1049,8 @@ static void process_free(struct drv *d, struct process *p)
     if (p->beside)
         process_close(d, p->beside);
     free(p->beside);
+    if (p->dead)
+        session_stop(&p->session);
     shard_free(p->shard);
     if (!p->dead)
         session_end(&p->session, p->env, d->world->run_once);
@@ -1169,7 +1171,7 @@ static bool op_is_finished(void *arg)
     return ((struct catalog_op *)arg)->meta.created_ns == 1;
 }
 
-static uint64_t make_volume(struct drv *d, const char *name)
+uint64_t drv_make_volume(struct drv *d, const char *name)
 {
     struct env *env;
     struct err e;
@@ -1205,7 +1207,7 @@ struct process *process_beside(struct drv *d, struct process *p, uint64_t *branc
     q->store = p->store;
     q->shard = p->shard;
     if (!*branch)
-        *branch = make_volume(d, "w");
+        *branch = drv_make_volume(d, "w");
     d->branch = *branch;
     process_open(d, q);
     d->branch = own;
@@ -1251,7 +1253,7 @@ struct drv *drv_new(const struct drv_config *config)
     list_init(&d->ready);
     list_init(&d->shown);
     log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
-    d->branch = make_volume(d, "v");
+    d->branch = drv_make_volume(d, "v");
     make_regions(d);
     return d;
 }

@@ -119,6 +119,8 @@ void drv_violation(struct drv *d, const char *format, ...) __attribute__((format
 struct process *process_start(struct drv *d);
 /* Opens the volume in a process that has no volume open. */
 bool process_open(struct drv *d, struct process *p);
+/* Makes a volume like the driver's; its branch. */
+uint64_t drv_make_volume(struct drv *d, const char *name);
 /* Opens another volume, made here, in the same process and shard. */
 struct process *process_beside(struct drv *d, struct process *p, uint64_t *branch);
 /* Closes the volume and waits; then the process ends in good order. */

@@ -76,6 +76,8 @@ struct handle {
     uint64_t last_ack_ns;
     uint64_t reserved_bytes, reserved_keys;
     uint64_t out; /* requests not answered yet */
+    struct sim_env *net; /* where its commits happen: not where it runs, if that may stand still */
+    uint64_t stalled_until_ns, answer_delay_ns;
 };
 
 struct mem_store {
@@ -90,6 +92,10 @@ struct mem_store {
     void (*kill)(void *arg, struct store *handle);
     void *kill_arg;
     struct mem_counts counts;
+    struct sim_env *net; /* needs_heartbeat */
+    uint64_t stalled_until_ns;
+    void (*before_commit)(void *arg, struct store *handle, const struct store_commit *commit);
+    void *before_commit_arg;
     struct store_commit *swapped; /* MEM_SWAPS_COMMITS: put off behind the next */
 };
 
@@ -344,11 +350,18 @@ static void range_run(struct mem_store *db, struct store_read *read, struct stor
     free(pairs);
 }
 
+static uint64_t stalled_ns(const struct handle *h);
+
 static void read_run(void *arg)
 {
     struct store_read *read = arg;
     struct handle *h = handle_of(read->store);
     struct mem_store *db = h->db;
+    uint64_t stalled = stalled_ns(h);
+    if (stalled) {
+        sim_at(h->env, stalled, read_run, read);
+        return;
+    }
     read->result = ST_OK;
     if (h->dead) {
         read->result = ST_IO;
@@ -502,6 +515,8 @@ static uint64_t commit_whole_bytes(const struct store_commit *commit)
 static enum status commit_execute(struct handle *h, struct store_commit *commit)
 {
     struct mem_store *db = h->db;
+    if (db->before_commit)
+        db->before_commit(db->before_commit_arg, &h->base, commit);
     if (db->faults.commit_fails && sim_one_in(db->sim, db->faults.commit_fails))
         return db->faults.commit_status ? db->faults.commit_status : ST_IO;
     for (size_t i = 0; i < commit->n_checks; i++)
@@ -565,8 +580,17 @@ static void answer_later(struct handle *h, struct store_commit *commit)
 {
     uint64_t now = sim_now_ns(h->env->sim);
     uint64_t at = now + sim_delay_ns(h->env->sim, h->db->config.commit_ns_max / 2);
+    at += h->answer_delay_ns;
     h->last_ack_ns = max_u64(at, h->last_ack_ns);
     sim_at(h->env, h->last_ack_ns - now, commit_answer, commit);
+}
+
+/* For how long nothing gets through to the store. */
+static uint64_t stalled_ns(const struct handle *h)
+{
+    uint64_t until = max_u64(h->stalled_until_ns, h->db->stalled_until_ns);
+    uint64_t now = sim_now_ns(h->db->sim);
+    return !h->dead && until > now ? until - now : 0;
 }
 
 static void commit_run(void *arg)
@@ -577,6 +601,12 @@ static void commit_run(void *arg)
         return;
     }
     h->committing = false;
+    uint64_t stalled = stalled_ns(h);
+    if (stalled && !list_empty(&h->commits)) {
+        h->committing = true;
+        sim_at(h->net, stalled, commit_run, h);
+        return;
+    }
     struct list *l = list_pop(&h->commits);
     if (!l)
         return;
@@ -609,7 +639,7 @@ static void commits_start(struct handle *h)
     uint64_t ns = sim_delay_ns(h->env->sim, db->config.commit_ns_max);
     if (db->config.commit_bytes_per_ms)
         ns += commit_bytes(commit) * 1000000 / db->config.commit_bytes_per_ms;
-    sim_at(h->env, h->dead ? 1000 : ns, commit_run, h);
+    sim_at(h->dead ? h->env : h->net, h->dead ? 1000 : ns, commit_run, h);
 }
 
 /* A lie needs the commit after its maker has freed it. */
@@ -823,6 +853,8 @@ static void mem_session_end(struct store *store, const uint8_t id[STORE_ID_BYTES
 static enum store_liveness mem_session_probe(struct store *store, const uint8_t id[STORE_ID_BYTES])
 {
     const struct session_entry *s = session_find(handle_of(store)->db, id);
+    if (handle_of(store)->db->config.needs_heartbeat)
+        return STORE_SESSION_UNKNOWN;
     return s && s->alive ? STORE_SESSION_ALIVE : STORE_SESSION_DEAD;
 }
 
@@ -831,6 +863,8 @@ static enum status mem_session_kill(struct store *store, const uint8_t id[STORE_
 {
     struct mem_store *db = handle_of(store)->db;
     struct session_entry *s = session_find(db, id);
+    if (db->config.needs_heartbeat)
+        return fail(e, ST_UNSUP, "nobody here reaches other processes");
     if (!s || !s->alive)
         return ST_OK;
     if (!db->kill)
@@ -1183,6 +1217,8 @@ struct mem_store *mem_store_new(struct sim *sim, const struct mem_config *config
     list_init(&db->handles);
     list_init(&db->logs);
     list_init(&db->sessions);
+    if (db->config.needs_heartbeat)
+        db->net = sim_env_new(sim);
     return db;
 }
 
@@ -1198,6 +1234,8 @@ void mem_store_free(struct mem_store *db)
     }
     if (db->swapped)
         commit_copy_free(db->swapped);
+    if (db->net)
+        sim_env_free(db->net);
     free(db);
 }
 
@@ -1211,9 +1249,11 @@ struct store *mem_store_attach(struct mem_store *db, struct sim_env *env)
                                            .commit_bytes_max = db->config.commit_bytes_max,
                                            .body_bytes_best = 16384,
                                            .clears_ranges = db->config.clears_ranges,
-                                           .has_log = db->config.has_log};
+                                           .has_log = db->config.has_log,
+                                           .needs_heartbeat = db->config.needs_heartbeat};
     h->db = db;
     h->env = env;
+    h->net = db->net ? db->net : env;
     list_init(&h->commits);
     list_init(&h->watches);
     list_add_tail(&db->handles, &h->link);
@@ -1257,6 +1297,12 @@ void mem_store_crash_process(struct store *store)
             log->records[i].lost = true;
     }
     h->dead = true;
+    if (db->net && h->committing) {
+        /* The rest is answered where its remains are. */
+        sim_forget(db->net, h);
+        h->committing = false;
+        commits_start(h);
+    }
     db->counts.reserved_bytes -= h->reserved_bytes;
     db->counts.reserved_keys -= h->reserved_keys;
     h->reserved_bytes = h->reserved_keys = 0;
@@ -1297,6 +1343,41 @@ void mem_store_on_kill(struct mem_store *db, void (*kill)(void *arg, struct stor
 {
     db->kill = kill;
     db->kill_arg = arg;
+}
+
+void mem_store_stall(struct mem_store *db, struct store *handle, uint64_t ns)
+{
+    CHECK(db->net);
+    *(handle ? &handle_of(handle)->stalled_until_ns : &db->stalled_until_ns) =
+        sim_now_ns(db->sim) + ns;
+}
+
+void mem_store_late_answers(struct store *handle, uint64_t ns)
+{
+    handle_of(handle)->answer_delay_ns = ns;
+}
+
+void mem_store_let_through(struct store *handle)
+{
+    struct handle *h = handle_of(handle);
+    h->stalled_until_ns = 0;
+    if (!h->committing)
+        return;
+    sim_forget(h->net, h);
+    do
+        commit_run(h);
+    while (!list_empty(&h->commits));
+    sim_forget(h->net, h);
+    h->committing = false;
+}
+
+void mem_store_before_commit(struct mem_store *db,
+                             void (*see)(void *arg, struct store *handle,
+                                         const struct store_commit *commit),
+                             void *arg)
+{
+    db->before_commit = see;
+    db->before_commit_arg = arg;
 }
 
 void mem_store_set_faults(struct mem_store *db, struct mem_faults faults)
@@ -1365,6 +1446,11 @@ bool mem_store_peek(struct mem_store *db, struct slice key, struct slice *head, 
     *head = (struct slice){n->head, n->head_len};
     *body = (struct slice){n->body, n->body_len};
     return true;
+}
+
+void mem_store_poke(struct mem_store *db, struct slice key, struct slice head)
+{
+    map_set(db, &(struct store_mutation){.kind = STORE_SET, .key = key, .head = head});
 }
 
 bool mem_store_damage(struct mem_store *db, struct slice key, enum mem_damage what)

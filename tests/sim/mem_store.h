@@ -37,6 +37,9 @@ enum mem_lie {
 struct mem_config {
     bool has_log;
     bool clears_ranges;                               /* as in struct store_limits */
+    /* Nobody can tell whether a process lives, and commits that were sent happen although
+     * their sender stands still. */
+    bool needs_heartbeat;
     uint64_t batch_bytes_max;                         /* 0: 16 MiB */
     uint64_t commit_bytes_max;                        /* 0: without end; see limits */
     uint64_t capacity_bytes;                          /* of bodies; 0: without end */
@@ -62,6 +65,19 @@ void mem_store_on_kill(struct mem_store *db, void (*kill)(void *arg, struct stor
 
 /* From now on this session looks dead to everybody, although its process goes on. */
 void mem_store_believe_dead(struct mem_store *db, const uint8_t id[STORE_ID_BYTES]);
+
+/* For stores with heartbeats. Nothing of this handle (NULL: of anybody) gets through to the store
+ * for so long; what was sent before may still come back. Answers to its commits take so much
+ * longer on their way back. */
+void mem_store_stall(struct mem_store *db, struct store *handle, uint64_t ns);
+void mem_store_late_answers(struct store *handle, uint64_t ns);
+/* What was sent through this handle and stalls gets through now. */
+void mem_store_let_through(struct store *handle);
+/* Called before each commit is executed (NULL: no more). */
+void mem_store_before_commit(struct mem_store *db,
+                             void (*see)(void *arg, struct store *handle,
+                                         const struct store_commit *commit),
+                             void *arg);
 
 /* Faults, from now on: one in so many (0: never). */
 struct mem_faults {
@@ -98,6 +114,9 @@ bool mem_store_nth_key(struct mem_store *db, struct slice begin, struct slice en
 void mem_store_each(struct mem_store *db, struct slice begin, struct slice end,
                     void (*see)(void *arg, struct slice key, struct slice head, struct slice body),
                     void *arg);
+
+/* Writes a value past everybody. */
+void mem_store_poke(struct mem_store *db, struct slice key, struct slice head);
 
 /* Damage: flips a bit of the head or the body of a key, or takes the key away. */
 enum mem_damage { MEM_FLIP_HEAD, MEM_FLIP_BODY, MEM_REMOVE };

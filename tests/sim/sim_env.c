@@ -13,7 +13,7 @@
 #include "base/check.h"
 #include "base/mem.h"
 
-struct event {
+struct sim_event {
     uint64_t at_ns, seq;
     void (*fn)(void *arg);
     void *arg;
@@ -22,17 +22,17 @@ struct event {
 
 struct sim {
     uint64_t now_ns, next_seq, chance;
-    struct event *heap;
+    struct sim_event *heap;
     size_t n, cap;
     struct list envs;
 };
 
-static bool before(const struct event *a, const struct event *b)
+static bool before(const struct sim_event *a, const struct sim_event *b)
 {
     return a->at_ns != b->at_ns ? a->at_ns < b->at_ns : a->seq < b->seq;
 }
 
-static void heap_put(struct sim *sim, struct event e)
+static void heap_put(struct sim *sim, struct sim_event e)
 {
     mem_grow(&sim->heap, &sim->cap, sim->n + 1, sizeof *sim->heap);
     size_t i = sim->n++;
@@ -43,9 +43,9 @@ static void heap_put(struct sim *sim, struct event e)
     sim->heap[i] = e;
 }
 
-static struct event heap_take(struct sim *sim)
+static struct sim_event heap_take(struct sim *sim)
 {
-    struct event top = sim->heap[0], last = sim->heap[--sim->n];
+    struct sim_event top = sim->heap[0], last = sim->heap[--sim->n];
     size_t i = 0;
     for (;;) {
         size_t child = 2 * i + 1;
@@ -114,7 +114,13 @@ uint64_t sim_delay_ns(struct sim *sim, uint64_t max_ns)
 void sim_at(struct sim_env *env, uint64_t delay_ns, void (*fn)(void *arg), void *arg)
 {
     struct sim *sim = env->sim;
-    heap_put(sim, (struct event){sim->now_ns + delay_ns, sim->next_seq++, fn, arg, env});
+    struct sim_event e = {sim->now_ns + delay_ns, sim->next_seq++, fn, arg, env};
+    if (!env->paused) {
+        heap_put(sim, e);
+        return;
+    }
+    mem_grow(&env->held, &env->cap_held, env->n_held + 1, sizeof *env->held);
+    env->held[env->n_held++] = e;
 }
 
 /* --- env_ops ------------------------------------------------------------------------- */
@@ -213,7 +219,7 @@ struct sim_env *sim_env_new(struct sim *sim)
 static void forget(struct sim_env *env, const void *arg)
 {
     struct sim *sim = env->sim;
-    struct event *all = sim->heap;
+    struct sim_event *all = sim->heap;
     size_t n = sim->n;
     sim->heap = NULL;
     sim->n = sim->cap = 0;
@@ -223,6 +229,40 @@ static void forget(struct sim_env *env, const void *arg)
     free(all);
 }
 
+void sim_env_pause(struct sim_env *env)
+{
+    struct sim *sim = env->sim;
+    struct sim_event *all = sim->heap;
+    size_t n = sim->n;
+    CHECK(!env->paused);
+    env->paused = true;
+    sim->heap = NULL;
+    sim->n = sim->cap = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (all[i].env != env) {
+            heap_put(sim, all[i]);
+            continue;
+        }
+        mem_grow(&env->held, &env->cap_held, env->n_held + 1, sizeof *env->held);
+        env->held[env->n_held++] = all[i];
+    }
+    free(all);
+}
+
+void sim_env_resume(struct sim_env *env)
+{
+    struct sim *sim = env->sim;
+    CHECK(env->paused);
+    env->paused = false;
+    for (size_t i = 0; i < env->n_held; i++) {
+        struct sim_event e = env->held[i];
+        if (e.at_ns < sim->now_ns)
+            e.at_ns = sim->now_ns;
+        heap_put(sim, e);
+    }
+    env->n_held = 0;
+}
+
 void sim_forget(struct sim_env *env, const void *arg)
 {
     forget(env, arg);
@@ -230,7 +270,9 @@ void sim_forget(struct sim_env *env, const void *arg)
 
 void sim_env_free(struct sim_env *env)
 {
+    CHECK(!env->paused);
     forget(env, NULL);
+    free(env->held);
     CHECK(list_empty(&env->timers));
     list_remove(&env->link);
     free(env);
@@ -239,7 +281,7 @@ void sim_env_free(struct sim_env *env)
 struct sim *sim_env_detach(struct sim_env *env)
 {
     struct sim *from = env->sim, *to = sim_new(sim_random(from));
-    struct event *all = from->heap;
+    struct sim_event *all = from->heap;
     size_t n = from->n;
     to->now_ns = from->now_ns;
     to->next_seq = from->next_seq;
@@ -261,6 +303,8 @@ static struct env_timer *earliest_timer(struct sim *sim, struct sim_env **owner)
     struct env_timer *first = NULL;
     list_for_each (e, &sim->envs) {
         struct sim_env *env = container_of(e, struct sim_env, link);
+        if (env->paused)
+            continue;
         list_for_each (l, &env->timers) {
             struct env_timer *t = container_of(l, struct env_timer, link);
             if (!first || t->due_ns < first->due_ns) {
@@ -296,7 +340,7 @@ bool sim_step(struct sim *sim)
     }
     if (!sim->n)
         return false;
-    struct event e = heap_take(sim);
+    struct sim_event e = heap_take(sim);
     CHECK(e.at_ns >= sim->now_ns);
     sim->now_ns = e.at_ns;
     e.fn(e.arg);

@@ -15,6 +15,7 @@
 #include "base/env.h"
 
 struct sim;
+struct sim_event;
 
 struct sim_env {
     struct env base;
@@ -22,6 +23,9 @@ struct sim_env {
     struct list timers; /* env_timer.link */
     struct list link;   /* the sim's */
     uint64_t work_delay_ns_max;
+    bool paused;
+    struct sim_event *held; /* events of a paused reactor */
+    size_t n_held, cap_held;
 };
 
 struct sim *sim_new(uint64_t seed);
@@ -33,6 +37,11 @@ void sim_env_free(struct sim_env *env);
 /* Takes a reactor with all that it still waits for out of its world into one of its own, so
  * that the remains of a dead process can be cleared away while the world stands still. */
 struct sim *sim_env_detach(struct sim_env *env);
+
+/* The reactor stands still while the world and its clock go on (SIGSTOP, a paused virtual
+ * machine), and goes on later with all that is overdue. */
+void sim_env_pause(struct sim_env *env);
+void sim_env_resume(struct sim_env *env);
 
 uint64_t sim_now_ns(const struct sim *sim);
 
