@@ -261,6 +261,14 @@ void sim_env_resume(struct sim_env *env)
         heap_put(sim, e);
     }
     env->n_held = 0;
+    /* A loop that was stopped while it waited hears of what came before it looks at its timers;
+     * one that was stopped elsewhere does not. */
+    bool timers_last = sim_one_in(sim, 2);
+    list_for_each (l, &env->timers) {
+        struct env_timer *t = container_of(l, struct env_timer, link);
+        if (timers_last && t->due_ns <= sim->now_ns)
+            t->due_ns = sim->now_ns + 1;
+    }
 }
 
 void sim_forget(struct sim_env *env, const void *arg)

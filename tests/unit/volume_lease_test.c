@@ -355,6 +355,44 @@ static void slow_store_ends_no_session_before_its_lease(void **state)
     }
 }
 
+/* A lease that passed is over, also where the answer to a heartbeat comes in that moment. */
+static void late_answer_revives_nothing(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("late answer", 20, 0);
+    for (uint64_t i = 0; i < seeds.count; i++) {
+        struct scene s;
+        struct session_record rec;
+        struct ask a;
+        uint8_t byte;
+        begin(&s, seeds.first + i, 1);
+        struct process *p = s.p[0];
+        assert_int_equal(put(&s, p, 0, 1), ST_OK);
+        run_ms(&s, 2100);
+        mem_store_late_answers(p->store, 20 * NS_PER_MS);
+        assert_true(session_of(&s, p->session.id, &rec));
+        for (uint64_t counter = rec.counter; rec.counter == counter;
+             session_of(&s, p->session.id, &rec))
+            run_ms(&s, 1);
+        sim_env_pause(sim_env_of(p));
+        mem_store_late_answers(p->store, 0);
+        run_ms(&s, LEASE_MS * 2 / 3 + drv_below(s.d, LEASE_MS / 3));
+        sim_env_resume(sim_env_of(p));
+        if (drv_one_in(s.d, 2)) {
+            read_begins(&a, p, 0);
+            assert_int_not_equal(heard(&s, &a, 60000), ST_OK);
+        }
+        run_ms(&s, 200);
+        assert_sound(&s);
+        assert_true(p->lost);
+        assert_int_equal(atomic_load(&p->session.n_ended), 1);
+        reconnect(&s, p);
+        assert_int_equal(get(&s, p, 0, &byte), ST_OK);
+        assert_int_equal(byte, 1);
+        end(&s);
+    }
+}
+
 /* --- taking over --------------------------------------------------------------------------- */
 
 /* G4: one that was stopped for longer than a lease is replaced, after a whole lease and not
@@ -606,6 +644,39 @@ static void late_commit_of_the_old_owner_counts(void **state)
     }
 }
 
+/* A heartbeat in the moment of the take-over: the check of the session record refuses it. */
+static void late_heartbeat_stops_a_take_over(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("late heartbeat", 10, 0);
+    for (uint64_t i = 0; i < seeds.count; i++) {
+        struct scene s;
+        struct ask a;
+        begin(&s, seeds.first + i, 2);
+        struct late late = {.s = &s, .from = s.p[0], .to = s.p[1]};
+        assert_int_equal(put(&s, s.p[0], 0, 1), ST_OK);
+        run_ms(&s, drv_below(s.d, LEASE_MS));
+        mem_store_stall(s.d->db, s.p[0]->store, 3600000 * NS_PER_MS);
+        run_ms(&s, LEASE_MS / 2); /* a heartbeat is on its way */
+        sim_env_pause(sim_env_of(s.p[0]));
+        mem_store_before_commit(s.d->db, lands_before, &late);
+        read_begins(&a, s.p[1], 0);
+        uint64_t until = sim_now_ns(s.d->sim) + 60000 * NS_PER_MS;
+        while (!late.done && sim_now_ns(s.d->sim) < until)
+            step(&s, until);
+        mem_store_before_commit(s.d->db, NULL, NULL);
+        assert_true(late.done);
+        assert_false(owns_in_store(&s, s.d->branch, s.p[1]));
+        uint64_t began = now_ms(&s);
+        assert_int_equal(heard(&s, &a, 60000), ST_OK);
+        assert_true(now_ms(&s) - began >= SILENCE_MS);
+        sim_env_resume(sim_env_of(s.p[0]));
+        run_ms(&s, 100);
+        assert_sound(&s);
+        end(&s);
+    }
+}
+
 /* Taking was under way when the session ended: it is not ours under the old name. */
 static void acquire_of_an_ended_session_starts_over(void **state)
 {
@@ -735,7 +806,7 @@ static void commands_ask_and_fence(void **state)
     assert_in_range(ms, 4999, 6000);
     set_deaf(&s, false);
     sim_env_pause(sim_env_of(a));
-    assert_int_equal(command_asks(&s, b, 500, false, &ms), ST_UNAVAIL);
+    assert_int_equal(command_asks(&s, b, 2 * SILENCE_MS, false, &ms), ST_UNAVAIL);
     assert_true(session_of(&s, a->session.id, &rec));
     assert_int_equal(rec.state, SESSION_LIVE);
     assert_int_equal(command_asks(&s, b, 500, true, &ms), ST_NOTFOUND);
@@ -881,12 +952,14 @@ int main(void)
         cmocka_unit_test(heartbeats_keep_a_session_alive),
         cmocka_unit_test(lease_is_counted_from_the_sending),
         cmocka_unit_test(slow_store_ends_no_session_before_its_lease),
+        cmocka_unit_test(late_answer_revives_nothing),
         cmocka_unit_test(stopped_owner_is_replaced),
         cmocka_unit_test(living_owner_is_not_replaced),
         cmocka_unit_test(heartbeat_alone_keeps_a_volume),
         cmocka_unit_test(one_of_two_challengers_wins),
         cmocka_unit_test(fenced_sessions_other_volumes_are_free),
         cmocka_unit_test(late_commit_of_the_old_owner_counts),
+        cmocka_unit_test(late_heartbeat_stops_a_take_over),
         cmocka_unit_test(acquire_of_an_ended_session_starts_over),
         cmocka_unit_test(dead_process_of_this_machine_is_replaced_at_once),
         cmocka_unit_test(commands_ask_and_fence),
