@@ -51,6 +51,7 @@ struct acquire {
     /* The owner's session, where it has to be watched. */
     struct session_sight sight;
     bool fence; /* taken together with it */
+    bool by_force;
     uint8_t fenced[RECORD_BYTES_MAX];
     uint64_t incarnation; /* of ours that takes it */
 };
@@ -277,6 +278,12 @@ static void acquire_committed(struct store_commit *commit, enum status st)
         acquire_fail(a, st, status_text(st));
         return;
     }
+    if (a->by_force) {
+        /* Its owner went on all the time; from now on it can't, and the state stands still. */
+        a->by_force = false;
+        acquire_read(a);
+        return;
+    }
     if (!shard_has_session(vol->shard, a->incarnation)) {
         /* It was taken for a session that is over by now: free, and ours no more than others'. */
         acquire_later(a);
@@ -317,7 +324,7 @@ static void acquire_take(struct acquire *a)
     struct shard *s = vol->shard;
     const struct session *session = s->session;
     struct owner_record *o = &a->owner;
-    size_t n = 1, n_checks = 3;
+    size_t n = 1, n_checks = a->by_force ? 2 : 3;
 
     a->incarnation = s->incarnation;
     if (!shard_has_session(s, s->incarnation)) {
@@ -354,7 +361,7 @@ static void acquire_take(struct acquire *a)
             .kind = STORE_SET, .key = key_slice(&a->sight.key), .head = {a->fenced, len}};
     }
     a->state = a->entry.state;
-    if (!a->state.n_logs) {
+    if (!a->state.n_logs && !a->by_force) {
         own_log(vol, &a->state);
         len = state_encode(&a->state, key_slice(&a->state_key), a->state_bytes);
         a->mutations[n++] = (struct store_mutation){
@@ -455,6 +462,7 @@ static void acquire_looked(struct store_read *read, enum status st)
     if (s->session->skip_lease) {
         log_warning("volume %s: taken by force from process %u on %s (FDB_NBD_TEST_SKIP_LEASE)",
                     a->vol->name, a->entry.owner.pid, a->entry.owner.host);
+        a->by_force = true;
         acquire_take(a);
         return;
     }
@@ -520,7 +528,7 @@ static void acquire_got(struct store_read *read, enum status st)
                                          : status_text(st));
         return;
     }
-    a->fence = false;
+    a->fence = a->by_force = false;
     if (!shard_has_session(s, s->incarnation))
         acquire_later(a);
     else if (session_none(&entry->owner) ||
