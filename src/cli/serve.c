@@ -20,9 +20,7 @@
  * fdatasync of a busy disk; under that, servers would kill each other. */
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
-/* With heartbeats (SESSION_LEASE_MS_MIN) a server survives a store that stands still for two
- * thirds of its lease. A cluster that loses one of its processes takes a second or two to go on:
- * with less than 3 s that would cut off all clients of all servers. */
+/* (With heartbeats it is at least SESSION_LEASE_MS_MIN.) */
 #define VOLUMES_SHOWN_MAX 10u
 /* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error. */
 #define STORE_TIMEOUT_MS_MIN 100u
@@ -267,8 +265,8 @@ static int serve(struct run *run, const struct serve_options *o)
 {
     if (run->store->limits.needs_heartbeat && o->lease_ms < SESSION_LEASE_MS_MIN)
         return cli_usage_error(run->cli,
-                               "--lease-ms of less than %u is too short for %s: any short pause of "
-                               "it would cut off all clients",
+                               "--lease-ms has to be at least %u for %s: with less, any short pause "
+                               "of it would let others take volumes of servers that live",
                                SESSION_LEASE_MS_MIN, run->cli->store_uri);
     int status = create_volumes(run, o);
     if (status == CLI_DONE && o->default_export) {

@@ -51,7 +51,7 @@ static void tick(struct env_timer *timer);
 static void beat(struct session *s);
 static void begin_again(struct session *s);
 
-/* --- the first record, and the last ------------------------------------------------------ */
+/* --- the first record, and the last ------------------------------------------------- */
 
 struct written {
     struct store_commit commit;
@@ -187,7 +187,7 @@ void session_end(struct session *s, struct env *env, void (*run_once)(struct env
     store_session_end(s->store, s->id);
 }
 
-/* --- members ------------------------------------------------------------------------------- */
+/* --- members ------------------------------------------------------------------------ */
 
 static void member_free(struct session_member *m)
 {
@@ -288,7 +288,7 @@ void session_notice(struct session_member *m)
         post(m, m->session->env, &m->notice_task, noticed);
 }
 
-/* --- heartbeats ------------------------------------------------------------------------------ */
+/* --- heartbeats --------------------------------------------------------------------- */
 
 /* The incarnation is over. */
 static void end_incarnation(struct session *s, const char *why)
@@ -402,7 +402,7 @@ static void tick(struct env_timer *timer)
         tick_at(s, UINT64_MAX);
 }
 
-/* --- a new incarnation ------------------------------------------------------------------------ */
+/* --- a new incarnation -------------------------------------------------------------- */
 
 static void begun_again(struct store_commit *commit, enum status st)
 {
@@ -480,7 +480,7 @@ static void begin_again(struct session *s)
     store_commit(s->store, s->env, &s->commit);
 }
 
-/* --- the sessions of others --------------------------------------------------------------------- */
+/* --- the sessions of others --------------------------------------------------------- */
 
 void session_sight_begin(struct session_sight *sight, const uint8_t id[SESSION_ID_BYTES])
 {

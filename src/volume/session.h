@@ -31,7 +31,9 @@
 #include "store/store.h"
 #include "volume/records.h"
 
-/* Under this a store that works but stands still for a moment ends sessions (serve.c). */
+/* A gateway that is not heard of for two thirds of its lease (the last heartbeat may be a third
+ * old) makes its clients wait and may be fenced. A cluster that replaces one of its processes
+ * takes a second or two, and that is nothing wrong. */
 #define SESSION_LEASE_MS_MIN 3000u
 
 enum session_stage {

@@ -16,7 +16,7 @@ import pytest
 
 from harness.server import SLOW, Server, wait_until
 
-LEASE_MS = 2000
+LEASE_MS = 3000  # the least there is on FoundationDB
 
 
 def connect(server, name="v"):

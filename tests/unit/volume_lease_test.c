@@ -64,7 +64,7 @@ static void end(struct scene *s)
         fail_msg("to replay: SEED=%llu\n", (unsigned long long)seed);
 }
 
-/* --- what is stored --------------------------------------------------------------------- */
+/* --- what is stored ----------------------------------------------------------------- */
 
 static struct owner_record owner_of(struct scene *s, uint64_t branch)
 {
@@ -97,12 +97,12 @@ static bool owns_in_store(struct scene *s, uint64_t branch, const struct process
     return memcmp(rec.session, p->session.id, SESSION_ID_BYTES) == 0;
 }
 
-/* --- running ---------------------------------------------------------------------------- */
+/* --- running ------------------------------------------------------------------------ */
 
-static bool may_answer(const struct process *p)
+static bool may_answer(struct process *p)
 {
     return p->vol && volume_is_owned(p->vol) && !p->vol->lost &&
-           env_now_ns(p->env) < atomic_load(&((struct process *)(uintptr_t)p)->session.valid_until_ns);
+           session_holds(&p->session, p->env);
 }
 
 /* G4: at most one may answer, and it is the one that the store names. */
@@ -149,7 +149,7 @@ static void assert_sound(struct scene *s)
         fail_msg("%s; to replay: SEED=%llu\n", s->d->what, (unsigned long long)s->d->c.seed);
 }
 
-/* --- requests ---------------------------------------------------------------------------- */
+/* --- requests ----------------------------------------------------------------------- */
 
 /* A request of one block by a client of some gateway. */
 struct ask {
@@ -249,7 +249,7 @@ static void reconnect(struct scene *s, struct process *p)
     process_open(s->d, p);
 }
 
-/* --- heartbeats ---------------------------------------------------------------------------- */
+/* --- heartbeats --------------------------------------------------------------------- */
 
 /* One that lives keeps its session and its volume for as long as it likes, at three heartbeats
  * a lease. */
@@ -401,7 +401,7 @@ static void stopped_owner_whom_nobody_missed_goes_on(void **state)
     }
 }
 
-/* --- taking over --------------------------------------------------------------------------- */
+/* --- taking over -------------------------------------------------------------------- */
 
 /* G4: one that was stopped for longer than a lease is replaced, after a whole lease and not
  * sooner, and when it runs again it neither commits nor answers, and goes on under a new
@@ -588,7 +588,7 @@ static void fenced_sessions_other_volumes_are_free(void **state)
     end(&s);
 }
 
-/* --- a commit that lands late ------------------------------------------------------------------ */
+/* --- a commit that lands late ------------------------------------------------------- */
 
 struct late {
     struct scene *s;
@@ -716,7 +716,7 @@ static void acquire_of_an_ended_session_starts_over(void **state)
     }
 }
 
-/* --- the same machine ------------------------------------------------------------------------------ */
+/* --- the same machine --------------------------------------------------------------- */
 
 /* A gateway that crashed and was started again on its machine: nobody waits for a lease. */
 static void dead_process_of_this_machine_is_replaced_at_once(void **state)
@@ -767,7 +767,7 @@ static void dead_process_of_this_machine_is_replaced_at_once(void **state)
     end(&s);
 }
 
-/* --- commands -------------------------------------------------------------------------------------------- */
+/* --- commands ----------------------------------------------------------------------- */
 
 static void asked(struct catalog_op *op)
 {
@@ -827,7 +827,7 @@ static void commands_ask_and_fence(void **state)
     end(&s);
 }
 
-/* --- keeping house ------------------------------------------------------------------------------------------ */
+/* --- keeping house ------------------------------------------------------------------ */
 
 static uint64_t count_sessions(struct scene *s)
 {
