@@ -154,6 +154,7 @@ void fd_wait_abandon(struct fd_wait *wait, FDBFuture *future)
     fdb.future_destroy(future);
 }
 
+#define LASTING_FIRST_MS 10u
 #define LASTING_MS 1000u
 
 static void paused(struct env_timer *timer)
@@ -169,11 +170,15 @@ static void backed_off(struct fd_wait *wait)
     fdb.future_destroy(retry->future);
     retry->future = NULL;
     if (!code) {
+        retry->pause_ms = 0;
         retry->again(retry, false);
         return;
     }
+    retry->pause_ms = retry->pause_ms ? retry->pause_ms * 2 : LASTING_FIRST_MS;
+    if (retry->pause_ms > LASTING_MS)
+        retry->pause_ms = LASTING_MS;
     retry->timer.fire = paused;
-    env_timer_start(retry->env, &retry->timer, LASTING_MS);
+    env_timer_start(retry->env, &retry->timer, retry->pause_ms);
 }
 
 void fd_retry(struct fr *fr, struct fd_retry *retry, FDBTransaction *tr, int code,

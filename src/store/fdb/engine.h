@@ -68,7 +68,7 @@ struct fd_retry {
     struct env *env;
     FDBFuture *future;
     void (*again)(struct fd_retry *retry, bool lasting);
-    bool lasting;
+    unsigned pause_ms; /* the last one after an error that lasts */
 };
 
 /* Somebody who wants a read version. */
@@ -170,7 +170,7 @@ void fd_wait_add(struct fd_wait *wait, FDBFuture *future);
 
 /* After `tr` met the error `code`: calls `again` when it may be tried again; the transaction
  * is reset and keeps its backoff. `lasting`: the error is none that passes by itself, as far as
- * FoundationDB knows; then a second has gone by. */
+ * FoundationDB knows; then a pause has gone by, at first a short one, at last a second. */
 void fd_retry(struct fr *fr, struct fd_retry *retry, FDBTransaction *tr, int code,
               void (*again)(struct fd_retry *retry, bool lasting));
 
