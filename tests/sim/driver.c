@@ -1044,6 +1044,11 @@ void process_close(struct drv *d, struct process *p)
     p->vol = NULL;
 }
 
+static bool session_is_quiet(void *arg)
+{
+    return !((const struct process *)arg)->session.committing;
+}
+
 static void process_free(struct drv *d, struct process *p)
 {
     if (p->beside)
@@ -1054,6 +1059,8 @@ static void process_free(struct drv *d, struct process *p)
     shard_free(p->shard);
     if (!p->dead)
         session_end(&p->session, p->env, d->world->run_once);
+    else if (!world_run_until(d->world, p->env, session_is_quiet, p))
+        drv_violation(d, "a heartbeat of a dead process is never answered");
     world_detach(d->world, p->env, p->store);
     free(p);
 }
@@ -1076,6 +1083,7 @@ static bool no_zombies(void *arg)
 static void bury(struct drv *d, struct process *p)
 {
     world_stop(d->world, p->env);
+    session_stop(&p->session);
     list_for_each_safe (l, next, &d->shown) {
         struct request *r = container_of(l, struct request, link);
         volume_release_segs(&r->io);

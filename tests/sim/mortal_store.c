@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/mem.h"
+#include "base/process.h"
 
 struct mortal {
     struct store base; /* first */
@@ -18,6 +19,7 @@ struct mortal {
     size_t given;  /* jobs the engine has not answered */
     struct list jobs, watches, sessions;
     struct store_reservation reserved;
+    uint64_t number; /* of the process */
 };
 
 enum job_kind { JOB_READ, JOB_COMMIT, JOB_WAIT };
@@ -48,7 +50,36 @@ struct watching {
 struct session_id {
     struct list link;
     uint8_t id[STORE_ID_BYTES];
+    uint64_t number;
 };
+
+/* The world that runs now, and its newest process. Real start times are far below. */
+static struct graveyard *current;
+static uint64_t newest_number = 1ull << 60;
+
+void __real_process_self(struct process_id *id);
+bool __real_process_ended(const struct process_id *id);
+void __wrap_process_self(struct process_id *id);
+bool __wrap_process_ended(const struct process_id *id);
+
+void __wrap_process_self(struct process_id *id)
+{
+    __real_process_self(id);
+    if (current)
+        id->start_ticks = newest_number;
+}
+
+bool __wrap_process_ended(const struct process_id *id)
+{
+    if (id->start_ticks < 1ull << 60)
+        return __real_process_ended(id);
+    if (!current || current->deaths_unknown)
+        return false;
+    list_for_each (l, &current->sessions)
+        if (container_of(l, struct session_id, link)->number == id->start_ticks)
+            return true;
+    return false;
+}
 
 static struct mortal *mortal_of(struct store *store)
 {
@@ -557,6 +588,7 @@ struct store *mortal_store_new(struct graveyard *g, struct store *engine, struct
     list_init(&m->watches);
     list_init(&m->sessions);
     list_add_tail(&g->stores, &m->link);
+    m->number = ++newest_number;
     return &m->base;
 }
 
@@ -571,7 +603,7 @@ void mortal_store_kill(struct store *store)
         mortal_watch_stop(w->outer);
     }
     list_for_each (l, &m->sessions)
-        remember(&m->g->sessions, container_of(l, struct session_id, link)->id);
+        remember(&m->g->sessions, container_of(l, struct session_id, link)->id)->number = m->number;
     store_unreserve(m->engine, m->reserved);
     m->reserved = (struct store_reservation){0, 0};
     list_for_each (l, &m->jobs) {
@@ -590,6 +622,7 @@ void graveyard_init(struct graveyard *g)
     *g = (struct graveyard){0};
     list_init(&g->stores);
     list_init(&g->sessions);
+    current = g;
 }
 
 bool graveyard_is_quiet(const struct graveyard *g)
@@ -603,6 +636,8 @@ bool graveyard_is_quiet(const struct graveyard *g)
 void graveyard_destroy(struct graveyard *g)
 {
     CHECK(list_empty(&g->stores));
+    if (current == g)
+        current = NULL;
     list_for_each_safe (l, next, &g->sessions) {
         struct session_id *s = container_of(l, struct session_id, link);
         list_remove(&s->link);

@@ -6,7 +6,10 @@
  * but commits that the engine was given are the engine's: they land or they do not, later,
  * when another process may long have taken over. Requests are therefore copied whole.
  *
- * For engines without a log (a log belongs to the real process).
+ * For engines without a log (a log belongs to the real process). Who asks whether such a process
+ * has ended is told so: programs with this are linked with process_self and process_ended of
+ * base/process.h wrapped (-Wl,--wrap), and sessions begun after mortal_store_new() are of a
+ * process of its own.
  */
 #ifndef TESTS_SIM_MORTAL_STORE_H
 #define TESTS_SIM_MORTAL_STORE_H
@@ -17,7 +20,7 @@
 struct graveyard {
     struct list stores;   /* of all processes, until the engine's handle is closed */
     struct list sessions; /* of dead ones */
-    bool deaths_unknown;  /* store_session_probe does not tell of them */
+    bool deaths_unknown;  /* nobody is told of them */
     uint64_t deaths;
     uint64_t late_landed, late_refused, late_failed; /* commits of dead processes */
 };

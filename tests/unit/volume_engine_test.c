@@ -87,6 +87,10 @@ static struct drv *begin(uint64_t seed, uint64_t *c, bool mortal)
         config.resize = true;
     }
     struct real_config real = {.uri = engine.uri, .seed = seed, .mortal = mortal};
+    /* Heartbeats, and now and then takeovers after silence. */
+    if (engine_pick(c, 3) == 0)
+        real.lease_ms = 100 + (uint32_t)engine_pick(c, 400);
+    real.deaths_unknown = real.lease_ms && engine_pick(c, 2);
     config.world = world_real_new(&real, &e);
     if (!config.world)
         fail_msg("seed %llu: %s\n", (unsigned long long)seed, e.text);
