@@ -184,14 +184,6 @@ static void refuse_task(struct env_task *task)
 
 /* --- settling an unknown outcome ------------------------------------------------------- */
 
-/* From the start, with a new number and a new transaction. */
-static void begin_anew(struct fd_commit *c)
-{
-    fdb.transaction_destroy(c->tr);
-    c->tr = NULL;
-    begin(c);
-}
-
 static void settle_again(struct fd_retry *retry, bool lasting)
 {
     struct fd_commit *c = container_of(retry, struct fd_commit, retry);
