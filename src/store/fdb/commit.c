@@ -184,6 +184,18 @@ static void refuse_task(struct env_task *task)
 
 /* --- settling an unknown outcome ------------------------------------------------------- */
 
+/* Leaves a number in the lane; the time is for whoever clears what dead processes left. */
+static void lane_put(struct fd_commit *c, uint64_t number)
+{
+    struct fr *fr = c->fr;
+    struct fd_key key;
+    uint8_t value[FD_LANE_VALUE_BYTES];
+    put_le64(value, number);
+    put_le64(value + 8, env_realtime_ns(fr->env) / 1000000000);
+    fd_key_lane(fr, &key, c->lane->no);
+    fdb.transaction_set(c->tr, key.bytes, key.len, value, sizeof value);
+}
+
 static void settle_again(struct fd_retry *retry, bool lasting)
 {
     struct fd_commit *c = container_of(retry, struct fd_commit, retry);
@@ -224,7 +236,7 @@ static void settle_read(struct fd_wait *wait)
     int present = 0, len = 0;
     const uint8_t *value = NULL;
     int code = fdb.future_get_value(c->future, &present, &value, &len);
-    uint64_t number = !code && present && len == 8 ? get_le64(value) : 0;
+    uint64_t number = !code && present && len == FD_LANE_VALUE_BYTES ? get_le64(value) : 0;
     fdb.future_destroy(c->future);
     c->future = NULL;
     if (code) {
@@ -242,11 +254,7 @@ static void settle_read(struct fd_wait *wait)
         begin_anew(c);
         return;
     }
-    struct fd_key key;
-    uint8_t bytes[8];
-    put_le64(bytes, c->tomb);
-    fd_key_lane(fr, &key, c->lane->no);
-    fdb.transaction_set(c->tr, key.bytes, key.len, bytes, sizeof bytes);
+    lane_put(c, c->tomb);
     c->future = fdb.transaction_commit(c->tr);
     fd_wait_one(fr, &c->wait, c->future, settle_committed);
 }
@@ -350,7 +358,6 @@ static void send(struct fd_commit *c)
     struct fr *fr = c->fr;
     const struct store_commit *commit = c->commit;
     struct fd_key key, end;
-    uint8_t id[8];
     for (size_t i = 0; i < commit->n_mutations; i++) {
         const struct store_mutation *m = &commit->mutations[i];
         fd_key_make(fr->fd, &key, m->key);
@@ -366,8 +373,7 @@ static void send(struct fd_commit *c)
     }
     fd_key_lane(fr, &key, c->lane->no);
     conflict_on(c->tr, &key);
-    put_le64(id, c->id);
-    fdb.transaction_set(c->tr, key.bytes, key.len, id, sizeof id);
+    lane_put(c, c->id);
     c->sent_ns = env_now_ns(fr->env);
     c->future = fdb.transaction_commit(c->tr);
     ticket_start(fr, c->lane, commit);

@@ -27,6 +27,8 @@
 #define STILL_WAITING_MS 2000u /* until a server that waits for its cluster says so */
 #define SAY_AGAIN_MS 30000u
 #define LOCKED_TRIES_MS 1000u
+#define LANES_CLEARED_MAX 10000
+#define LANE_OLD_S (7u * 24 * 3600)
 /* The lower bits of a protocol version do not matter to who can talk with whom. */
 #define PROTOCOL_MASK 0xffffffffffff0000ull
 
@@ -481,6 +483,42 @@ static enum status first_answer(struct fd *fd, struct err *e)
     return st;
 }
 
+/* Clears the lanes of processes that died long ago: those that nobody has used for a week. One
+ * that is used just now makes this commit fail, which then is left to the next start. */
+static void clear_old_lanes(struct fd *fd)
+{
+    const struct fdb_key_value *kv;
+    struct fd_key begin, end;
+    FDBTransaction *tr = NULL;
+    int count = 0, more;
+    time_t now = time(NULL);
+    unsigned n_old = 0;
+    fd_key_make(fd, &begin, (struct slice){"\x02x\x00", 3});
+    end = begin;
+    end.bytes[end.len++] = 0xff;
+    fd_transaction(fd, &tr, false, 0);
+    FDBFuture *future =
+        fdb.transaction_get_range(tr, begin.bytes, begin.len, 0, 1, end.bytes, end.len, 0, 1,
+                                  LANES_CLEARED_MAX, 0, FDB_STREAMING_WANT_ALL, 0, 0, 0);
+    if (fd_block(future, ANSWER_WAIT_MS) && !fdb.future_get_error(future) &&
+        !fdb.future_get_keyvalue_array(future, &kv, &count, &more)) {
+        for (int i = 0; i < count; i++) {
+            if (kv[i].value_length != FD_LANE_VALUE_BYTES ||
+                get_le64(kv[i].value + 8) + LANE_OLD_S > (uint64_t)now)
+                continue;
+            fdb.transaction_clear(tr, kv[i].key, kv[i].key_length);
+            n_old++;
+        }
+    }
+    fdb.future_destroy(future);
+    if (n_old) {
+        future = fdb.transaction_commit(tr);
+        fd_block(future, ANSWER_WAIT_MS);
+        fdb.future_destroy(future);
+    }
+    fdb.transaction_destroy(tr);
+}
+
 /* Takes this handle's commit ids out of the store. Those of processes that died are left to
  * whoever cleans up. */
 static void clear_lanes(struct fd *fd)
@@ -585,6 +623,8 @@ static enum status fd_open(const char *rest, const struct store_options *options
         fd_close(&fd->base);
         return st;
     }
+    if (options->flags & STORE_WAIT)
+        clear_old_lanes(fd);
     *out = &fd->base;
     return ST_OK;
 }

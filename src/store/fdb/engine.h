@@ -37,6 +37,7 @@
 #define FD_KEY_BYTES_MAX (FD_PREFIX_BYTES_MAX + STORE_KEY_BYTES_MAX + 1)
 #define FD_REACTORS_MAX 80u
 #define FD_LANES_MAX 128u
+#define FD_LANE_VALUE_BYTES 16u /* u64 number, u64 seconds since 1970 */
 
 /* A version serves own reads and fenced commits for so long; FoundationDB keeps 5 s. */
 #define FD_VERSION_AGE_MAX_NS 2000000000ull
