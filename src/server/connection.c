@@ -554,6 +554,8 @@ static bool serve_once(struct conn *c)
         return false;
     }
     c->received += (uint64_t)got;
+    /* In doubt from here on: then these requests wait instead of their replies. */
+    shard_may_answer(lane->shard);
     size_t n = (size_t)got, direct = min_u64(n, payload);
     if (direct) {
         transmission_received(c, direct);
@@ -576,6 +578,7 @@ static void resume(struct conn *c)
     transmission_go_on(c);
     if (c->phase != CONN_SERVING || !c->stash_len || c->at_end || c->stopping)
         return;
+    shard_may_answer(lane->shard);
     /* Payloads are used where they lie until the submit, so the old stash stays until then. */
     uint8_t *data = c->stash;
     size_t len = c->stash_len;
@@ -680,6 +683,7 @@ static void lane_turn(struct reactor_hook *hook)
 {
     struct lane *lane = container_of(hook, struct lane, hook);
     struct list *l;
+    bool may;
     do {
         while ((l = list_pop(&lane->ready))) {
             struct conn *c = container_of(l, struct conn, ready_link);
@@ -687,11 +691,16 @@ static void lane_turn(struct reactor_hook *hook)
             settle(c);
         }
         shard_submit(lane->shard);
-        /* All that these replies tell was looked up before this (G4). */
-        if (!list_empty(&lane->flush) && !shard_may_answer(lane->shard))
-            return;
+        /* All that these replies tell was looked up before this (G4). That the store kept a
+         * request waiting too long may be told at any time. */
+        may = list_empty(&lane->flush) || shard_may_answer(lane->shard);
+        struct list kept = LIST_INIT(kept);
         while ((l = list_pop(&lane->flush))) {
             struct conn *c = container_of(l, struct conn, flush_link);
+            if (!may && c->out_tells) {
+                list_add_tail(&kept, &c->flush_link);
+                continue;
+            }
             if (c->blocked)
                 continue; /* settled: WRITABLE comes */
             if (!out_flush(c)) {
@@ -703,7 +712,8 @@ static void lane_turn(struct reactor_hook *hook)
                 conn_wake(c);
             settle(c);
         }
-    } while (!list_empty(&lane->ready) || !list_empty(&lane->flush));
+        list_splice_tail(&lane->flush, &kept);
+    } while (!list_empty(&lane->ready) || (may && !list_empty(&lane->flush)));
 }
 
 /* A client that stops in the middle of a payload keeps memory from others. So does one that

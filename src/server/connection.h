@@ -161,6 +161,7 @@ struct conn {
     struct request *alone;
     struct out *out_first, *out_last;
     uint64_t out_bytes;
+    bool out_tells; /* something else in there than "that could not be done now" (EIO) */
     uint64_t received, received_seen; /* bytes, now and at the last tick ... */
     unsigned idle_ticks;              /* ... and ticks without any, inside a payload */
 

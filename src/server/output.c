@@ -65,6 +65,7 @@ void out_head_done(struct conn *c, size_t len)
     uint8_t *p = o->heads + o->head_bytes;
     o->head_bytes += (uint32_t)len;
     c->out_bytes += len;
+    c->out_tells = true;
     c->lane->reply_bytes += len;
     mark(c);
     /* Replies without data stand side by side. */
@@ -150,7 +151,7 @@ bool out_flush(struct conn *c)
         }
     }
     CHECK(c->out_bytes == 0);
-    c->blocked = false;
+    c->blocked = c->out_tells = false;
     return true;
 }
 

@@ -127,7 +127,9 @@ static void piece_over(struct piece *p)
 
 static void reply_error_to(struct conn *c, const struct nbd_reply_to *to, uint32_t error)
 {
+    bool tells = c->out_tells || error != NBD_EIO;
     out_head_done(c, nbd_put_error(out_head(c), to, error));
+    c->out_tells = tells;
 }
 
 /* Refuses a request that no struct request was made for; `payload` bytes of it are still to

@@ -58,7 +58,8 @@ void shard_free(struct shard *shard);
  * gathered. */
 void shard_submit(struct shard *shard);
 
-/* To be asked once for each batch of replies, after whatever they tell was looked up and before
+/* To be asked before a batch of requests is taken, so that none is looked up in vain, and
+ * once for each batch of replies, after whatever they tell was looked up and before
  * the first of them is sent (G4). False: this process's session is in doubt, and the replies
  * are kept until it holds again, which runs the loop, or has ended, which loses the volumes,
  * whose watchers drop the replies. One clock call where the store needs heartbeats, none
