@@ -140,7 +140,7 @@ def test_version():
     ["serve", "--store-timeout", "x"], ["serve", "--store-timeout", "-1"],
     ["serve", "--store-timeout", "99ms"], ["serve", "--store-timeout", "86401"],
     ["serve", "--store-timeout", "1m"], ["serve", "--store-timeout", "ms"],
-    ["serve", "--quota", "x"], ["serve", "--quota", "1G"], # (there is none on lmdb)
+    ["serve", "--quota", "x"], pytest.param(["serve", "--quota", "1G"], marks=pytest.mark.lmdb("it has none")),
     ["serve", "--lease-ms", "-1"], ["serve", "--create", "a"], ["serve", "--create", "a:"],
     ["serve", "--create", ":1G"], ["serve", "--create", "a b:1G"], ["serve", "--create", "a:1"],
     ["serve", "--default", "/"], ["--log-level", "loud", "list"], ["--config", "/none", "list"],
@@ -440,7 +440,8 @@ def test_owner_of_a_free_volume(run):
 def test_store_info(run, store):
     run("create", "a", "1M")
     info = run.json("store", "info")
-    assert info["uri"] == store and info["engine"] == stores.engine() and info["format"] == 1
+    assert info["uri"] == store and info["format"] == 1
+    assert info["engine"].split()[0] == stores.engine()
     assert info["volumes"] == 1 and info["bytes_available"] > 0 and info["bytes_used"] > 0
     assert info["state"] is None
     assert info["features"] == {"compat": 0, "ro_compat": 0, "incompat": 0}

@@ -310,8 +310,8 @@ class Cluster:
     def rows(self, prefix, *elements):
         """[(tuple without the prefix, value)...] of the keys under the tuple (prefix, elements...),
         as fdbcli shows them."""
-        begin = tuples.pack(prefix, *elements)
-        said = self.cli(f"getrange {tuples.escape(begin)}\\x00 {tuples.escape(begin)}\\xff 100000")
+        under = tuples.escape(tuples.pack(prefix, *elements))
+        said = self.cli(f"getrange {under}\\x00 {under}\\xff 100000")
         out = []
         for line in said.splitlines():
             if line.startswith("`") and "' is `" in line:
