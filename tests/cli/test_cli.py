@@ -442,7 +442,10 @@ def test_store_info(run, store):
     info = run.json("store", "info")
     assert info["uri"] == store and info["format"] == 1
     assert info["engine"].split()[0] == stores.engine()
-    assert info["volumes"] == 1 and info["bytes_available"] > 0 and info["bytes_used"] > 0
+    assert info["volumes"] == 1
+    if not stores.on_fdb():
+        # A cluster has no end that it would name, and tells what is used after a while.
+        assert info["bytes_available"] > 0 and info["bytes_used"] > 0
     assert info["state"] is None
     assert info["features"] == {"compat": 0, "ro_compat": 0, "incompat": 0}
     assert re.fullmatch("[0-9a-f]{32}", info["uuid"])

@@ -25,8 +25,7 @@ from harness.rawnbd import CMD_WRITE, connect
 from harness.server import SLOW
 
 MIB = 1 << 20
-# On FoundationDB each death costs a lease.
-KILLS = int(os.environ.get("KILLS", "12" if stores.on_fdb() else "60"))
+KILLS = int(os.environ.get("KILLS", "30" if stores.on_fdb() else "60"))
 SIZE = 24 * MIB + 512
 
 SHAPES = {
