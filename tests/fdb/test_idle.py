@@ -73,4 +73,5 @@ def quiet(cluster, prefix):
 
 
 def number(value):
-    return int.from_bytes(value or b"", "little")
+    """The commit number that such a key holds (docs/format-fdb.md)."""
+    return int.from_bytes((value or b"")[:8], "little")

@@ -1,5 +1,5 @@
-"""What lies in the cluster is readable with FoundationDB's own tools, as docs/format.md has it;
-and what was damaged there is an I/O error, never wrong data (G5)."""
+"""What lies in the cluster is readable with FoundationDB's own tools, as docs/format.md and
+docs/format-fdb.md have it; and what was damaged there is an I/O error, never wrong data (G5)."""
 
 import errno
 import re
@@ -15,17 +15,19 @@ from harness.server import SLOW, wait_until
 pytestmark = pytest.mark.fdb
 
 BLOCK = 16384
-FORMAT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
-# How the tables of docs/format.md write the elements of a key.
-KINDS = {"NAME": str, "ID": bytes}
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+# How the tables there write the elements of a key.
+KINDS = {"NAME": str, "ID": bytes, "WRITER": bytes}
 
 
 def shapes():
-    """{letter: [type of each further element]} of the keys that docs/format.md lists."""
+    """{letter: [type of each further element]} of the keys that the documents list."""
     out = {}
-    for inside in re.findall(r"^\| `\((\"[a-z]\"[^`]*)\)`", FORMAT.read_text(), re.M):
+    text = (DOCS / "format.md").read_text() + (DOCS / "format-fdb.md").read_text()
+    for inside in re.findall(r"^\| `\((?:\"fdb-nbd\", )?(\"[a-z]\"[^`]*)\)`", text, re.M):
         letter, *more = [w.strip() for w in inside.split(",")]
-        out[letter.strip('"')] = [KINDS.get(w, int) for w in more]
+        # format-fdb.md repeats some of them with examples in place of names.
+        out.setdefault(letter.strip('"'), [KINDS.get(w, int) for w in more])
     return out
 
 
@@ -52,7 +54,7 @@ def test_keys_are_tuples_as_the_format_says(cluster, store, served, rng):
     known = shapes()
     assert len(known) >= 13, known
     for letter, *more in keys:
-        assert letter in known, f"docs/format.md does not name {(letter, *more)}"
+        assert letter in known, f"no document names {(letter, *more)}"
         assert [type(e) for e in more] == known[letter], (letter, *more)
     branch = served.json("info", "example")["branch"]
     epoch = served.json("info", "example")["epoch"]
