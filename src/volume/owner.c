@@ -453,7 +453,9 @@ static void acquire_looked(struct store_read *read, enum status st)
     a->inflight = false;
     if (st == ST_OK && a->gets[0].st != ST_NOTFOUND)
         st = a->gets[0].st;
-    enum session_verdict verdict = session_judge(sight, &a->gets[0], s->env, s->session->host);
+    /* (A read that failed as a whole says nothing of the single get.) */
+    enum session_verdict verdict =
+        st == ST_OK ? session_judge(sight, &a->gets[0], s->env, s->session->host) : SESSION_MAYBE;
     store_read_release(read);
     if (st != ST_OK) {
         acquire_fail(a, st, "its owner's session record can't be read");
