@@ -189,7 +189,7 @@ static void requests_and_reopenings(void **state)
 static void deaths(void **state)
 {
     (void)state;
-    struct seeds s = seeds_of("deaths", engine.faults ? 100 : 12, engine.faults ? 60 : 150);
+    struct seeds s = seeds_of("deaths", engine.faults ? 80 : 12, engine.faults ? 60 : 150);
     for (uint64_t i = 0; i < s.count; i++) {
         uint64_t c;
         struct drv *d = begin(s.first + i, &c, true);
