@@ -11,7 +11,8 @@
  * that it does not take (CONN_REPLY_BYTES_MAX, beyond which nothing more of it
  * is parsed; about CONN_REPLY_BYTES_SHORT while all connections of the reactor
  * together have more than their part of the cache waiting), CONN_REQUESTS_MAX
- * requests, and the block buffers the volume grants, for as long as the payload
+ * requests (more while all connections of the reactor together have less than
+ * LANE_REQUESTS_MAX), and the block buffers the volume grants, for as long as the payload
  * keeps coming (receive_timeout_ms).
  *
  * A connection is paused (not read) while the volume grants no memory or the
@@ -19,7 +20,9 @@
  * its volume has another connection (the last one stays), it is closed with what is unread: its
  * client may have given up and sent the same writes again elsewhere, and over TCP
  * the end of such a connection cannot be seen behind a closed window (G8). A
- * Unix socket's end is always seen.
+ * Unix socket's end is always seen. For the same reason requests are taken in well ahead of
+ * what the store has answered: what is read was sent before what comes on another connection
+ * later, and the sooner all is read the sooner the end shows.
  */
 #ifndef SERVER_CONNECTION_H
 #define SERVER_CONNECTION_H
@@ -48,6 +51,7 @@
  * gets block buffers to be received into. */
 #define CONN_IN_PLACE_BYTES_MAX (32u << 10)
 #define CONN_REQUESTS_MAX 256u
+#define LANE_REQUESTS_MAX 8192u
 #define CONN_REPLY_BYTES_MAX (4u << 20)
 #define CONN_REPLY_BYTES_SHORT (64u << 10)
 #define CONN_STATUS_EXTENTS_MAX 4096u
@@ -187,7 +191,7 @@ struct lane {
     uint64_t drain_until_ms;
     struct env_task task;
     struct request *free_requests;
-    unsigned n_free_requests;
+    unsigned n_free_requests, n_requests; /* kept; under way */
     struct out *free_outs;
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
@@ -290,7 +294,8 @@ static inline bool lane_is_short(const struct lane *lane)
 static inline bool transmission_may_take(const struct conn *c)
 {
     uint64_t pending = c->out_bytes + c->reading_bytes;
-    return c->receive != RECEIVE_WAITS && !c->alone && c->n_requests < CONN_REQUESTS_MAX &&
+    bool room = c->n_requests < CONN_REQUESTS_MAX || c->lane->n_requests < LANE_REQUESTS_MAX;
+    return c->receive != RECEIVE_WAITS && !c->alone && room &&
            (lane_is_short(c->lane) ? pending == 0 : pending < CONN_REPLY_BYTES_MAX);
 }
 

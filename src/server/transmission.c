@@ -48,6 +48,7 @@ static struct request *request_new(struct conn *c, const struct nbd_request *r)
     q->end = r->offset + r->length;
     q->st = ST_OK;
     c->n_requests++;
+    c->lane->n_requests++;
     return q;
 }
 
@@ -60,6 +61,7 @@ static void request_free(struct request *q)
     if (c->alone == q)
         c->alone = NULL;
     c->n_requests--;
+    lane->n_requests--;
     if (lane->n_free_requests < REQUESTS_KEPT_MAX) {
         q->next_free = lane->free_requests;
         lane->free_requests = q;
