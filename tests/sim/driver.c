@@ -1106,6 +1106,8 @@ static void bury(struct drv *d, struct process *p)
         }
     }
     shard_submit(p->shard);
+    /* Else it would try what the store refuses the dead for ever. */
+    volume_lose_all(p->shard);
     for (size_t i = 0; i < d->n_inline; i++)
         free(d->inline_data[i]);
     d->n_inline = 0;
