@@ -549,6 +549,7 @@ void fd_commit(struct store *store, struct env *env, struct store_commit *commit
         return;
     }
     list_add_tail(&fr->commits, &c->link);
+    fd_health_watch(fr);
     take_lane(fr);
 }
 

@@ -231,7 +231,7 @@ enum status fd_usage(struct store *store, struct slice begin, struct slice end, 
 
 /* --- health.c ------------------------------------------------------------------------ */
 
-/* Something was sent: from now on it is looked after whether answers come. */
+/* Something was sent, or waits: from now on it is looked after whether answers come. */
 void fd_health_watch(struct fr *fr);
 void fd_health_close(struct fr *fr);
 

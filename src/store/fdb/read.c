@@ -428,6 +428,8 @@ void fd_read(struct store *store, struct env *env, struct store_read *read)
         read->ranges[i].more = false;
     }
     list_add_tail(&fr->reads, &r->link);
+    /* It may join a question that was asked long ago, and nothing is sent for it. */
+    fd_health_watch(fr);
     read_start(r);
 }
 
