@@ -139,6 +139,10 @@ void fd_version_committed(struct fr *fr, int64_t version, uint64_t asked_ns)
     if (!version) {
         fr->version = 0;
         fr->version_floor_ns = env_now_ns(fr->env);
+    } else if (!fr->version && asked_ns <= fr->version_floor_ns) {
+        /* Sent before the one whose version is not known was answered: this may be the older
+         * one of the two. Whatever is asked for from now on shows both. */
+        fr->version_floor_ns = env_now_ns(fr->env);
     } else if (version > fr->version) {
         fr->version = version;
         fr->version_ns = asked_ns;
