@@ -152,16 +152,22 @@ void fd_watch_stop(struct store_watch *watch)
     drop(w);
 }
 
-static void freed_late(struct fd_wait *wait)
-{
-    (void)wait;
-}
-
 /* Those that were stopped and whose callbacks have not run; their tasks may still lie in the
  * reactor's queue, so the memory goes with the last of them. */
-static void wait_freed(struct fd_wait *wait)
+static void closed(struct fd_watch *w)
 {
-    free(container_of(wait, struct fd_watch, wait));
+    if (--w->pending == 0)
+        free(w);
+}
+
+static void wait_closed(struct fd_wait *wait)
+{
+    closed(container_of(wait, struct fd_watch, wait));
+}
+
+static void commit_closed(struct fd_wait *wait)
+{
+    closed(container_of(wait, struct fd_watch, commit_wait));
 }
 
 void fd_watches_close(struct fr *fr)
@@ -170,8 +176,8 @@ void fd_watches_close(struct fr *fr)
     while ((l = list_pop(&fr->watches))) {
         struct fd_watch *w = container_of(l, struct fd_watch, link);
         CHECK(!w->watch && w->pending);
-        w->wait.ready = wait_freed;
-        w->commit_wait.ready = freed_late;
+        w->wait.ready = wait_closed;
+        w->commit_wait.ready = commit_closed;
         if (w->commit)
             fd_wait_abandon(&w->commit_wait, w->commit);
         fd_wait_abandon(&w->wait, w->future);
