@@ -18,7 +18,8 @@
 struct room {
     _Atomic uint64_t used_bytes;     /* as of the last measurement */
     _Atomic uint64_t reserved_bytes; /* given out and not returned */
-    _Atomic uint64_t since_bytes;    /* given out since the measurement */
+    _Atomic uint64_t given_bytes;    /* given out ever */
+    _Atomic uint64_t measured_bytes; /* of these, before the last measurement */
     _Atomic bool known;
 };
 
@@ -29,7 +30,7 @@ struct measure {
     FDBFuture *future;
     struct fd_wait wait;
     struct fd_retry retry;
-    uint64_t since_before;
+    uint64_t given_before;
 };
 
 static void measure_start(struct measure *m);
@@ -58,10 +59,11 @@ static uint64_t bytes_of(struct store_reservation r)
 static bool fits(struct fd *fd, uint64_t want)
 {
     const struct room *room = fd->room;
-    uint64_t quota = fd->options.quota_bytes;
+    uint64_t quota = fd->options.quota_bytes, measured = atomic_load(&room->measured_bytes);
+    uint64_t since = atomic_load(&room->given_bytes) - measured;
     return atomic_load(&room->known) &&
-           atomic_load(&room->used_bytes) + max_u64(atomic_load(&room->since_bytes),
-                                                    atomic_load(&room->reserved_bytes)) + want <=
+           atomic_load(&room->used_bytes) + max_u64(since, atomic_load(&room->reserved_bytes)) +
+                   want <=
                quota;
 }
 
@@ -74,7 +76,7 @@ bool fd_reserve(struct store *store, struct store_reservation want)
     if (!fits(fd, bytes))
         return false;
     atomic_fetch_add(&fd->room->reserved_bytes, bytes);
-    atomic_fetch_add(&fd->room->since_bytes, bytes);
+    atomic_fetch_add(&fd->room->given_bytes, bytes);
     return true;
 }
 
@@ -108,11 +110,14 @@ static void answer_waits(struct fr *fr)
 static void measure_again(struct fd_retry *retry, bool lasting)
 {
     struct measure *m = container_of(retry, struct measure, retry);
-    (void)lasting;
+    if (lasting) {
+        fdb.transaction_destroy(m->tr);
+        m->tr = NULL;
+    }
     measure_start(m);
 }
 
-static void measured(struct fd_wait *wait)
+static void measure_done(struct fd_wait *wait)
 {
     struct measure *m = container_of(wait, struct measure, wait);
     struct fr *fr = m->fr;
@@ -125,7 +130,11 @@ static void measured(struct fd_wait *wait)
         return;
     }
     atomic_store(&room->used_bytes, (uint64_t)bytes);
-    atomic_fetch_sub(&room->since_bytes, m->since_before);
+    /* Other reactors measure too; it only grows. */
+    uint64_t measured = atomic_load(&room->measured_bytes);
+    while (measured < m->given_before &&
+           !atomic_compare_exchange_weak(&room->measured_bytes, &measured, m->given_before))
+        ;
     atomic_store(&room->known, true);
     fdb.transaction_destroy(m->tr);
     free(m);
@@ -139,7 +148,7 @@ static void measure_start(struct measure *m)
     fd_transaction(fd, &m->tr, false, 0);
     fd_key_bounds(fd, &begin, &end);
     m->future = ask_size(fd, m->tr, &begin, &end);
-    fd_wait_one(m->fr, &m->wait, m->future, measured);
+    fd_wait_one(m->fr, &m->wait, m->future, measure_done);
 }
 
 static void no_quota(struct env_task *task)
@@ -165,7 +174,7 @@ void fd_reserve_wait(struct store *store, struct env *env, struct store_reserve_
         return;
     struct measure *m = mem_zalloc(sizeof *m);
     m->fr = fr;
-    m->since_before = atomic_load(&fd->room->since_bytes);
+    m->given_before = atomic_load(&fd->room->given_bytes);
     measure_start(m);
 }
 
