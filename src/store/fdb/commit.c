@@ -35,6 +35,7 @@ struct fd_ticket {
     FDBTransaction *tr;
     FDBFuture *future;
     struct fd_commit *waiter;
+    bool background;
 };
 
 struct fd_commit {
@@ -346,6 +347,7 @@ static void ticket_start(struct fr *fr, struct fd_lane *lane, const struct store
     struct fd_ticket *t = lane->ticket = mem_zalloc(sizeof *t);
     t->fr = fr;
     t->lane = lane;
+    t->background = commit->background;
     fd_transaction(fr->fd, &t->tr, commit->background, commit->tag);
     t->future = fdb.transaction_get_read_version(t->tr);
     list_add_tail(&fr->tickets, &t->link);
@@ -457,9 +459,16 @@ static void begin(struct fd_commit *c)
     const struct store_commit *commit = c->commit;
     c->id = ++c->lane->seq;
     fd_transaction(fr->fd, &c->tr, commit->background, commit->tag);
+    struct fd_ticket *ticket = c->lane->ticket;
+    if (c->lane->known_version && ticket && ticket->background != commit->background) {
+        /* A cluster may hold back background work for long, and nothing else. */
+        ticket_drop(c->lane);
+        ticket_start(fr, c->lane, commit);
+        ticket = c->lane->ticket;
+    }
     if (c->lane->known_version) {
-        if (c->lane->ticket)
-            c->lane->ticket->waiter = c;
+        if (ticket)
+            ticket->waiter = c;
         else
             send_known(c);
     } else if (commit->n_checks) {
