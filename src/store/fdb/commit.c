@@ -505,9 +505,16 @@ static uint64_t commit_bytes(const struct fd *fd, const struct store_commit *com
     uint64_t bytes = 1000;
     for (size_t i = 0; i < commit->n_mutations; i++) {
         const struct store_mutation *m = &commit->mutations[i];
-        /* The key counts again in the conflict range, twice. */
-        bytes += 3 * (m->key.len + (uint64_t)fd->prefix_len) + m->head.len + m->body.len +
-                 FD_MUTATION_OVERHEAD;
+        uint64_t key = m->key.len + (uint64_t)fd->prefix_len;
+        bytes += FD_MUTATION_OVERHEAD;
+        /* The key counts again in the conflict range, twice. What is cleared is a range, also
+         * where it is one key. */
+        if (m->kind == STORE_SET)
+            bytes += 3 * key + m->head.len + m->body.len;
+        else if (m->kind == STORE_CLEAR)
+            bytes += 4 * key;
+        else
+            bytes += 2 * (key + m->head.len + (uint64_t)fd->prefix_len);
     }
     for (size_t i = 0; i < commit->n_checks; i++)
         bytes += 2 * (commit->checks[i].key.len + commit->checks[i].value.len +

@@ -32,7 +32,7 @@
 #define FD_BATCH_BYTES_MAX (4u << 20)
 /* Of FoundationDB's 10,000,000 for keys, values and conflict ranges. */
 #define FD_COMMIT_BYTES_MAX 9500000u
-#define FD_MUTATION_OVERHEAD 64u
+#define FD_MUTATION_OVERHEAD 72u
 #define FD_PREFIX_BYTES_MAX 80u
 #define FD_KEY_BYTES_MAX (FD_PREFIX_BYTES_MAX + STORE_KEY_BYTES_MAX + 1)
 #define FD_REACTORS_MAX 80u
