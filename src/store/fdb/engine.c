@@ -221,7 +221,7 @@ static void block_ready(FDBFuture *future, void *arg)
     block_leave(b);
 }
 
-bool fd_block(FDBFuture *future, uint64_t ms)
+static struct block *block_begin(FDBFuture *future)
 {
     struct block *b = mem_zalloc(sizeof *b);
     pthread_condattr_t attr;
@@ -233,6 +233,11 @@ bool fd_block(FDBFuture *future, uint64_t ms)
     b->users = 2;
     int code = fdb.future_set_callback(future, block_ready, b);
     CHECK(code == 0);
+    return b;
+}
+
+static bool block_wait(struct block *b, uint64_t ms)
+{
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += (time_t)(ms / 1000);
@@ -245,7 +250,21 @@ bool fd_block(FDBFuture *future, uint64_t ms)
     while (!b->ready && pthread_cond_timedwait(&b->cond, &b->lock, &until) == 0)
         ;
     bool ready = b->ready;
+    pthread_mutex_unlock(&b->lock);
+    return ready;
+}
+
+static void block_end(struct block *b)
+{
+    pthread_mutex_lock(&b->lock);
     block_leave(b);
+}
+
+bool fd_block(FDBFuture *future, uint64_t ms)
+{
+    struct block *b = block_begin(future);
+    bool ready = block_wait(b, ms);
+    block_end(b);
     return ready;
 }
 
@@ -434,12 +453,13 @@ static enum status first_answer(struct fd *fd, struct err *e)
     FDBTransaction *tr = NULL;
     fd_transaction(fd, &tr, false, 0);
     FDBFuture *future = fdb.transaction_get_read_version(tr);
+    struct block *block = block_begin(future);
     enum status st = ST_OK;
     uint64_t waited_ms = 0;
     unsigned said = 0;
     for (;;) {
         uint64_t slice_ms = !wait ? ANSWER_WAIT_MS : said ? SAY_AGAIN_MS : STILL_WAITING_MS;
-        if (!fd_block(future, slice_ms)) {
+        if (!block_wait(block, slice_ms)) {
             waited_ms += slice_ms;
             st = no_answer(fd, e);
             if (!wait)
@@ -465,6 +485,8 @@ static enum status first_answer(struct fd *fd, struct err *e)
             usleep(LOCKED_TRIES_MS * 1000);
             fdb.transaction_reset(tr);
             future = fdb.transaction_get_read_version(tr);
+            block_end(block);
+            block = block_begin(future);
             continue;
         }
         future = fdb.transaction_on_error(tr, code);
@@ -474,7 +496,10 @@ static enum status first_answer(struct fd *fd, struct err *e)
         }
         fdb.future_destroy(future);
         future = fdb.transaction_get_read_version(tr);
+        block_end(block);
+        block = block_begin(future);
     }
+    block_end(block);
     if (future)
         fdb.future_destroy(future);
     fdb.transaction_destroy(tr);
