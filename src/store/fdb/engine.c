@@ -515,27 +515,34 @@ static void clear_old_lanes(struct fd *fd)
     const struct fdb_key_value *kv;
     struct fd_key begin, end;
     FDBTransaction *tr = NULL;
-    int count = 0, more;
+    FDBFuture *future;
+    int count = 0, more = 1, n = 0;
     time_t now = time(NULL);
     unsigned n_old = 0;
     fd_key_make(fd, &begin, (struct slice){"\x02x\x00", 3});
     end = begin;
     end.bytes[end.len++] = 0xff;
     fd_transaction(fd, &tr, false, 0);
-    FDBFuture *future =
-        fdb.transaction_get_range(tr, begin.bytes, begin.len, 0, 1, end.bytes, end.len, 0, 1,
-                                  LANES_CLEARED_MAX, 0, FDB_STREAMING_WANT_ALL, 0, 0, 0);
-    if (fd_block(future, ANSWER_WAIT_MS) && !fdb.future_get_error(future) &&
-        !fdb.future_get_keyvalue_array(future, &kv, &count, &more)) {
+    for (; more && n < LANES_CLEARED_MAX; n += count) {
+        future = fdb.transaction_get_range(tr, begin.bytes, begin.len, n > 0, 1, end.bytes, end.len,
+                                           0, 1, LANES_CLEARED_MAX - n, 0, FDB_STREAMING_WANT_ALL,
+                                           0, 0, 0);
+        count = more = 0;
+        if (fd_block(future, ANSWER_WAIT_MS) && !fdb.future_get_error(future))
+            fdb.future_get_keyvalue_array(future, &kv, &count, &more);
         for (int i = 0; i < count; i++) {
+            if (i == count - 1 && kv[i].key_length <= (int)sizeof begin.bytes) {
+                begin.len = kv[i].key_length;
+                memcpy(begin.bytes, kv[i].key, (size_t)begin.len);
+            }
             if (kv[i].value_length != FD_LANE_VALUE_BYTES ||
                 get_le64(kv[i].value + 8) + LANE_OLD_S > (uint64_t)now)
                 continue;
             fdb.transaction_clear(tr, kv[i].key, kv[i].key_length);
             n_old++;
         }
+        fdb.future_destroy(future);
     }
-    fdb.future_destroy(future);
     if (n_old) {
         future = fdb.transaction_commit(tr);
         fd_block(future, ANSWER_WAIT_MS);
