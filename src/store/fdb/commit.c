@@ -139,12 +139,18 @@ static struct fd_lane *lane_for(struct fr *fr, const struct store_commit *c)
         }
     }
     struct fd_lane *lane = NULL;
-    if (!list_empty(&fr->lanes))
-        lane = container_of(fr->lanes.next, struct fd_lane, link);
-    /* One whose knowledge is still good is left to its volume while there may be more lanes. */
+    /* One whose knowledge is still good is left to its volume while there may be others. */
     uint64_t now = env_now_ns(fr->env);
-    if ((!lane || (lane->known_version && now - lane->known_ns < FD_VERSION_AGE_MAX_NS)) &&
-        fr->n_lanes < FD_LANES_MAX) {
+    list_for_each (l, &fr->lanes) {
+        struct fd_lane *idle = container_of(l, struct fd_lane, link);
+        if (!idle->known_version || now - idle->known_ns >= FD_VERSION_AGE_MAX_NS) {
+            lane = idle;
+            break;
+        }
+    }
+    if (!lane && fr->n_lanes == FD_LANES_MAX && !list_empty(&fr->lanes))
+        lane = container_of(fr->lanes.next, struct fd_lane, link);
+    if (!lane && fr->n_lanes < FD_LANES_MAX) {
         lane = mem_zalloc(sizeof *lane);
         lane->no = fr->n_lanes++;
         list_init(&lane->link);
