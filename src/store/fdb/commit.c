@@ -177,6 +177,7 @@ static void finish(struct fd_commit *c, enum status st)
 {
     struct store_commit *commit = c->commit;
     struct fr *fr = c->fr;
+    fr->heard_ns = env_now_ns(fr->env);
     if (c->lane)
         list_add_tail(&fr->lanes, &c->lane->link);
     commit_free(c);

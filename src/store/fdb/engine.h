@@ -120,7 +120,7 @@ struct fr {
     uint8_t *value; /* to put values together in */
     struct env_timer tick; /* while anything is under way */
     bool ticking;
-    uint64_t coarse_ns; /* of the last tick */
+    uint64_t heard_ns; /* when the cluster last answered something */
     struct health *health;
     struct list room_waits;
 };

@@ -19,6 +19,7 @@
 struct health {
     struct fr *fr;
     uint64_t since_ns; /* silent since then; 0: it answers */
+    uint64_t noticed_ns;
     uint64_t said_ns;
     bool asking, given_up;
     uint64_t asked_ns;
@@ -147,11 +148,15 @@ static void tick(struct env_timer *timer)
     if (waits && now - oldest >= SILENT_NS) {
         uint64_t none = 0;
         /* One reactor speaks for all. */
-        if (!h->since_ns && atomic_compare_exchange_strong(&fr->fd->silent_since_ns, &none, oldest))
+        if (!h->since_ns &&
+            atomic_compare_exchange_strong(&fr->fd->silent_since_ns, &none, oldest)) {
             h->since_ns = oldest;
+            h->noticed_ns = now;
+        }
         if (h->since_ns)
             silent(h, now);
-    } else if (h->since_ns) {
+    } else if (h->since_ns && fr->heard_ns > h->noticed_ns) {
+        /* (That nothing waits any more may be because it was given up.) */
         answers(h, now);
     }
     if (waits || h->asking)

@@ -372,6 +372,7 @@ static void read_ready(struct fd_wait *wait)
         read_failed(r, failure);
         return;
     }
+    r->fr->heard_ns = env_now_ns(r->fr->env);
     if (cut) {
         parts_drop(r);
         r->no_runs = true;

@@ -39,6 +39,7 @@ static void answered(struct fd_wait *wait)
         return;
     }
     g->flying = false;
+    fr->heard_ns = env_now_ns(fr->env);
     fdb.transaction_reset(g->tr);
     if (version > fr->version && g->asked_ns > fr->version_floor_ns) {
         fr->version = version;
