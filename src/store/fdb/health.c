@@ -153,12 +153,12 @@ static void tick(struct env_timer *timer)
             h->since_ns = oldest;
             h->noticed_ns = now;
         }
-        if (h->since_ns)
-            silent(h, now);
     } else if (h->since_ns && fr->heard_ns > h->noticed_ns) {
         /* (That nothing waits any more may be because it was given up.) */
         answers(h, now);
     }
+    if (h->since_ns)
+        silent(h, now);
     if (waits || h->asking)
         fd_health_watch(fr);
 }
