@@ -22,7 +22,7 @@
 #include "store/store.h"
 #include "test.h"
 
-#define PATIENCE_MS 30000u
+#define PATIENCE_MS 60000u
 #define PREFIX "test"
 #define WEEK_S (7u * 24 * 3600)
 /* The engine's longest heads and bodies, as store->limits has them. */
@@ -657,7 +657,10 @@ static void known_versions_that_are_too_old(void **state)
     assert_int_equal(count("commits_refused"), refused + 1);
     assert_string_equal(held("data"), "1");
     d->forget_versions();
+    uint64_t gets = count("gets");
     assert_string_equal(own(&a, "data"), "1");
+    /* Not tried again with the version that was refused. */
+    assert_int_equal(count("gets"), gets + 2);
 }
 
 /* A cluster throttles by answering read versions late. */
@@ -704,24 +707,25 @@ static void set_background(struct side *s, struct one_commit *c, const char *hea
 static void held_back_background_holds_nothing_else(void **state)
 {
     (void)state;
-    struct one_commit c, held_back;
+    struct one_commit c, first, second;
     owner();
     faults("batch_stopped=1");
     set_background(&a, &c, "0"); /* with the read version that is there */
     assert_int_equal(answer(&a, &c), ST_OK);
     assert_int_equal(set_if(&a, "data", "1", "owner", "A"), ST_OK);
-    set_background(&a, &c, "1");
-    assert_int_equal(answer(&a, &c), ST_OK);
     uint64_t tried = count("commits_tried");
-    set_background(&a, &held_back, "2");
+    /* One of these may have what the write before it left. */
+    set_background(&a, &first, "2");
+    set_background(&a, &second, "2");
     pass(&a, 100);
-    assert_int_equal(held_back.done, 0);
-    assert_int_equal(count("commits_tried"), tried);
+    assert_true(first.done + second.done <= 1);
+    assert_int_equal(count("commits_tried"), tried + first.done + second.done);
     for (unsigned i = 0; i < 3; i++)
         assert_int_equal(set_if(&a, "data", "3", "owner", "A"), ST_OK);
-    assert_int_equal(held_back.done, 0);
+    assert_true(first.done + second.done <= 1);
     faults("batch_stopped=0");
-    assert_int_equal(answer(&a, &held_back), ST_OK);
+    assert_int_equal(answer(&a, &first), ST_OK);
+    assert_int_equal(answer(&a, &second), ST_OK);
     assert_string_equal(held("data"), "2");
 }
 
@@ -1200,6 +1204,7 @@ static void armed_then_read_misses_nothing(void **state)
     enum { WATCHES = 60 };
     static struct watched w[WATCHES];
     static struct one_read reads[WATCHES];
+    unsigned needed = 0;
     char was[WATCHES][16], is[16];
     chance = chance_begin("fdb_engine");
     for (unsigned i = 0; i < WATCHES; i++) {
@@ -1219,20 +1224,29 @@ static void armed_then_read_misses_nothing(void **state)
             arm(&a, &w[i]);
         for (unsigned i = 0; i < WATCHES; i++)
             read_start(&a, &reads[i], w[i].key, false);
+        /* The change while they are on their way, or after they have come (or failed). */
+        bool after = round % 2 == 0 || round > 8;
+        for (unsigned i = 0; i < WATCHES && after; i++)
+            strcpy(was[i], read_answer(&a, &reads[i]));
+        if (round > 8)
+            pass(&a, 10);
         for (unsigned i = 0; i < WATCHES; i++) {
             if (chance_below(&chance, 4) == 0)
                 turn(&a, 1);
             put(w[i].key, is);
         }
-        for (unsigned i = 0; i < WATCHES; i++)
+        for (unsigned i = 0; i < WATCHES && !after; i++)
             strcpy(was[i], read_answer(&a, &reads[i]));
         for (unsigned i = 0; i < WATCHES; i++) {
+            needed += strcmp(was[i], is) != 0;
             if (strcmp(was[i], is) != 0)
                 UNTIL(&a, w[i].fired);
             store_watch_stop(&w[i].watch);
             assert_true(w[i].fired <= 1);
         }
     }
+    print_message("# %u had to fire\n", needed);
+    assert_true(needed > 100);
     faults("delay_us_max=0");
 }
 
@@ -1648,6 +1662,15 @@ static void quota_is_kept(void **state)
     assert_int_equal(reserve_wait(400000), ST_NOSPC);
     /* Keys count, too. */
     assert_false(store_reserve(a.store, (struct store_reservation){0, 200000 / 64 + 1}));
+    /* What was given out counts until it is measured, also when it was given back: it may have
+     * become data. */
+    assert_int_equal(reserve_wait(0), ST_OK);
+    unreserve(400000);
+    assert_true(reserve(400000));
+    assert_true(reserve(200000));
+    unreserve(600000);
+    assert_false(reserve(500000));
+    assert_int_equal(reserve_wait(400000), ST_OK);
     /* Another client's data is measured when somebody waits. */
     for (unsigned i = 0; i < 5; i++) {
         char key[16];
