@@ -13,8 +13,8 @@
 
 /* A mutation beside its value. FoundationDB counts the key three times (as such, and for both
  * ends of the write conflict) and some 64 bytes: with rows' and blocks' keys of up to 32 bytes
- * behind a prefix of up to 66, 358 bytes. */
-#define MUTATION_BYTES 384u
+ * behind a prefix of up to 66, 358 bytes; a clear counts as a range of its own, up to 464. */
+#define MUTATION_BYTES 480u
 #define UNIFORM_ROW_BYTES 64u /* a level-2 row of one kind, a trash record */
 /* State, header, and the check of the owner key. */
 #define RECORDS_BYTES (3 * RECORD_BYTES_MAX)
