@@ -24,6 +24,7 @@
  * without (what was answered is in the log and will be replayed, or committed where the
  * store has no log). */
 #define COMMIT_MAX_MS 60000u
+#define COMMIT_NO_LOG_MAX_MS 5000u
 
 /* Gives the space of removed volumes back, a batch at a time, and clears the records of sessions
  * that are over. */
@@ -166,7 +167,9 @@ static void stop(struct running *r)
     s->listeners = NULL;
     keeper_stop(&r->keeper);
     lane_stop_handshakes(lane);
-    env_timer_start(lane->env, &r->end_timer, s->limits.drain_ms + COMMIT_MAX_MS);
+    /* Without a log nothing that was answered can be waiting for a commit. */
+    unsigned commit_ms = s->store->limits.has_log ? COMMIT_MAX_MS : COMMIT_NO_LOG_MAX_MS;
+    env_timer_start(lane->env, &r->end_timer, s->limits.drain_ms + commit_ms);
     tell_lanes(r);
 }
 

@@ -917,6 +917,8 @@ static void build_clear_blocks(struct gen *g, const struct gen_clear *c)
     struct volume *vol = g->vol;
     uint64_t end = c->no + c->n_blocks;
     uint32_t runs = 0;
+    /* What the current index does not name, a snapshot may: not in the current epoch. */
+    CHECK(c->epoch == vol->header.epoch);
     if (!index_row1(vol, c->no >> INDEX_SHIFT)) {
         clear_run(g, c->epoch, c->no, end);
         return;

@@ -1,4 +1,4 @@
-"""Several gateways and several command lines on one cluster at once (DESIGN section 7, G4).
+"""Several gateways and several command lines on one cluster at once (G4).
 
 Nobody on another machine knows whether a silent owner is dead: its volumes are taken after a
 lease, and an owner that comes back finds itself fenced. The second gateway here, and its

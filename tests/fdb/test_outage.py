@@ -1,4 +1,4 @@
-"""The whole cluster stands still under load (DESIGN G6; checklist C.2): memory stays inside its
+"""The whole cluster stands still under load (G6): memory stays inside its
 budget, requests wait, and everything answered is there afterwards. With --store-timeout waiting
 turns into EIO, and G1 and G2 hold all the same.
 

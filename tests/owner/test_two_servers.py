@@ -1,4 +1,4 @@
-"""Two servers on one store (DESIGN section 7, G1, G4).
+"""Two servers on one store (G1, G4).
 
 A volume is served by one of them at a time. It moves when its owner's clients are
 idle, is refused with the owner's name while they are not, is taken at once from a

@@ -35,20 +35,14 @@ struct fdb_key_value {
 
 enum fdb_error {
     FDB_TIMED_OUT = 1004,
-    FDB_TRANSACTION_TOO_OLD = 1007,
-    FDB_FUTURE_VERSION = 1009,
-    FDB_NOT_COMMITTED = 1020,
-    FDB_COMMIT_UNKNOWN_RESULT = 1021,
-    FDB_TRANSACTION_CANCELLED = 1025,
-    FDB_TRANSACTION_TIMED_OUT = 1031,
-    FDB_TOO_MANY_WATCHES = 1032,
     FDB_DATABASE_LOCKED = 1038,
-    FDB_CLUSTER_VERSION_CHANGED = 1039,
-    FDB_OPERATION_CANCELLED = 1101,
     FDB_FILE_NOT_READABLE = 1513,
     FDB_NO_CLUSTER_FILE = 1515,
+    FDB_CALL_REFUSED_FIRST = 2000, /* what the library refuses before it sends anything */
+    FDB_USED_DURING_COMMIT = 2017,
     FDB_TRANSACTION_TOO_LARGE = 2101,
     FDB_CONNECTION_STRING_INVALID = 2104,
+    FDB_CALL_REFUSED_LAST = 2199,
 };
 
 enum fdb_transaction_option {
@@ -61,7 +55,7 @@ enum fdb_transaction_option {
 
 enum { FDB_STREAMING_WANT_ALL = -2, FDB_STREAMING_EXACT = 0 };
 enum { FDB_CONFLICT_READ = 0 };
-enum { FDB_PREDICATE_RETRYABLE = 50000, FDB_PREDICATE_MAYBE_COMMITTED = 50001 };
+enum { FDB_PREDICATE_RETRYABLE = 50000, FDB_PREDICATE_RETRYABLE_NOT_COMMITTED = 50002 };
 
 /* The functions, under the names the library gives them less their "fdb_". Those in the
  * second list may be missing (NULL) in older libraries. */

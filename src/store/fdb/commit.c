@@ -26,6 +26,8 @@
 #include "base/log.h"
 #include "store/fdb/engine.h"
 
+#define FRESH_NS 600000000000ull
+
 /* A read version asked for to be throttled by; freed by its own task. */
 struct fd_ticket {
     struct list link; /* fr->tickets */
@@ -49,9 +51,8 @@ struct fd_commit {
     struct fd_wait wait;
     struct fd_retry retry;
     uint64_t started_ns, sent_ns;
-    uint64_t id;       /* its number in the lane, new for each attempt */
-    uint64_t tomb;     /* the number that a settling transaction writes */
-    unsigned tries;
+    uint64_t id;   /* its number in the lane, new for each attempt */
+    uint64_t tomb; /* the number that a settling transaction writes */
     struct env_task task;
 };
 
@@ -192,14 +193,16 @@ static void refuse_task(struct env_task *task)
 
 /* --- settling an unknown outcome ------------------------------------------------------- */
 
-/* Leaves a number in the lane; the time is for whoever clears what dead processes left. */
+/* Leaves a number in the lane. A version of just now (0: none is known) tells whoever clears what
+ * dead processes left how old it is, by the cluster's own clock. */
 static void lane_put(struct fd_commit *c, uint64_t number)
 {
     struct fr *fr = c->fr;
     struct fd_key key;
     uint8_t value[FD_LANE_VALUE_BYTES];
     put_le64(value, number);
-    put_le64(value + 8, env_realtime_ns(fr->env) / 1000000000);
+    bool fresh = env_now_ns(fr->env) - fr->version_ns < FRESH_NS;
+    put_le64(value + 8, fresh ? (uint64_t)fr->version : 0);
     fd_key_lane(fr, &key, c->lane->no);
     fdb.transaction_set(c->tr, key.bytes, key.len, value, sizeof value);
 }
@@ -280,12 +283,14 @@ static void settle(struct fd_commit *c)
 
 /* --- the commit itself ------------------------------------------------------------------ */
 
-static bool maybe_committed(int code)
+/* Whatever is not known to have had no effect is settled: 1021, 1031, 1039 and 1101, and what
+ * nobody has thought of. */
+static bool surely_not_committed(int code)
 {
-    return code == FDB_COMMIT_UNKNOWN_RESULT || code == FDB_TRANSACTION_TIMED_OUT ||
-           code == FDB_CLUSTER_VERSION_CHANGED || code == FDB_OPERATION_CANCELLED ||
-           code == FDB_TRANSACTION_CANCELLED ||
-           fdb.error_predicate(FDB_PREDICATE_MAYBE_COMMITTED, code);
+    return code == FDB_DATABASE_LOCKED ||
+           (code >= FDB_CALL_REFUSED_FIRST && code <= FDB_CALL_REFUSED_LAST &&
+            code != FDB_USED_DURING_COMMIT) ||
+           fdb.error_predicate(FDB_PREDICATE_RETRYABLE_NOT_COMMITTED, code);
 }
 
 static void begin_again(struct fd_retry *retry, bool lasting)
@@ -308,7 +313,6 @@ static void attempt_failed(struct fd_commit *c, int code)
         finish(c, code == FDB_TRANSACTION_TOO_LARGE ? ST_INVAL : ST_IO);
         return;
     }
-    c->tries++;
     fd_retry(c->fr, &c->retry, c->tr, code, begin_again);
 }
 
@@ -328,7 +332,7 @@ static void committed(struct fd_wait *wait)
         finish(c, ST_OK);
         return;
     }
-    if (maybe_committed(code)) {
+    if (!surely_not_committed(code)) {
         lane_forget(c->lane);
         fdb.transaction_destroy(c->tr);
         c->tr = NULL;
@@ -459,6 +463,28 @@ static void read_checks(struct fd_commit *c)
     }
 }
 
+static void lane_read(struct fd_wait *wait)
+{
+    struct fd_commit *c = container_of(wait, struct fd_commit, wait);
+    int code = fdb.future_get_error(c->future);
+    fdb.future_destroy(c->future);
+    c->future = NULL;
+    if (code)
+        attempt_failed(c, code);
+    else
+        send(c);
+}
+
+/* A commit without checks would get its read version when it is sent, and possibly late: later
+ * than the number that is to make it fail. Reading gives it one now. */
+static void read_lane(struct fd_commit *c)
+{
+    struct fd_key key;
+    fd_key_lane(c->fr, &key, c->lane->no);
+    c->future = fdb.transaction_get(c->tr, key.bytes, key.len, 0);
+    fd_wait_one(c->fr, &c->wait, c->future, lane_read);
+}
+
 /* One attempt, from the start; nothing of it has happened, and nothing of an earlier one will. */
 static void begin(struct fd_commit *c)
 {
@@ -481,7 +507,7 @@ static void begin(struct fd_commit *c)
     } else if (commit->n_checks) {
         read_checks(c);
     } else {
-        send(c);
+        read_lane(c);
     }
 }
 
@@ -489,6 +515,7 @@ static void ticket_ready(struct fd_wait *wait)
 {
     struct fd_ticket *t = container_of(wait, struct fd_ticket, wait);
     struct fd_commit *c = t->lane ? t->waiter : NULL;
+    int code = fdb.future_get_error(t->future);
     if (t->lane)
         t->lane->ticket = NULL;
     list_remove(&t->link);
@@ -498,8 +525,9 @@ static void ticket_ready(struct fd_wait *wait)
     free(t);
     if (!c)
         return;
-    /* It may have been so late that the version is too old by now. */
-    if (env_now_ns(fr->env) - c->lane->known_ns >= FD_VERSION_AGE_MAX_NS) {
+    /* It may have been so late that the version is too old by now; or the cluster refused it,
+     * and the long way asks again. */
+    if (code || env_now_ns(fr->env) - c->lane->known_ns >= FD_VERSION_AGE_MAX_NS) {
         lane_forget(c->lane);
         begin(c);
     } else {

@@ -28,7 +28,8 @@
 #define SAY_AGAIN_MS 30000u
 #define LOCKED_TRIES_MS 1000u
 #define LANES_CLEARED_MAX 10000
-#define LANE_OLD_S (7u * 24 * 3600)
+/* A week of versions: about a million a second. */
+#define LANE_OLD_VERSIONS (7ull * 24 * 3600 * 1000000)
 /* The lower bits of a protocol version do not matter to who can talk with whom. */
 #define PROTOCOL_MASK 0xffffffffffff0000ull
 
@@ -469,7 +470,7 @@ static enum status first_answer(struct fd *fd, struct err *e)
             said++;
             continue;
         }
-        int code = fdb.future_get_error(future);
+        int code = fdb.future_get_int64(future, &fd->first_version);
         fdb.future_destroy(future);
         future = NULL;
         st = ST_OK;
@@ -481,7 +482,10 @@ static enum status first_answer(struct fd *fd, struct err *e)
                       "data centre?)", cluster_file(fd));
             if (!wait)
                 break;
-            log_warning("%s", e ? e->text : "");
+            if (waited_ms % SAY_AGAIN_MS == 0)
+                log_warning("%s", e ? e->text : "");
+            said++;
+            waited_ms += LOCKED_TRIES_MS;
             usleep(LOCKED_TRIES_MS * 1000);
             fdb.transaction_reset(tr);
             future = fdb.transaction_get_read_version(tr);
@@ -517,7 +521,6 @@ static void clear_old_lanes(struct fd *fd)
     FDBTransaction *tr = NULL;
     FDBFuture *future;
     int count = 0, more = 1, n = 0;
-    time_t now = time(NULL);
     unsigned n_old = 0;
     fd_key_make(fd, &begin, (struct slice){"\x02x\x00", 3});
     end = begin;
@@ -536,7 +539,8 @@ static void clear_old_lanes(struct fd *fd)
                 memcpy(begin.bytes, kv[i].key, (size_t)begin.len);
             }
             if (kv[i].value_length != FD_LANE_VALUE_BYTES ||
-                get_le64(kv[i].value + 8) + LANE_OLD_S > (uint64_t)now)
+                get_le64(kv[i].value + 8) == 0 ||
+                get_le64(kv[i].value + 8) + LANE_OLD_VERSIONS > (uint64_t)fd->first_version)
                 continue;
             fdb.transaction_clear(tr, kv[i].key, kv[i].key_length);
             n_old++;

@@ -28,7 +28,6 @@
 
 #define FD_BODY_BYTES_MAX 65536u
 #define FD_HEAD_BYTES_MAX 32768u
-#define FD_VALUE_BYTES_MAX 100000u /* FoundationDB's limit */
 #define FD_BATCH_BYTES_MAX (4u << 20)
 /* Of FoundationDB's 10,000,000 for keys, values and conflict ranges. */
 #define FD_COMMIT_BYTES_MAX 9500000u
@@ -37,7 +36,7 @@
 #define FD_KEY_BYTES_MAX (FD_PREFIX_BYTES_MAX + STORE_KEY_BYTES_MAX + 1)
 #define FD_REACTORS_MAX 80u
 #define FD_LANES_MAX 128u
-#define FD_LANE_VALUE_BYTES 16u /* u64 number, u64 seconds since 1970 */
+#define FD_LANE_VALUE_BYTES 16u /* u64 number, u64 version */
 
 /* A version serves own reads and fenced commits for so long; FoundationDB keeps 5 s. */
 #define FD_VERSION_AGE_MAX_NS 2000000000ull
@@ -95,7 +94,6 @@ struct fd_lane {
     struct list link; /* fr->lanes while idle, least recently used first */
     uint32_t no;
     uint64_t seq;     /* the newest id used */
-    bool written;     /* its key exists */
     /* What the last commit proved: this key had this value at this version. */
     uint64_t known_hash;
     uint8_t *known; /* key, value */
@@ -132,6 +130,7 @@ struct fd {
     char uri[512], cluster[400], prefix_text[FD_PREFIX_BYTES_MAX];
     uint8_t prefix[FD_PREFIX_BYTES_MAX];
     int prefix_len;
+    int64_t first_version; /* the cluster's first answer */
     uint8_t writer[8]; /* random: names the lanes of this handle */
     pthread_mutex_t lock; /* adding to reactors[] */
     struct fr *reactors[FD_REACTORS_MAX];
@@ -230,6 +229,11 @@ enum status fd_usage(struct store *store, struct slice begin, struct slice end, 
                      uint64_t *bytes, struct err *e);
 
 /* --- health.c ------------------------------------------------------------------------ */
+
+/* What the cluster says of its health (the value of the special key), as a person would put it;
+ * false where it says that nothing is wrong. */
+bool fd_health_describe(const uint8_t *value, int len, char *out, size_t size);
+extern const char fd_health_key[];
 
 /* Something was sent, or waits: from now on it is looked after whether answers come. */
 void fd_health_watch(struct fr *fr);

@@ -15,6 +15,8 @@
 #define SILENT_NS 5000000000ull
 #define CAUSE_WAIT_NS 3000000000ull
 #define SAY_AGAIN_NS 60000000000ull
+/* A cluster that limits nothing says some large number. */
+#define TPS_UNLIMITED 100000.0
 
 struct health {
     struct fr *fr;
@@ -28,7 +30,7 @@ struct health {
     struct fd_wait wait;
 };
 
-static const char health_key[] = "\xff\xff/metrics/health/aggregate";
+const char fd_health_key[] = "\xff\xff/metrics/health/aggregate";
 
 static void state_set(struct fd *fd, const char *text)
 {
@@ -43,24 +45,25 @@ static double number(const json_t *o, const char *name)
     return v && json_is_number(v) ? json_number_value(v) : 0;
 }
 
-/* What the aggregate says, as a person would put it. */
-static void describe(const uint8_t *value, int len, char *out, size_t size)
+bool fd_health_describe(const uint8_t *value, int len, char *out, size_t size)
 {
     json_t *o = json_loadb((const char *)value, (size_t)len, 0, NULL);
-    if (!o) {
-        snprintf(out, size, "it answers, but not with its state of health");
-        return;
-    }
-    double log_mib = number(o, "worst_log_queue") / 1048576;
-    double storage_mib = number(o, "worst_storage_queue") / 1048576;
-    double lag_s = number(o, "worst_storage_durability_lag") / 1e6;
-    snprintf(out, size,
-             "it limits clients to %.0f transactions a second (batch: %s; worst log queue %.0f MiB, "
-             "worst storage queue %.0f MiB, storage %.1f s behind)",
-             number(o, "tps_limit"),
-             json_is_true(json_object_get(o, "batch_limited")) ? "held back" : "not held back",
-             log_mib, storage_mib, lag_s);
+    double tps = number(o, "tps_limit");
+    bool batch = json_is_true(json_object_get(o, "batch_limited"));
+    bool limits = batch || (json_object_get(o, "tps_limit") && tps < TPS_UNLIMITED);
+    if (!limits)
+        snprintf(out, size, "it reports no overload, but does not go on: locked, or replacing one of "
+                            "its processes? fdbcli --exec status tells more");
+    else
+        snprintf(out, size,
+                 "it limits clients to %.0f transactions a second (batch: %s; worst log queue %.0f "
+                 "MiB, worst storage queue %.0f MiB, storage %.1f s behind)",
+                 tps, batch ? "held back" : "not held back",
+                 number(o, "worst_log_queue") / 1048576,
+                 number(o, "worst_storage_queue") / 1048576,
+                 number(o, "worst_storage_durability_lag") / 1e6);
     json_decref(o);
+    return limits;
 }
 
 static void say(struct health *h, const char *cause)
@@ -84,7 +87,7 @@ static void health_answered(struct fd_wait *wait)
                       "fdbcli --exec status tells more";
     int code = fdb.future_get_value(h->future, &present, &value, &len);
     if (!code && present)
-        describe(value, len, cause, sizeof cause);
+        fd_health_describe(value, len, cause, sizeof cause);
     fdb.future_destroy(h->future);
     fdb.transaction_destroy(h->tr);
     h->future = NULL;
@@ -102,7 +105,8 @@ static void ask_cause(struct health *h)
     h->asking = true;
     h->given_up = false;
     h->asked_ns = env_now_ns(fr->env);
-    h->future = fdb.transaction_get(h->tr, (const uint8_t *)health_key, sizeof health_key - 1, 1);
+    h->future = fdb.transaction_get(h->tr, (const uint8_t *)fd_health_key,
+                                 sizeof fd_health_key - 1, 1);
     fd_wait_one(fr, &h->wait, h->future, health_answered);
 }
 

@@ -8,19 +8,22 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "store/fdb/engine.h"
 
 #define KEY_COST_BYTES 64u
 #define MEASURE_WAIT_MS 10000u
-#define MEASURE_AGE_NS 5000000000ull
+#define HEALTH_WAIT_MS 2000u
+/* What others write is seen after so long. */
+#define MEASURE_AGE_NS 2000000000ull
 
 struct room {
     _Atomic uint64_t used_bytes;     /* as of the last measurement */
     _Atomic uint64_t reserved_bytes; /* given out and not returned */
     _Atomic uint64_t given_bytes;    /* given out ever */
     _Atomic uint64_t measured_bytes; /* of these, before the last measurement */
-    _Atomic bool known;
+    _Atomic uint64_t measured_ns;    /* when that was; 0: never */
 };
 
 /* A measurement under way for those who wait. */
@@ -56,12 +59,20 @@ static uint64_t bytes_of(struct store_reservation r)
     return r.body_bytes + r.keys * KEY_COST_BYTES;
 }
 
+static uint64_t coarse_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static bool fits(struct fd *fd, uint64_t want)
 {
     const struct room *room = fd->room;
     uint64_t quota = fd->options.quota_bytes, measured = atomic_load(&room->measured_bytes);
     uint64_t since = atomic_load(&room->given_bytes) - measured;
-    return atomic_load(&room->known) &&
+    uint64_t measured_ns = atomic_load(&room->measured_ns);
+    return measured_ns && coarse_ns() - measured_ns < MEASURE_AGE_NS &&
            atomic_load(&room->used_bytes) + max_u64(since, atomic_load(&room->reserved_bytes)) +
                    want <=
                quota;
@@ -135,7 +146,7 @@ static void measure_done(struct fd_wait *wait)
     while (measured < m->given_before &&
            !atomic_compare_exchange_weak(&room->measured_bytes, &measured, m->given_before))
         ;
-    atomic_store(&room->known, true);
+    atomic_store(&room->measured_ns, coarse_ns());
     fdb.transaction_destroy(m->tr);
     free(m);
     answer_waits(fr);
@@ -204,6 +215,25 @@ static enum status estimate(struct fd *fd, const struct fd_key *begin, const str
     return fail(e, ST_UNAVAIL, "FoundationDB does not answer: fdbcli --exec status tells more");
 }
 
+/* Only what limits clients is worth a line. */
+static void ask_health(struct fd *fd, char *out, size_t size)
+{
+    FDBTransaction *tr = NULL;
+    int present = 0, len = 0;
+    const uint8_t *value = NULL;
+    char text[200];
+    int code = fdb.database_create_transaction(fd->db, &tr);
+    CHECK(code == 0);
+    FDBFuture *future = fdb.transaction_get(tr, (const uint8_t *)fd_health_key,
+                                            (int)strlen(fd_health_key), 1);
+    if (fd_block(future, HEALTH_WAIT_MS) &&
+        fdb.future_get_value(future, &present, &value, &len) == 0 && present &&
+        fd_health_describe(value, len, text, sizeof text))
+        snprintf(out, size, "the FoundationDB cluster is overloaded: %s", text);
+    fdb.future_destroy(future);
+    fdb.transaction_destroy(tr);
+}
+
 enum status fd_info(struct store *store, struct store_info *info, struct err *e)
 {
     struct fd *fd = fd_of(store);
@@ -219,6 +249,8 @@ enum status fd_info(struct store *store, struct store_info *info, struct err *e)
     /* Messages want the name alone, also where nothing answers. */
     if (!e)
         return ST_OK;
+    if (!*info->state)
+        ask_health(fd, info->state, sizeof info->state);
     fd_key_bounds(fd, &begin, &end);
     enum status st = estimate(fd, &begin, &end, &info->bytes_used, e);
     if (st == ST_OK && fd->options.quota_bytes)
