@@ -36,7 +36,8 @@ enum {
 };
 
 static const struct cli_option global_options[] = {
-    {GLOBAL_STORE, "store", "URI", "lmdb:DIRECTORY or fdb:[CLUSTER_FILE][?prefix=TEXT] (default: see below)"},
+    {GLOBAL_STORE, "store", "URI",
+     "lmdb:DIRECTORY or fdb:[CLUSTER_FILE][?prefix=TEXT] (default: see below)"},
     {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
     {GLOBAL_JSON, "json", NULL, "answers for programs: list, info, owner show, store info"},
     {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",

@@ -26,7 +26,18 @@
 #define STORE_TIMEOUT_MS_MIN 100u
 #define STORE_TIMEOUT_MS_MAX 86400000u
 
-enum { LISTEN = 1, CREATE, DEFAULT, READ_ONLY, CACHE_SIZE, THREADS, LEASE_MS, SHARED, STORE_TIMEOUT, QUOTA };
+enum {
+    LISTEN = 1,
+    CREATE,
+    DEFAULT,
+    READ_ONLY,
+    CACHE_SIZE,
+    THREADS,
+    LEASE_MS,
+    SHARED,
+    STORE_TIMEOUT,
+    QUOTA,
+};
 
 static const struct cli_option options[] = {
     {LISTEN, "listen", "ADDRESS",

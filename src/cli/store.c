@@ -28,7 +28,8 @@ static int info(struct run *run)
     if (run->cli->json) {
         describe_print(json_pack(
             "{s:s, s:s, s:o, s:i, s:{s:I, s:I, s:I}, s:s, s:s, s:I, s:o, s:o, s:o}", "uri", s.uri,
-            "engine", s.engine, "state", s.state[0] ? json_string(s.state) : json_null(), "format", (int)m->format, "features", "compat",
+            "engine", s.engine, "state", s.state[0] ? json_string(s.state) : json_null(), "format",
+            (int)m->format, "features", "compat",
             (json_int_t)m->features.compat, "ro_compat", (json_int_t)m->features.ro_compat,
             "incompat", (json_int_t)m->features.incompat, "uuid", uuid, "created", created,
             "volumes", (json_int_t)volumes, "bytes_used", describe_bytes_json(s.bytes_used),

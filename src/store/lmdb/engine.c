@@ -584,8 +584,8 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     return st;
 }
 
-static enum status lm_open(const char *rest, const struct store_options *options, struct store **out,
-                           struct err *e)
+static enum status lm_open(const char *rest, const struct store_options *options,
+                           struct store **out, struct err *e)
 {
     struct lm *lm = lm_new(options->lease_ms);
     size_t len = strlen(rest);
