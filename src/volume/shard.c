@@ -13,6 +13,8 @@
 #define LOG_BYTES_MIN (16ull << 20)
 #define LOG_BYTES_MAX (128ull << 20)
 #define DOUBT_LOOK_MS 10u
+/* Enough for a commit of its own while another is under way. */
+#define SEAL_AHEAD_BYTES (1u << 20)
 
 static void age_fire(struct env_timer *timer)
 {
@@ -198,7 +200,11 @@ void shard_submit(struct shard *s)
         list_for_each_safe(l, next, &s->volumes)
         {
             struct volume *vol = container_of(l, struct volume, link);
-            if (vol->ownership == VOL_OWNED && !vol->gens_queued)
+            /* The next one is made ready while one commits: clients with a limit on what they have
+             * in flight never fill it, and its encoding would come on top of each commit. */
+            if (vol->ownership == VOL_OWNED &&
+                (!vol->gens_queued ||
+                 (vol->gens_queued == 1 && vol->open->dirty_bytes >= SEAL_AHEAD_BYTES)))
                 gen_seal(vol, false);
         }
     }
