@@ -167,7 +167,7 @@ class World:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "/usr/bin/python3",
              str(HERE / "simple_design.py"), str(path), str(size), str(self.cluster.file)],
-            env=dict(os.environ, LIBFDB_C=self.cluster.programs.library))
+            env=dict(os.environ, LIBFDB_C=self.cluster.programs.client))
         self.processes.append(process)
         wait_until(path.exists, 20, "the simple server listens")
         return str(path), process.pid

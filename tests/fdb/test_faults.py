@@ -169,7 +169,7 @@ import json; print(json.dumps(seen))
 
 
 def errors_seen(cluster, env):
-    done = subprocess.run([sys.executable, "-c", COUNT_ERRORS, cluster.programs.library,
+    done = subprocess.run([sys.executable, "-c", COUNT_ERRORS, cluster.programs.client,
                            str(cluster.file)], env=dict(os.environ, **env), capture_output=True,
                           text=True, timeout=100 * SLOW)
     assert done.returncode == 0, done.stderr

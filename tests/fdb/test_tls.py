@@ -55,7 +55,7 @@ def test_external_client_library(cluster, folder, rng, threads):
     is how a gateway outlives an upgrade of its cluster."""
     libraries = folder / "libraries"
     libraries.mkdir()
-    library = Path(cluster.programs.library)
+    library = Path(cluster.programs.client)
     if not library.is_file():
         pytest.fail("set LIBFDB_C: this library was found by name only")
     shutil.copy(library, libraries / "libfdb_c_other.so")

@@ -72,11 +72,11 @@ class Programs:
     def __init__(self):
         self.server = _find_program("FDBSERVER", "fdbserver", ["/usr/sbin", "/usr/local/sbin"])
         self.cli = _find_program("FDBCLI", "fdbcli", ["/usr/bin", "/usr/local/bin"])
-        self.library = _find_library()
+        self.client = _find_library()
 
     def client_env(self):
         """What makes fdb-nbd load this library."""
-        return {"FDB_NBD_LIBFDB_C": self.library} if "/" in self.library else {}
+        return {"FDB_NBD_LIBFDB_C": self.client} if "/" in self.client else {}
 
 
 def why_missing():
