@@ -53,6 +53,7 @@ struct fd_commit {
     uint64_t started_ns, sent_ns;
     uint64_t id;   /* its number in the lane, new for each attempt */
     uint64_t tomb; /* the number that a settling transaction writes */
+    bool side;     /* which of the lane's two keys it uses */
     struct env_task task;
 };
 
@@ -193,6 +194,13 @@ static void refuse_task(struct env_task *task)
 
 /* --- settling an unknown outcome ------------------------------------------------------- */
 
+/* A lane has two keys, used in turn: a commit that reads at the version before the last one's may
+ * not conflict with what that one wrote. */
+static uint32_t slot_of(const struct fd_commit *c)
+{
+    return 2 * c->lane->no + c->side;
+}
+
 /* Leaves a number in the lane. A version of just now (0: none is known) tells whoever clears what
  * dead processes left how old it is, by the cluster's own clock. */
 static void lane_put(struct fd_commit *c, uint64_t number)
@@ -203,7 +211,7 @@ static void lane_put(struct fd_commit *c, uint64_t number)
     put_le64(value, number);
     bool fresh = env_now_ns(fr->env) - fr->version_ns < FRESH_NS;
     put_le64(value + 8, fresh ? (uint64_t)fr->version : 0);
-    fd_key_lane(fr, &key, c->lane->no);
+    fd_key_lane(fr, &key, slot_of(c));
     fdb.transaction_set(c->tr, key.bytes, key.len, value, sizeof value);
 }
 
@@ -255,6 +263,7 @@ static void settle_read(struct fd_wait *wait)
         return;
     }
     if (number == c->id) {
+        c->lane->side = c->side;
         lane_forget(c->lane);
         fd_version_committed(fr, 0, 0);
         finish(c, ST_OK);
@@ -276,7 +285,7 @@ static void settle(struct fd_commit *c)
     struct fd_key key;
     c->tomb = ++c->lane->seq;
     fd_transaction(fr->fd, &c->tr, false, c->commit->tag);
-    fd_key_lane(fr, &key, c->lane->no);
+    fd_key_lane(fr, &key, slot_of(c));
     c->future = fdb.transaction_get(c->tr, key.bytes, key.len, 0);
     fd_wait_one(fr, &c->wait, c->future, settle_read);
 }
@@ -328,7 +337,10 @@ static void committed(struct fd_wait *wait)
         int other = fdb.transaction_get_committed_version(c->tr, &version);
         CHECK(other == 0 && version > 0);
         fd_version_committed(fr, version, c->sent_ns);
-        lane_learn(c->lane, c->commit, version, c->sent_ns);
+        c->lane->side = c->side;
+        /* One that FoundationDB took in the same batch, behind this one, has the same version:
+         * only the version before is one at which the check is known to have held. */
+        lane_learn(c->lane, c->commit, version - 1, c->sent_ns);
         finish(c, ST_OK);
         return;
     }
@@ -384,7 +396,7 @@ static void send(struct fd_commit *c)
             fdb.transaction_clear_range(c->tr, key.bytes, key.len, end.bytes, end.len);
         }
     }
-    fd_key_lane(fr, &key, c->lane->no);
+    fd_key_lane(fr, &key, slot_of(c));
     conflict_on(c->tr, &key);
     lane_put(c, c->id);
     c->sent_ns = env_now_ns(fr->env);
@@ -480,7 +492,7 @@ static void lane_read(struct fd_wait *wait)
 static void read_lane(struct fd_commit *c)
 {
     struct fd_key key;
-    fd_key_lane(c->fr, &key, c->lane->no);
+    fd_key_lane(c->fr, &key, slot_of(c));
     c->future = fdb.transaction_get(c->tr, key.bytes, key.len, 0);
     fd_wait_one(c->fr, &c->wait, c->future, lane_read);
 }
@@ -491,6 +503,7 @@ static void begin(struct fd_commit *c)
     struct fr *fr = c->fr;
     const struct store_commit *commit = c->commit;
     c->id = ++c->lane->seq;
+    c->side = !c->lane->side;
     fd_transaction(fr->fd, &c->tr, commit->background, commit->tag);
     struct fd_ticket *ticket = c->lane->ticket;
     if (c->lane->known_version && ticket && ticket->background != commit->background) {

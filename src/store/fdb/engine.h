@@ -94,6 +94,7 @@ struct fd_lane {
     struct list link; /* fr->lanes while idle, least recently used first */
     uint32_t no;
     uint64_t seq;     /* the newest id used */
+    bool side;        /* the key the last commit wrote */
     /* What the last commit proved: this key had this value at this version. */
     uint64_t known_hash;
     uint8_t *known; /* key, value */
