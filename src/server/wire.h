@@ -1,0 +1,52 @@
+/*
+ * A wire: one connected socket of a client, watched on one reactor at a time.
+ *
+ * All that the server does with a client's socket goes through these few calls, so that the
+ * same connections, requests and replies run on real sockets here (wire.c) and on simulated
+ * ones, which lose, delay and cut as their seed says (tests/sim/net.c).
+ */
+#ifndef SERVER_WIRE_H
+#define SERVER_WIRE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "server/reactor.h"
+
+struct wire;
+
+enum wire_event {
+    WIRE_READABLE = 1,
+    WIRE_WRITABLE = 2,
+    WIRE_HANG_UP = 4, /* the peer closed its side, or broke off */
+};
+
+/* Takes over an accepted, non-blocking socket. Not watched yet. Any thread. */
+struct wire *wire_new(int fd);
+
+/* Begins to belong to a reactor: `on_events` is called on its thread with a mask of enum
+ * wire_event, or 0 where the socket can't be watched any more. Nothing is watched for yet. */
+void wire_attach(struct wire *w, struct reactor *r, void (*on_events)(void *arg, int events),
+                 void *arg);
+
+/* What to watch for from now on: a mask, 0 for nothing. The reactor's thread. */
+void wire_watch(struct wire *w, int events);
+
+/* Leaves its reactor: `on_events` is not called any more, and `done(arg)` is from a later turn
+ * of the loop; only then may it be attached elsewhere or closed. The reactor's thread. */
+void wire_detach(struct wire *w, void (*done)(void *arg));
+
+/* As recvmsg and sendmsg, never waiting, never a signal: bytes, 0 at the end of what the peer
+ * sent, or -1 and errno. The reactor's thread. */
+ssize_t wire_receive(struct wire *w, struct iovec *iov, size_t n);
+ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n);
+
+/* The same bytes as the next wire_receive would give; they stay. */
+ssize_t wire_peek(struct wire *w, void *out, size_t len);
+
+/* Closes the socket and frees the wire, which is not attached. */
+void wire_close(struct wire *w);
+
+#endif

@@ -1,0 +1,62 @@
+/*
+ * The stores a simulated world can have, behind one face.
+ *
+ *   SIMSTORE_LOG    the store double of mem_store.h, as the embedded engine behaves: a write log,
+ *                   dead processes known at once, a process that stands still can be ended
+ *   SIMSTORE_FDB    the program's own FoundationDB engine (src/store/fdb) on the double of its
+ *                   client library (tests/fdb), whose events are events of this world
+ */
+#ifndef TESTS_SIM_STORES_H
+#define TESTS_SIM_STORES_H
+
+#include "sim_env.h"
+#include "store/store.h"
+
+struct simstore;
+
+enum simstore_kind { SIMSTORE_LOG, SIMSTORE_FDB };
+
+/* What goes wrong, one in so many requests; 0: never. */
+struct simstore_faults {
+    uint32_t commit_slow;     /* takes up to slow_ms */
+    uint32_t slow_ms;
+    uint32_t commit_fails;    /* log: ST_IO, nothing happened. fdb: retryable errors */
+    uint32_t commit_unknown;  /* fdb: 1021, 1031, 1039, 1101; some happen, some do not, some later */
+    uint32_t late_ms_max;     /* ... by this much */
+    uint32_t read_fails;      /* fdb: 1007, 1009, 1037 */
+};
+
+struct simstore_counts {
+    uint64_t commits, conflicts, unknown_outcomes, late_commits, late_refused, reads;
+    uint64_t violations; /* the layers above did what they must not do: text on stderr */
+};
+
+struct simstore *simstore_new(struct sim *sim, enum simstore_kind kind, uint64_t seed);
+enum simstore_kind simstore_kind(const struct simstore *ss);
+
+/* A process opens it: at once (what store_open() would wait for has no duration here). `env`:
+ * the reactor that drives it first. */
+struct store *simstore_attach(struct simstore *ss, struct sim_env *env);
+/* It closed everything and ends. */
+void simstore_detach(struct simstore *ss, struct store *store);
+/* It died: what it had sent goes its own way. */
+void simstore_died(struct simstore *ss, struct store *store);
+/* Log store: called when somebody ends the process of a session; it must crash that gateway. */
+void simstore_on_kill(struct simstore *ss, void (*kill)(void *arg, struct store *store), void *arg);
+
+/* Nothing of this process gets through, nor any answer back to it, until healed; what was under
+ * way then gets through late, or was lost (and is settled by the engine). */
+void simstore_cut(struct simstore *ss, struct store *store, bool cut);
+/* The process stands still: what it had handed to the network goes its own way, what it had not
+ * waits until it goes on. */
+void simstore_paused(struct simstore *ss, struct store *store, bool paused);
+/* The store answers nobody. */
+void simstore_down(struct simstore *ss, bool down);
+void simstore_set_faults(struct simstore *ss, const struct simstore_faults *faults);
+void simstore_counts(struct simstore *ss, struct simstore_counts *counts);
+
+/* For looking past everybody: the newest committed value under a key; false: none. *head is
+ * valid until the next call. */
+bool simstore_peek(struct simstore *ss, struct slice key, struct slice *head);
+
+#endif
