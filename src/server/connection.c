@@ -7,8 +7,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -88,7 +86,7 @@ static void give_opened_back(struct env_task *task)
 void conn_try_free(struct conn *c)
 {
     struct lane *lane = c->lane;
-    if (c->phase != CONN_DEAD || c->has_poll || c->n_requests || c->lookup)
+    if (c->phase != CONN_DEAD || c->attached || c->n_requests || c->lookup)
         return;
     if (c->opened) {
         /* It had opened a volume for an export it never entered. */
@@ -114,12 +112,12 @@ void conn_try_free(struct conn *c)
     lane_check_stopped(lane);
 }
 
-static void on_poll_closed(uv_handle_t *handle)
+static void wire_gone(void *arg)
 {
-    struct conn *c = handle->data;
-    c->has_poll = false;
-    close(c->fd);
-    c->fd = -1;
+    struct conn *c = arg;
+    c->attached = false;
+    wire_close(c->wire);
+    c->wire = NULL;
     conn_try_free(c);
 }
 
@@ -141,7 +139,7 @@ void conn_die(struct conn *c, const char *why)
     free(c->stash);
     c->stash = NULL;
     c->stash_len = 0;
-    uv_close((uv_handle_t *)&c->poll, on_poll_closed);
+    wire_detach(c->wire, wire_gone);
 }
 
 void conn_wake(struct conn *c)
@@ -150,47 +148,14 @@ void conn_wake(struct conn *c)
         list_add_tail(&c->lane->ready, &c->ready_link);
 }
 
-/* --- sockets --------------------------------------------------------------------------------- */
+/* --- bytes and events ------------------------------------------------------------------------ */
 
-static void on_poll(uv_poll_t *handle, int status, int events);
+static void on_wire(void *arg, int events);
 
-static void poll_begin(struct conn *c)
+static void attach(struct conn *c)
 {
-    CHECK(uv_poll_init(reactor_loop(c->lane->reactor), &c->poll, c->fd) == 0);
-    c->poll.data = c;
-    c->has_poll = true;
-    c->events = 0;
-}
-
-static void poll_for(struct conn *c, int events)
-{
-    if (events == c->events)
-        return;
-    c->events = events;
-    if (events)
-        CHECK(uv_poll_start(&c->poll, events, on_poll) == 0);
-    else
-        uv_poll_stop(&c->poll);
-}
-
-ssize_t conn_receive(struct conn *c, struct iovec *iov, size_t n)
-{
-    struct msghdr m = {.msg_iov = iov, .msg_iovlen = n};
-    ssize_t got;
-    do
-        got = recvmsg(c->fd, &m, MSG_DONTWAIT);
-    while (got < 0 && errno == EINTR);
-    return got;
-}
-
-ssize_t conn_send(struct conn *c, struct iovec *iov, size_t n)
-{
-    struct msghdr m = {.msg_iov = iov, .msg_iovlen = n};
-    ssize_t sent;
-    do
-        sent = sendmsg(c->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
-    while (sent < 0 && errno == EINTR);
-    return sent;
+    wire_attach(c->wire, c->lane->reactor, on_wire, c);
+    c->attached = true;
 }
 
 /* Keeps what is at `data` (maybe inside the stash) for later. */
@@ -388,7 +353,7 @@ static void arrive(struct env_task *task)
     lane->n_conns++;
     c->phase = CONN_SERVING;
     c->since_ms = 0;
-    poll_begin(c);
+    attach(c);
     c->export = export_join(&lane->exports, volume_branch(c->vol));
     c->watcher.lost = on_lost;
     if (c->lost) {
@@ -400,11 +365,11 @@ static void arrive(struct env_task *task)
     conn_wake(c);
 }
 
-static void depart(uv_handle_t *handle)
+static void depart(void *arg)
 {
-    struct conn *c = handle->data;
+    struct conn *c = arg;
     struct lane *from = c->lane;
-    c->has_poll = false;
+    c->attached = false;
     lane_remove_conn(from, c);
     c->lane = c->opened_lane;
     c->vol = c->opened;
@@ -437,7 +402,7 @@ static void enter_transmission(struct conn *c)
     free(c->handshake);
     c->handshake = NULL;
     c->phase = CONN_MOVING;
-    uv_close((uv_handle_t *)&c->poll, depart);
+    wire_detach(c->wire, depart);
 }
 
 /* --- handshake ------------------------------------------------------------------------------------ */
@@ -455,7 +420,7 @@ static bool handshake_flush(struct conn *c)
             void *base;
         } out = {p};
         struct iovec iov = {out.base, len};
-        ssize_t n = conn_send(c, &iov, 1);
+        ssize_t n = wire_send(c->wire, &iov, 1);
         if (n >= 0) {
             handshake_sent(c->handshake, (size_t)n);
         } else {
@@ -503,7 +468,7 @@ static void handshake_read(struct conn *c)
     struct lane *lane = c->lane;
     /* Fed only while nothing is stashed: see settle(). */
     struct iovec iov = {lane->receive, LANE_RECEIVE_BYTES};
-    ssize_t n = conn_receive(c, &iov, 1);
+    ssize_t n = wire_receive(c->wire, &iov, 1);
     if (n < 0 && errno == EAGAIN)
         return;
     if (n <= 0) {
@@ -548,7 +513,7 @@ static bool serve_once(struct conn *c)
     size_t asked = 0;
     for (size_t i = 0; i < n_iov; i++)
         asked += iov[i].iov_len;
-    ssize_t got = conn_receive(c, iov, n_iov);
+    ssize_t got = wire_receive(c->wire, iov, n_iov);
     if (got < 0) {
         if (errno != EAGAIN)
             conn_die(c, strerror(errno));
@@ -612,7 +577,7 @@ static bool said_goodbye(struct conn *c)
 {
     struct lane *lane = c->lane;
     size_t head_bytes = nbd_request_bytes(&c->session);
-    ssize_t n = recv(c->fd, lane->receive, LANE_RECEIVE_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    ssize_t n = wire_peek(c->wire, lane->receive, LANE_RECEIVE_BYTES);
     if (n < (ssize_t)head_bytes || n == LANE_RECEIVE_BYTES)
         return false;
     return nbd_request_is_disconnect(&c->session, lane->receive + (size_t)n - head_bytes);
@@ -639,7 +604,8 @@ static void settle(struct conn *c)
         size_t unsent;
         handshake_output(c->handshake, &unsent);
         bool hears = c->handshake->want == HANDSHAKE_BYTES && !unsent;
-        poll_for(c, (hears ? UV_READABLE : 0) | (unsent ? UV_WRITABLE : 0) | UV_DISCONNECT);
+        wire_watch(c->wire,
+                   (hears ? WIRE_READABLE : 0) | (unsent ? WIRE_WRITABLE : 0) | WIRE_HANG_UP);
         return;
     }
     if (c->phase != CONN_SERVING)
@@ -651,42 +617,40 @@ static void settle(struct conn *c)
         return;
     }
     bool reads = may_read(c);
-    poll_for(c, (reads ? UV_READABLE : 0) | (c->blocked ? UV_WRITABLE : 0) |
-                    (c->hung_up ? 0 : UV_DISCONNECT));
+    wire_watch(c->wire, (reads ? WIRE_READABLE : 0) | (c->blocked ? WIRE_WRITABLE : 0) |
+                            (c->hung_up ? 0 : WIRE_HANG_UP));
     if (reads || c->at_end || c->stopping)
         c->since_ms = 0;
     else if (!c->since_ms)
         c->since_ms = lane_now_ms(c->lane);
 }
 
-static void on_poll(uv_poll_t *handle, int status, int events)
+static void on_wire(void *arg, int events)
 {
-    struct conn *c = handle->data;
+    struct conn *c = arg;
     if (c->phase == CONN_DEAD || c->phase == CONN_MOVING)
         return;
-    if (status < 0) {
-        /* libuv has stopped watching it. */
-        c->events = 0;
+    if (!events) {
         conn_die(c, "the connection broke");
         return;
     }
     if (c->phase == CONN_HANDSHAKE) {
-        if (events & UV_READABLE)
+        if (events & WIRE_READABLE)
             handshake_read(c);
-        else if (events & UV_DISCONNECT && !(events & UV_WRITABLE))
+        else if (events & WIRE_HANG_UP && !(events & WIRE_WRITABLE))
             conn_die(c, "the client closed it during the handshake");
         if (c->phase == CONN_HANDSHAKE)
             handshake_pump(c);
         return;
     }
-    if (events & UV_WRITABLE) {
+    if (events & WIRE_WRITABLE) {
         c->blocked = false;
         if (list_empty(&c->flush_link))
             list_add_tail(&c->lane->flush, &c->flush_link);
     }
-    if (events & UV_DISCONNECT && !c->hung_up)
+    if (events & WIRE_HANG_UP && !c->hung_up)
         hang_up(c);
-    else if (events & UV_READABLE && may_read(c))
+    else if (events & WIRE_READABLE && may_read(c))
         serve_events(c);
     if (c->phase == CONN_SERVING)
         settle(c);
@@ -863,14 +827,14 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     if (server->stopping || n >= server->limits.connections_max) {
         if (!server->stopping)
             log_warning("client %s turned away: there are %u connections already", a->address, n);
-        close(a->fd);
+        wire_close(wire_new(a->fd));
         return;
     }
     make_room_for_handshake(lane);
 
     struct conn *c = mem_zalloc(sizeof *c);
     c->lane = lane;
-    c->fd = a->fd;
+    c->wire = wire_new(a->fd);
     c->is_tcp = a->is_tcp;
     memcpy(c->host, a->host, sizeof c->host);
     memcpy(c->address, a->address, sizeof c->address);
@@ -883,7 +847,7 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     lane->n_conns++;
     server->n_handshakes++;
     atomic_fetch_add(&server->n_conns, 1);
-    poll_begin(c);
+    attach(c);
     c->handshake = mem_alloc(sizeof *c->handshake);
     handshake_init(c->handshake, NBD_TLS_OFF);
     handshake_pump(c);

@@ -2,9 +2,9 @@
  * Connections: the life of one, and the part of the server that each reactor has.
  *
  * A connection negotiates on reactor 0, moves to the reactor of its volume, and
- * is served there. All sockets are raw and non-blocking, watched with uv_poll:
- * one read takes in many requests, all are parsed and looked up in place, and
- * what they are answered with leaves in one write.
+ * is served there. Its socket is a wire (wire.h), raw and non-blocking: one read
+ * takes in many requests, all are parsed and looked up in place, and what they are
+ * answered with leaves in one write.
  *
  * A client can make the server hold: one receive buffer per reactor (shared),
  * what was read and cannot be parsed yet (up to LANE_RECEIVE_BYTES), replies
@@ -33,8 +33,6 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include <uv.h>
-
 #include "base/buf.h"
 #include "base/list.h"
 #include "nbd/handshake.h"
@@ -44,6 +42,7 @@
 #include "server/listener.h"
 #include "server/reactor.h"
 #include "server/server.h"
+#include "server/wire.h"
 #include "volume/volume.h"
 
 #define LANE_RECEIVE_BYTES (64u << 10)
@@ -108,7 +107,7 @@ enum conn_phase {
     CONN_HANDSHAKE,
     CONN_MOVING, /* between two reactors */
     CONN_SERVING,
-    CONN_DEAD, /* waits for its last requests and its handle */
+    CONN_DEAD, /* waits for its last requests and its wire */
 };
 
 struct lane;
@@ -119,12 +118,10 @@ struct conn {
     struct list ready_link;  /* lane->ready */
     struct list flush_link;  /* lane->flush */
     struct lane *lane;
-    int fd;
-    uv_poll_t poll;
-    bool has_poll;
-    int events; /* polled for */
+    struct wire *wire;
+    bool attached; /* the wire is, to the lane's reactor */
     bool is_tcp, is_writer, told_not_writer;
-    bool hung_up;  /* the peer closed its side: seen by the poll */
+    bool hung_up;  /* the peer closed its side: seen by the wire */
     bool at_end;   /* nothing more comes: end of the stream, or DISC */
     bool stopping; /* finish what is under way, then close */
     bool blocked;  /* the socket takes no more */
@@ -237,10 +234,6 @@ void conn_accept(struct lane *lane, const struct accepted *a);
 
 /* Ends a connection now: what is unread or unsent is dropped, a half-received write undone. */
 void conn_die(struct conn *c, const char *why);
-
-/* Write and read a client's socket, all that does: as sendmsg and recvmsg, never waiting. */
-ssize_t conn_send(struct conn *c, struct iovec *iov, size_t n);
-ssize_t conn_receive(struct conn *c, struct iovec *iov, size_t n);
 
 /* Something changed (a request ended, a grant came): looks at it again in this turn of the
  * loop, or the next. */

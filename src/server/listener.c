@@ -18,6 +18,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <uv.h>
+
 #include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"

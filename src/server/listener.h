@@ -7,8 +7,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include <uv.h>
-
 #include "base/status.h"
 
 #define LISTENER_SOCKETS_MAX 64u
@@ -23,6 +21,7 @@ struct accepted {
 };
 
 struct listeners;
+struct uv_loop_s;
 
 struct listeners *listeners_new(void);
 
@@ -32,7 +31,7 @@ struct listeners *listeners_new(void);
 enum status listeners_open(struct listeners *l, const char *text, struct err *e);
 
 /* Begins to hand connections to `take`, on the thread of `loop`. */
-void listeners_start(struct listeners *l, uv_loop_t *loop,
+void listeners_start(struct listeners *l, struct uv_loop_s *loop,
                      void (*take)(void *arg, const struct accepted *a), void *arg);
 
 /* After accept ran out of descriptors or memory it rests; this lets it try again. */

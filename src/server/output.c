@@ -131,7 +131,7 @@ bool out_flush(struct conn *c)
             pop_out(c);
             continue;
         }
-        ssize_t sent = conn_send(c, o->pieces + o->first, o->n - o->first);
+        ssize_t sent = wire_send(c->wire, o->pieces + o->first, o->n - o->first);
         if (sent < 0) {
             c->blocked = errno == EAGAIN;
             return c->blocked;

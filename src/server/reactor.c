@@ -18,6 +18,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <uv.h>
+
 #include "base/check.h"
 #include "base/mem.h"
 

@@ -11,13 +11,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-#include <uv.h>
-
 #include "base/env.h"
 #include "base/list.h"
 #include "base/status.h"
 
 struct reactor;
+struct uv_loop_s;
 
 /* Something to be done once per turn of the loop, after the events of that turn were handled
  * and again before the loop waits for the next ones. */
@@ -47,7 +46,7 @@ void reactor_join(struct reactor *r);
 void reactor_free(struct reactor *r);
 
 struct env *reactor_env(struct reactor *r);
-uv_loop_t *reactor_loop(struct reactor *r);
+struct uv_loop_s *reactor_loop(struct reactor *r);
 
 /* One turn of the loop of a reactor that is not run otherwise: waits for an event, handles
  * what there is. Takes the environment, because that is what the layers below hold. */

@@ -12,6 +12,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <uv.h>
+
 #include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
