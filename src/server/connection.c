@@ -753,8 +753,8 @@ static void lane_tick(struct env_timer *timer)
                 conn_die(c, stale ? "paused for too long" : "the server stopped waiting for it");
         }
     }
-    if (lane->no == 0 && lane->server->listeners)
-        listeners_resume(lane->server->listeners);
+    if (lane->no == 0 && lane->server->tick)
+        lane->server->tick(lane->server);
     if (!lane->stopped)
         env_timer_start(lane->env, &lane->tick, lane->stopping ? TICK_STOPPING_MS : TICK_MS);
 }

@@ -43,6 +43,8 @@
 #include "server/reactor.h"
 #include "server/server.h"
 #include "server/wire.h"
+#include "volume/recovery.h"
+#include "volume/session.h"
 #include "volume/volume.h"
 
 #define LANE_RECEIVE_BYTES (64u << 10)
@@ -196,6 +198,16 @@ struct lane {
     uint64_t reply_bytes, reply_bytes_max;
 };
 
+/* Gives the space of removed volumes back, a batch at a time, and clears the records of sessions
+ * that are over. */
+struct keeper {
+    struct lane *lane;
+    struct catalog_op op;
+    struct session_sweep sweep;
+    struct env_timer timer;
+    bool more, busy;
+};
+
 struct server {
     const struct server_config *config;
     struct server_config limits; /* config with its defaults filled in */
@@ -203,10 +215,17 @@ struct server {
     struct session *session;
     struct lane *lanes;
     unsigned n_lanes;
-    struct listeners *listeners;
+    /* What the process has to know of, on lane 0's thread: now and then (may be NULL); every
+     * lane has closed everything; the store does not take the last commits in time. */
+    void (*tick)(struct server *s);
+    void (*all_stopped)(struct server *s);
+    void (*overdue)(struct server *s);
+    struct keeper keeper;
+    struct env_timer end_timer;
     unsigned n_handshakes; /* lane 0 only */
     atomic_uint n_conns;   /* all lanes */
-    bool stopping;
+    unsigned n_lanes_stopped;
+    bool stopping, lanes_told;
     atomic_bool drain_now; /* stop waiting for requests under way */
 };
 
@@ -310,7 +329,24 @@ void transmission_abandon(struct conn *c);
 
 void transmission_free_kept(struct lane *lane);
 
-/* --- server.c ---------------------------------------------------------------------------- */
+/* --- lanes.c ----------------------------------------------------------------------------- */
+
+/* Fills s->limits: the configuration's, or what is usual. */
+void server_fill_limits(struct server *s);
+
+/* Opens all lanes, whose reactors exist and do not run yet; what shard_new gives. */
+enum status lanes_open(struct server *s, struct err *e);
+
+/* Begins the housekeeping. On lane 0's reactor, or before it runs. */
+void lanes_begin(struct server *s);
+
+/* Begins to end all that runs on the lanes, which goes on to s->all_stopped or s->overdue. No
+ * connection is accepted from now on. Lane 0's reactor thread. */
+void lanes_stop(struct server *s);
+
+/* Frees the lanes that are open, stopped or never run; no reactor runs any more. s->end_timer goes
+ * on: the session's end has to be in time, too. */
+void lanes_close(struct server *s);
 
 /* A connection has left the lane. Its reactor thread. */
 void server_conn_gone(struct lane *lane);
