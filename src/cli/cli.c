@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -149,15 +148,6 @@ const char *cli_size(uint64_t bytes, char out[24])
     if (len > 2 && strcmp(text + len - 2, ".0") == 0)
         text[len - 2] = '\0';
     snprintf(out, 24, "%.20s%c", text, unit);
-    return out;
-}
-
-const char *cli_time(uint64_t ns, char out[32])
-{
-    time_t seconds = (time_t)(ns / 1000000000u);
-    struct tm utc;
-    if (!gmtime_r(&seconds, &utc) || strftime(out, 32, "%Y-%m-%dT%H:%M:%SZ", &utc) == 0)
-        snprintf(out, 32, "?");
     return out;
 }
 

@@ -108,9 +108,6 @@ enum status cli_parse_number(const char *text, uint64_t min, uint64_t max, uint6
 /* "10G", "1.5T", "512B": a size without a blank in it, for tables; never shown too large. */
 const char *cli_size(uint64_t bytes, char out[24]);
 
-/* Wall-clock nanoseconds as 2026-01-31T23:59:59Z. */
-const char *cli_time(uint64_t ns, char out[32]);
-
 /* "lz4", "zstd:3". */
 const char *cli_codec(int kind, int level, char out[24]);
 

@@ -3,6 +3,8 @@
 
 #include <stdio.h>
 
+#include "base/date.h"
+
 const char *describe_owner(enum run_owner state, const struct owner_record *owner,
                            char out[HOST_BYTES_MAX + 16])
 {
@@ -20,22 +22,22 @@ json_t *describe_owner_json(enum run_owner state, const struct owner_record *own
 {
     if (state == OWNER_NONE)
         return json_null();
-    char since[32];
+    char since[DATE_BYTES];
     json_t *alive = state == OWNER_UNKNOWN ? json_null() : json_boolean(state == OWNER_ALIVE);
     return json_pack("{s:s, s:i, s:s, s:s, s:o, s:I}", "host", owner->host, "pid", (int)owner->pid,
-                     "address", owner->address, "since", cli_time(owner->since_ns, since), "alive",
+                     "address", owner->address, "since", date_format(owner->since_ns, since), "alive",
                      alive, "token", (json_int_t)owner->token);
 }
 
 json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry)
 {
     const struct header_record *h = &entry->header;
-    char codec[24], created[32];
+    char codec[24], created[DATE_BYTES];
     return json_pack("{s:s, s:I, s:I, s:i, s:s, s:s, s:s, s:o}", "name", entry->name, "size_bytes",
                      (json_int_t)h->size, "used_bytes",
                      (json_int_t)(entry->state.data_blocks * h->block_size), "block_size_bytes",
                      (int)h->block_size, "compression", cli_codec(h->codec, h->codec_level, codec),
-                     "description", h->description, "created", cli_time(h->created_ns, created),
+                     "description", h->description, "created", date_format(h->created_ns, created),
                      "owner",
                      describe_owner_json(run_owner_state(run, &entry->owner), &entry->owner));
 }

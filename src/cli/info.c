@@ -1,6 +1,7 @@
 /* fdb-nbd info: all about one volume. */
 #include <stdio.h>
 
+#include "base/date.h"
 #include "cli/describe.h"
 #include "volume/keys.h"
 
@@ -19,7 +20,7 @@ static void print_text(struct run *run, const struct catalog_entry *entry, uint6
 {
     const struct header_record *h = &entry->header;
     const struct owner_record *o = &entry->owner;
-    char a[24], b[32], owner[HOST_BYTES_MAX + 16];
+    char a[24], b[DATE_BYTES], owner[HOST_BYTES_MAX + 16];
     enum run_owner state = run_owner_state(run, o);
     printf("name:         %s\n", entry->name);
     if (h->description[0])
@@ -29,14 +30,14 @@ static void print_text(struct run *run, const struct catalog_entry *entry, uint6
     printf("stored:       %s\n", describe_bytes(stored, a));
     printf("block size:   %s\n", cli_size(h->block_size, a));
     printf("compression:  %s\n", cli_codec(h->codec, h->codec_level, a));
-    printf("created:      %s\n", cli_time(h->created_ns, b));
+    printf("created:      %s\n", date_format(h->created_ns, b));
     printf("epoch:        %llu\n", (unsigned long long)h->epoch);
     printf("generation:   %llu\n", (unsigned long long)entry->state.generation);
     if (state == OWNER_NONE)
         printf("owner:        nobody\n");
     else
         printf("owner:        %s, %s, since %s\n", describe_owner(state, o, owner), o->address,
-               cli_time(o->since_ns, b));
+               date_format(o->since_ns, b));
     printf("store:        %s\n", run->cli->store_uri);
 }
 

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/date.h"
 #include "cli/describe.h"
 
 enum { YES = 1 };
@@ -33,7 +34,7 @@ static int show(struct run *run, const struct catalog_entry *entry)
     enum run_owner state = run_owner_wait(run, o);
     static const char *const alive[] = {
         [OWNER_ALIVE] = "yes", [OWNER_DEAD] = "no", [OWNER_UNKNOWN] = "unknown"};
-    char since[32];
+    char since[DATE_BYTES];
     if (run->cli->json) {
         describe_print(json_pack("{s:s, s:o, s:s}", "name", entry->name, "owner",
                                  describe_owner_json(state, o), "store", run->cli->store_uri));
@@ -43,7 +44,7 @@ static int show(struct run *run, const struct catalog_entry *entry)
         printf("host:     %s\n", o->host);
         printf("pid:      %u\n", o->pid);
         printf("address:  %s\n", o->address);
-        printf("since:    %s\n", cli_time(o->since_ns, since));
+        printf("since:    %s\n", date_format(o->since_ns, since));
         printf("alive:    %s\n", alive[state]);
     }
     return CLI_DONE;

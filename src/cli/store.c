@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/date.h"
 #include "cli/describe.h"
 
 static void format_uuid(const uint8_t uuid[16], char out[33])
@@ -16,7 +17,7 @@ static int info(struct run *run)
     struct store_info s;
     struct err e = {0};
     const struct meta_record *m = &run->meta;
-    char uuid[33], created[32], a[24];
+    char uuid[33], created[DATE_BYTES], a[24];
     if (store_info(run->store, &s, &e) != ST_OK)
         return cli_failed(&e);
     catalog_list(run_op(run), run->store, run->env);
@@ -24,7 +25,7 @@ static int info(struct run *run)
         return cli_failed(&run->op.err);
     size_t volumes = run->op.n_entries;
     format_uuid(m->uuid, uuid);
-    cli_time(m->created_ns, created);
+    date_format(m->created_ns, created);
     if (run->cli->json) {
         describe_print(json_pack(
             "{s:s, s:s, s:o, s:i, s:{s:I, s:I, s:I}, s:s, s:s, s:I, s:o, s:o, s:o}", "uri", s.uri,
