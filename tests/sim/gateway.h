@@ -22,6 +22,7 @@ struct gateway_config {
     unsigned host;          /* in the network; one gateway process at a time listens there */
     unsigned lanes;         /* 1 .. 3 */
     uint32_t lease_ms;
+    uint32_t store_timeout_ms; /* 0: requests wait for the store */
     uint64_t cache_bytes;
     bool shared;
     int clock_ppm;          /* its clock runs so much faster (slower: negative) than the world's */
@@ -31,15 +32,19 @@ enum gateway_state { GATEWAY_STARTING, GATEWAY_UP, GATEWAY_STOPPING, GATEWAY_END
 
 struct gateway;
 
-/* Starts a process: registers its session, opens its lanes and listens; all of that takes time.
- * The name ("gateway 1") is for the trace. */
+/* Starts a process: registers its session, opens its lanes and listens; all of that is events of
+ * the world. What fails is tried again, as a process would be started again. The name ("gateway
+ * 1") is for the trace. Programs with this are linked with log_line, process_self, process_ended,
+ * gethostname and getpid wrapped (-Wl,--wrap): each gateway is a process of its own with a host
+ * of its own, in the eyes of the program. All here may be called from events, too. */
 struct gateway *gateway_start(const struct gateway_config *config, const char *name);
 enum gateway_state gateway_state(const struct gateway *g);
 
-/* SIGTERM: as server.c ends a server. GATEWAY_ENDED when it has. A gateway that replaces it on the
- * same host may have been started before. */
+/* SIGTERM: as server.c ends a server. GATEWAY_ENDED when it has, GATEWAY_DEAD where the store did
+ * not take its last commits in time. A gateway that replaces it on the same host may have been
+ * started before. One that has not come up yet just dies of it. */
 void gateway_stop(struct gateway *g);
-/* kill -9, or the death of its machine: other hosts hear nothing then. */
+/* kill -9, or the death of its machine: other hosts hear nothing then. Nothing where it is gone. */
 void gateway_crash(struct gateway *g, bool host_too);
 /* SIGSTOP and SIGCONT. */
 void gateway_pause(struct gateway *g);
@@ -47,7 +52,8 @@ void gateway_resume(struct gateway *g);
 /* Its way to the store: cut, everything it sends waits (or is lost) until healed. */
 void gateway_cut_store(struct gateway *g, bool cut);
 
-/* For checks from outside (G4). */
+/* For checks from outside (G4): whether it takes itself for the owner, and would answer, if it
+ * ran now. Its owner key in the store may be older than that, and its word to come. */
 bool gateway_may_answer(struct gateway *g, uint64_t branch);
 /* Whether the store names this gateway's present session as the owner. */
 bool gateway_owns_in_store(struct gateway *g, uint64_t branch);

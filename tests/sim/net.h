@@ -19,16 +19,28 @@
 struct net;
 struct stream;
 
+#define NET_HOSTS_MAX 32u
+
+/* One at a time: the newest is where wire_new() looks for its descriptors. */
 struct net *net_new(struct sim *sim);
+struct sim *net_sim(const struct net *net);
+
+/* How long bytes are on their way (up to; seldom ten times as long), and one in how many pieces is
+ * lost and comes a fraction of a second later (0: none). At first 50 us, none. */
+void net_set_delays(struct net *net, uint64_t latency_ns_max, uint32_t loss_one_in);
 
 /* Where connections to `host` end up: `accept` is called as an event of `env` with a number that
  * wire_new() takes as a descriptor, and the caller's host. NULL: nobody listens, connections
  * are refused. A listener of another process on the same host replaces the one before for
- * connections made from now on. */
+ * connections made from now on; NULL with an `env` that is not the listener's changes nothing.
+ * Connections that were not accepted when the listener went are reset. A host that had died is
+ * back. */
 void net_listen(struct net *net, unsigned host, struct sim_env *env,
                 void (*accept)(void *arg, int fd, unsigned from_host), void *arg);
 
-/* The client's end. Callbacks are events of the client's `env`; after `closed` none comes. */
+/* The client's end. Callbacks are events of the client's `env`; `closed` is the last one and ends
+ * the stream, which is not to be used any more. `data`: the bytes are the callee's until it
+ * returns; it may send, and go. */
 struct stream_events {
     void (*connected)(void *arg);
     void (*data)(void *arg, const uint8_t *bytes, size_t len);
@@ -40,6 +52,8 @@ struct stream *net_connect(struct net *net, struct sim_env *env, unsigned from_h
 /* Takes all of it; it goes out as the window allows. */
 void stream_send(struct stream *s, const void *bytes, size_t len);
 uint64_t stream_unsent(const struct stream *s); /* not yet taken by the other side's host */
+/* A client that does not read (false): what comes fills the buffers on both sides. */
+void stream_read(struct stream *s, bool on);
 
 /* Three ways to go; after each the stream is not to be used any more and nothing is called.
  * In good order: all that was sent arrives, then the end. As when a process is killed: what its

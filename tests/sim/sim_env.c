@@ -2,7 +2,8 @@
  * The simulated environment; sim_env.h says what it is for.
  *
  * Posts, work and store requests are events in a heap. Timers are few and often moved, so
- * they stay in a list per reactor that is searched for the earliest.
+ * they stay in a sorted list per reactor; the earliest of all reactors is remembered until a
+ * timer changes.
  */
 #include "sim_env.h"
 
@@ -25,6 +26,11 @@ struct sim {
     struct sim_event *heap;
     size_t n, cap;
     struct list envs;
+    struct sim_env *running;
+    /* The earliest timer and its reactor, where `timer_known`; NULL: there is none. */
+    struct env_timer *timer;
+    struct sim_env *timer_env;
+    bool timer_known;
 };
 
 static bool before(const struct sim_event *a, const struct sim_event *b)
@@ -115,6 +121,8 @@ void sim_at(struct sim_env *env, uint64_t delay_ns, void (*fn)(void *arg), void 
 {
     struct sim *sim = env->sim;
     struct sim_event e = {sim->now_ns + delay_ns, sim->next_seq++, fn, arg, env};
+    if (env->dead)
+        return;
     if (!env->paused) {
         heap_put(sim, e);
         return;
@@ -130,9 +138,25 @@ static struct sim_env *of(struct env *env)
     return container_of(env, struct sim_env, base);
 }
 
+/* The reactor's clock at a time of the world, and the other way round, rounded up. */
+static uint64_t local_ns(const struct sim_env *env, uint64_t world_ns)
+{
+    int64_t drift = (int64_t)(world_ns / 1000) * env->clock_ppm / 1000;
+    return world_ns + env->clock_ahead_ns + (uint64_t)drift;
+}
+
+static uint64_t world_delay_ns(const struct sim_env *env, uint64_t local_delay_ns)
+{
+    if (!env->clock_ppm)
+        return local_delay_ns;
+    /* In microseconds, a few more, so that it is never too early. */
+    uint64_t rate = (uint64_t)(1000000 + (int64_t)env->clock_ppm);
+    return ((local_delay_ns / 1000 + 2) * 1000000 / rate + 2) * 1000;
+}
+
 static uint64_t op_now(struct env *env)
 {
-    return of(env)->sim->now_ns;
+    return local_ns(of(env), of(env)->sim->now_ns);
 }
 
 static uint64_t op_realtime(struct env *env)
@@ -142,18 +166,27 @@ static uint64_t op_realtime(struct env *env)
 
 static void op_timer_stop(struct env *env, struct env_timer *timer)
 {
-    (void)env;
     if (!timer->link.next)
         return;
+    if (of(env)->sim->timer == timer)
+        of(env)->sim->timer_known = false;
     list_remove(&timer->link);
     timer->link.next = timer->link.prev = NULL;
 }
 
 static void op_timer_start(struct env *env, struct env_timer *timer, uint64_t delay_ms)
 {
+    struct sim_env *own = of(env);
     op_timer_stop(env, timer);
-    timer->due_ns = of(env)->sim->now_ns + delay_ms * 1000000;
-    list_add_tail(&of(env)->timers, &timer->link);
+    if (own->dead)
+        return;
+    timer->due_ns = own->sim->now_ns + world_delay_ns(own, delay_ms * 1000000);
+    struct list *after = own->timers.prev;
+    while (after != &own->timers &&
+           container_of(after, struct env_timer, link)->due_ns > timer->due_ns)
+        after = after->prev;
+    list_add_head(after, &timer->link);
+    own->sim->timer_known = false;
 }
 
 static void task_run(void *arg)
@@ -164,7 +197,17 @@ static void task_run(void *arg)
 
 static void op_post(struct env *env, struct env_task *task)
 {
-    sim_at(of(env), 0, task_run, task);
+    struct sim_env *to = of(env);
+    struct sim *sim = to->sim;
+    if (!to->post_delay_ns_max || sim->running == to) {
+        sim_at(to, 0, task_run, task);
+        return;
+    }
+    uint64_t at_ns = sim->now_ns + sim_delay_ns(sim, to->post_delay_ns_max);
+    if (at_ns < to->posts_upto_ns)
+        at_ns = to->posts_upto_ns;
+    to->posts_upto_ns = at_ns;
+    sim_at(to, at_ns - sim->now_ns, task_run, task);
 }
 
 static void work_done(void *arg)
@@ -236,6 +279,9 @@ void sim_env_pause(struct sim_env *env)
     size_t n = sim->n;
     CHECK(!env->paused);
     env->paused = true;
+    sim->timer_known = false;
+    if (env->dead)
+        return;
     sim->heap = NULL;
     sim->n = sim->cap = 0;
     for (size_t i = 0; i < n; i++) {
@@ -254,6 +300,7 @@ void sim_env_resume(struct sim_env *env)
     struct sim *sim = env->sim;
     CHECK(env->paused);
     env->paused = false;
+    sim->timer_known = false;
     for (size_t i = 0; i < env->n_held; i++) {
         struct sim_event e = env->held[i];
         if (e.at_ns < sim->now_ns)
@@ -283,7 +330,22 @@ void sim_env_free(struct sim_env *env)
     free(env->held);
     CHECK(list_empty(&env->timers));
     list_remove(&env->link);
+    if (env->sim->running == env)
+        env->sim->running = NULL;
     free(env);
+}
+
+void sim_env_kill(struct sim_env *env)
+{
+    struct sim *sim = env->sim;
+    if (env->dead)
+        return;
+    env->dead = true;
+    forget(env, NULL);
+    env->n_held = 0;
+    while (!list_empty(&env->timers))
+        op_timer_stop(&env->base, container_of(env->timers.next, struct env_timer, link));
+    sim->timer_known = false;
 }
 
 struct sim *sim_env_detach(struct sim_env *env)
@@ -300,34 +362,35 @@ struct sim *sim_env_detach(struct sim_env *env)
     free(all);
     list_remove(&env->link);
     list_add_tail(&to->envs, &env->link);
+    from->timer_known = false;
     env->sim = to;
     return to;
 }
 
 /* --- running ------------------------------------------------------------------------- */
 
-static struct env_timer *earliest_timer(struct sim *sim, struct sim_env **owner)
+static struct env_timer *earliest_timer(struct sim *sim)
 {
-    struct env_timer *first = NULL;
+    if (sim->timer_known)
+        return sim->timer;
+    sim->timer = NULL;
     list_for_each (e, &sim->envs) {
         struct sim_env *env = container_of(e, struct sim_env, link);
-        if (env->paused)
+        if (env->paused || list_empty(&env->timers))
             continue;
-        list_for_each (l, &env->timers) {
-            struct env_timer *t = container_of(l, struct env_timer, link);
-            if (!first || t->due_ns < first->due_ns) {
-                first = t;
-                *owner = env;
-            }
+        struct env_timer *t = container_of(env->timers.next, struct env_timer, link);
+        if (!sim->timer || t->due_ns < sim->timer->due_ns) {
+            sim->timer = t;
+            sim->timer_env = env;
         }
     }
-    return first;
+    sim->timer_known = true;
+    return sim->timer;
 }
 
 bool sim_step_by(struct sim *sim, uint64_t limit_ns)
 {
-    struct sim_env *owner;
-    const struct env_timer *timer = earliest_timer(sim, &owner);
+    const struct env_timer *timer = earliest_timer(sim);
     if ((sim->n && sim->heap[0].at_ns <= limit_ns) || (timer && timer->due_ns <= limit_ns))
         return sim_step(sim);
     if (limit_ns > sim->now_ns)
@@ -335,15 +398,26 @@ bool sim_step_by(struct sim *sim, uint64_t limit_ns)
     return false;
 }
 
+/* The event of a reactor is over, unless that freed the reactor. */
+static void ran(struct sim *sim, struct sim_env *env, struct sim_env *before)
+{
+    if (sim->running == env && env->after && !env->dead)
+        env->after(env);
+    sim->running = before;
+}
+
 bool sim_step(struct sim *sim)
 {
-    struct sim_env *owner = NULL;
-    struct env_timer *timer = earliest_timer(sim, &owner);
+    struct sim_env *before = sim->running;
+    struct env_timer *timer = earliest_timer(sim);
     if (timer && (!sim->n || timer->due_ns < sim->heap[0].at_ns)) {
+        struct sim_env *env = sim->timer_env;
         if (timer->due_ns > sim->now_ns)
             sim->now_ns = timer->due_ns;
-        op_timer_stop(&owner->base, timer);
+        op_timer_stop(&env->base, timer);
+        sim->running = env;
         timer->fire(timer);
+        ran(sim, env, before);
         return true;
     }
     if (!sim->n)
@@ -351,8 +425,15 @@ bool sim_step(struct sim *sim)
     struct sim_event e = heap_take(sim);
     CHECK(e.at_ns >= sim->now_ns);
     sim->now_ns = e.at_ns;
+    sim->running = e.env;
     e.fn(e.arg);
+    ran(sim, e.env, before);
     return true;
+}
+
+struct sim_env *sim_running(const struct sim *sim)
+{
+    return sim->running;
 }
 
 bool sim_run_until(struct sim *sim, bool (*cond)(void *arg), void *arg, uint64_t steps_max)

@@ -20,12 +20,22 @@ struct sim_event;
 struct sim_env {
     struct env base;
     struct sim *sim;
-    struct list timers; /* env_timer.link */
+    struct list timers; /* env_timer.link, by due_ns, which is the world's time */
     struct list link;   /* the sim's */
     uint64_t work_delay_ns_max;
-    bool paused;
+    bool paused, dead;
     struct sim_event *held; /* events of a paused reactor */
     size_t n_held, cap_held;
+
+    /* The caller's to set. */
+    const char *name; /* for the trace */
+    void *user;
+    void (*after)(struct sim_env *env); /* called after each of its events; may be NULL */
+    uint64_t post_delay_ns_max; /* tasks of other reactors come so much later, in order */
+    int clock_ppm;              /* its clock runs so much faster than the world's ... */
+    uint64_t clock_ahead_ns;    /* ... and was so far ahead at the world's beginning */
+
+    uint64_t posts_upto_ns;
 };
 
 struct sim *sim_new(uint64_t seed);
@@ -43,7 +53,14 @@ struct sim *sim_env_detach(struct sim_env *env);
 void sim_env_pause(struct sim_env *env);
 void sim_env_resume(struct sim_env *env);
 
+/* Its process dies: nothing of it runs again, whatever is asked of it. Nothing is freed. May be
+ * called by one of its own events. */
+void sim_env_kill(struct sim_env *env);
+
 uint64_t sim_now_ns(const struct sim *sim);
+
+/* Whose event runs just now; NULL: none. */
+struct sim_env *sim_running(const struct sim *sim);
 
 /* Chance: 64 bits; 0 .. n - 1; one time in n. */
 uint64_t sim_random(struct sim *sim);
