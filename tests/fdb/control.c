@@ -218,6 +218,7 @@ static bool control_commit(const struct fdb_double_change *changes, size_t n)
     int64_t version;
     fdb_error_t error = commit_decide(c, &version);
     CHECK(!error);
+    batch_end();
     commit_free(c);
     unlock();
     return true;
@@ -282,6 +283,7 @@ static int64_t control_version(void)
 static void control_forget_versions(void)
 {
     lock();
+    batch_end();
     version_now();
     cluster_forget(++g.version_last);
     unlock();

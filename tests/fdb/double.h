@@ -37,6 +37,7 @@
     X(history_bytes_max, 256 << 20) /* superseded values beyond this are too old early */          \
     X(retry_delay_us_max, -1) /* bounds the delay of on_error; -1: as long as the real one */      \
     X(version_step, 0) /* versions go on by this at every commit, and not with time; 0: time */    \
+    X(batch_us, 0) /* a commit opens a batch for 0 .. this: those that arrive share its version */ \
     /* faults of reads, one in N */                                                                \
     X(read_too_old, 0)    /* 1007 */                                                               \
     X(read_future, 0)     /* 1009 */                                                               \
@@ -77,6 +78,7 @@
     X(commits_tried) /* that had something to write and were sent */                               \
     X(commits_happened)                                                                            \
     X(commits_refused) /* for a true conflict or a true age */                                     \
+    X(batched) /* commits that happened in a batch that another one had opened */                  \
     X(commits_empty)   /* of transactions that wrote nothing */                                    \
     X(bytes_committed) /* keys and values */                                                       \
     X(retries)         /* on_error that led to a retry */                                          \
@@ -164,8 +166,8 @@ struct fdb_double {
     /* What `\xff\xff/metrics/health/aggregate` holds. */
     void (*set_health)(const char *json);
 
-    /* As another client would, in one commit, at once. False where the same cluster would
-     * have refused it (too long). */
+    /* As another client would, in one commit, at once: a batch that is open takes it in, behind
+     * all others, and ends. False where the same cluster would have refused it (too long). */
     bool (*commit)(const struct fdb_double_change *changes, size_t n);
     bool (*put)(const void *key, size_t key_len, const void *value, size_t value_len);
     void (*clear)(const void *begin, size_t begin_len, const void *end, size_t end_len);

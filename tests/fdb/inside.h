@@ -363,6 +363,7 @@ void read_send(FDBFuture *f);
 struct commit *commit_new(FDBTransaction *t); /* takes its writes and read conflicts */
 void commit_send(FDBFuture *f, FDBTransaction *t, struct commit *c);
 fdb_error_t commit_decide(struct commit *c, int64_t *version);
+void batch_end(void); /* what it took in can be seen from now on */
 void commit_free(struct commit *c);
 bool watch_begin(FDBFuture *f, FDBTransaction *t, struct blob *value);
 void watch_end(struct watch *w, fdb_error_t error);
@@ -449,6 +450,12 @@ struct double_state {
     uint64_t version_base_ns;
     int64_t version_last;   /* the newest that was committed or given out */
     int64_t version_oldest; /* that can still be read */
+    int64_t batch_version;  /* of the batch that is open; 0: none. What it took in is decided and
+                               stands in the map, but nobody can have a version to see it with */
+    int64_t batch_before;   /* the newest version that can be read meanwhile */
+    uint64_t batch_until_ns;
+    uint64_t batch_seq;  /* counts batches */
+    uint32_t batch_size; /* commits in the open one */
     struct list watches;
     struct list commits; /* on their way */
     char *health;

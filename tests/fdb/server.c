@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/bytes.h"
+
 #define VERSIONS_PER_S 1000000
 #define FUTURE_WAIT_VERSIONS 1000000
 #define PAIR_BYTES 24u /* that a row counts for, beside its key and value */
@@ -63,14 +65,23 @@ void cluster_forget(int64_t oldest)
     history_forget(g.version_oldest);
 }
 
-/* The newest version; it is one that can be read from now on, so the next commit's is higher. */
+/* The newest version that is there as a whole; it is one that can be read from now on, so the
+ * next batch's is higher. */
 int64_t version_now(void)
 {
     int64_t clock = clock_version();
-    if (clock > g.version_last)
+    if (!g.batch_version && clock > g.version_last)
         g.version_last = clock;
-    cluster_forget(g.version_last - g.config.window_ms * (VERSIONS_PER_S / 1000));
-    return g.version_last;
+    int64_t now = g.batch_version ? g.batch_before : g.version_last;
+    cluster_forget(now - g.config.window_ms * (VERSIONS_PER_S / 1000));
+    return now;
+}
+
+/* Until the end of the batch that is open. */
+static uint64_t batch_left_ns(void)
+{
+    uint64_t now = now_ns();
+    return g.batch_version && g.batch_until_ns > now ? g.batch_until_ns - now : 0;
 }
 
 static void version_answer(struct event *e)
@@ -292,7 +303,8 @@ static void read_arrives(struct event *e)
         if (ahead <= FUTURE_WAIT_VERSIONS && g.config.version_step <= 0) {
             struct event *again = event_new(read_arrives, f, t);
             again->server = true;
-            event_post(again, (uint64_t)ahead * (1000000000u / VERSIONS_PER_S));
+            uint64_t wait_ns = (uint64_t)ahead * (1000000000u / VERSIONS_PER_S);
+            event_post(again, max_u64(wait_ns, batch_left_ns()));
             return;
         }
         error = E_FUTURE;
@@ -330,14 +342,16 @@ void commit_free(struct commit *c)
     free(c);
 }
 
-/* The commit's version, in the place the last four bytes name. A new reference. */
+/* The commit's version and place in its batch, where the last four bytes say. A new reference. */
 static struct blob *stamped(const struct blob *from, int64_t version)
 {
+    uint32_t place = g.batch_size; /* in the batch */
     struct blob *b = blob_new(from->data, from->len - 4u);
     uint32_t at = (uint32_t)from->data[b->len] | (uint32_t)from->data[b->len + 1] << 8 |
                   (uint32_t)from->data[b->len + 2] << 16 | (uint32_t)from->data[b->len + 3] << 24;
     for (uint32_t i = 0; i < 10; i++)
-        b->data[at + i] = (uint8_t)(i < 8 ? (uint64_t)version >> (56 - 8 * i) : 0);
+        b->data[at + i] = (uint8_t)(i < 8 ? (uint64_t)version >> (56 - 8 * i)
+                                         : place >> (72 - 8 * i));
     return b;
 }
 
@@ -369,6 +383,45 @@ static void mutate(struct commit *c, const struct mutation *m, int64_t version)
 
 static void watches_look(void);
 
+static void batch_over(struct event *e)
+{
+    if (e->gen == g.batch_seq)
+        batch_end();
+}
+
+static void batch_begin(void)
+{
+    g.batch_before = g.version_last;
+    g.version_last += g.config.version_step > 0 ? g.config.version_step : 1;
+    g.batch_version = g.version_last;
+    g.batch_size = 0;
+    g.batch_seq++;
+    uint64_t ns = 0;
+    if (g.config.batch_us > 0)
+        ns = chance_below((uint64_t)g.config.batch_us * 1000u + 1u);
+    g.batch_until_ns = now_ns() + ns;
+    if (!ns)
+        return; /* it ends with this commit */
+    struct event *e = event_new(batch_over, NULL, NULL);
+    e->server = true;
+    e->gen = g.batch_seq;
+    event_post(e, ns);
+}
+
+void batch_end(void)
+{
+    if (!g.batch_version)
+        return;
+    g.batch_version = 0;
+    while (g.config.history_bytes_max > 0 &&
+           map_superseded_bytes() > (uint64_t)g.config.history_bytes_max)
+        cluster_forget(map_superseded_version());
+    watches_look();
+}
+
+/* Conflicts are those with writes at versions above the read version. So within a batch a commit
+ * is refused for what came before it; and one that reads at the version of a batch, because its own
+ * last commit was in it, is told nothing of what came behind that one in the same batch. */
 fdb_error_t commit_decide(struct commit *c, int64_t *version)
 {
     version_now();
@@ -376,17 +429,19 @@ fdb_error_t commit_decide(struct commit *c, int64_t *version)
         g.counts.commits_refused++;
         return c->read_version < g.version_oldest ? E_TOO_OLD : E_CONFLICT;
     }
-    g.version_last += g.config.version_step > 0 ? g.config.version_step : 1;
-    *version = g.version_last;
+    if (g.batch_version)
+        g.counts.batched++;
+    else
+        batch_begin();
+    *version = g.batch_version;
     for (size_t i = 0; i < c->n_mutations; i++)
         mutate(c, &c->mutations[i], *version);
+    g.batch_size++;
     history_add(*version, &c->writes);
     g.counts.commits_happened++;
     g.counts.bytes_committed += c->bytes;
-    while (g.config.history_bytes_max > 0 &&
-           map_superseded_bytes() > (uint64_t)g.config.history_bytes_max)
-        cluster_forget(map_superseded_version());
-    watches_look();
+    if (g.batch_until_ns <= now_ns())
+        batch_end();
     return 0;
 }
 
@@ -491,7 +546,9 @@ static void commit_arrives(struct event *e)
         g.counts.late_landed += version >= 0;
         g.counts.late_refused += version < 0;
     }
-    commit_answer(e->f, e->t, error, version, c->answer_delay_ns);
+    /* Those of a batch are answered when it is over, also where the answer is that nobody knows:
+     * the client finds out first that the commit is not on its way any more. */
+    commit_answer(e->f, e->t, error, version, c->answer_delay_ns + (late ? 0 : batch_left_ns()));
     if (!late) {
         commit_free(c);
         return;
@@ -645,7 +702,7 @@ static void watch_look(struct watch *w)
 {
     const struct node *n = map_seek(w->key->data, w->key->len);
     struct blob *value =
-        n && blob_compare(map_key(n), w->key) == 0 ? map_value(n, INT64_MAX) : NULL;
+        n && blob_compare(map_key(n), w->key) == 0 ? map_value(n, version_now()) : NULL;
     if (w->changed || is_value(value, w->value))
         return;
     w->changed = true; /* the news is on its way */
@@ -711,6 +768,7 @@ void cluster_reset(void)
     history_forget(INT64_MAX);
     map_free();
     /* Whoever still has a version from before cannot read anything with it. */
+    batch_end();
     int64_t now = version_now();
     g.version_base = now + 2 * 5 * VERSIONS_PER_S;
     g.version_base_ns = now_ns();

@@ -64,7 +64,7 @@ static inline void engine_reset(uint64_t seed, uint64_t *c)
         ENGINE_FAULTS(X)
 #undef X
     };
-    static const uint64_t delays_us[] = {0, 0, 50, 300, 1500};
+    static const uint64_t delays_us[] = {0, 0, 50, 300, 1500}, batches_us[] = {0, 200, 2000};
     if (!engine.fake)
         return;
     engine.fake->reset();
@@ -79,6 +79,7 @@ static inline void engine_reset(uint64_t seed, uint64_t *c)
             engine_set(kinds[i], (strncmp(kinds[i], "read_", 5) ? often : often * 20) +
                                      engine_pick(c, 20));
     engine_set("delay_us_max", delays_us[engine_pick(c, 5)]);
+    engine_set("batch_us", batches_us[engine_pick(c, 3)]);
     engine_set("grv_delay_ms", 1 + engine_pick(c, 10));
     engine_set("late_ms_max", 1 + engine_pick(c, 30));
     engine_set("watch_delay_ms_max", 1 + engine_pick(c, 20));
@@ -134,6 +135,7 @@ static inline unsigned engine_tell_faults(void)
     engine_tell(text, engine.sum.name);                                                            \
     never += engine.sum.name == 0;
     ENGINE_FAULTS(X)
+    X(batched, "commits in others' batches")
     X(late_landed, "given up, landed later")
     X(late_refused, "given up, refused later")
 #undef X

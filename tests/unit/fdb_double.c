@@ -1717,6 +1717,83 @@ static void test_late_commits_are_checked_when_they_land(void **state)
     assert_true(refused > 0);
 }
 
+/* One that writes `key` if nobody has written `checked` since `version` (0: anyway). */
+static FDBTransaction *checking(const char *key, const char *value, const char *checked,
+                                int64_t version)
+{
+    FDBTransaction *t = begin();
+    char end[64];
+    if (version) {
+        f.fdb_transaction_set_read_version(t, version);
+        snprintf(end, sizeof end, "%s%c", checked, 1);
+        assert_int_equal(f.fdb_transaction_add_conflict_range(
+                             t, (const uint8_t *)checked, (int)strlen(checked),
+                             (const uint8_t *)end, (int)strlen(end), READ),
+                         0);
+    }
+    set(t, key, value);
+    return t;
+}
+
+static int64_t committed_version(FDBTransaction *t)
+{
+    int64_t version = 0;
+    assert_int_equal(f.fdb_transaction_get_committed_version(t, &version), 0);
+    f.fdb_transaction_destroy(t);
+    return version;
+}
+
+static void test_commits_share_the_version_of_a_batch(void **state)
+{
+    (void)state;
+    if (!d)
+        skip();
+    uint64_t shown = 0;
+    for (unsigned i = 0; shown < 3; i++) {
+        assert_true(i < 100);
+        d->set("batch_us", 0);
+        put(PREFIX "owner", "me");
+        int64_t before = d->version();
+        uint64_t batched = (uint64_t)d->count("batched");
+        /* Its caller goes on as the owner; another one takes the volume in the same batch; a third
+         * is refused for what came before it in the batch. */
+        FDBTransaction *data = checking(PREFIX "data", "1", PREFIX "owner", before);
+        FDBTransaction *owner = checking(PREFIX "owner", "you", PREFIX "owner", before);
+        FDBTransaction *late = checking(PREFIX "data", "2", PREFIX "owner", before);
+        d->set("batch_us", 100000);
+        FDBFuture *x = f.fdb_transaction_commit(data), *y = f.fdb_transaction_commit(owner),
+                  *z = f.fdb_transaction_commit(late);
+        while (d->count("commits_refused") == 0 && !f.fdb_future_is_ready(z))
+            usleep(50);
+        if (!f.fdb_future_is_ready(x)) {
+            /* Not to be seen yet. */
+            FDBTransaction *reader = begin();
+            assert_string_equal(get(reader, PREFIX "owner"), "me");
+            f.fdb_transaction_destroy(reader);
+        }
+        assert_int_equal(done(x), 0);
+        assert_int_equal(done(y), 0);
+        assert_int_equal(done(z), 1020);
+        f.fdb_transaction_destroy(late);
+        FDBTransaction *reader = begin();
+        assert_string_equal(get(reader, PREFIX "owner"), "you");
+        f.fdb_transaction_destroy(reader);
+        int64_t version = committed_version(data);
+        if (committed_version(owner) != version)
+            continue; /* the batch was over too soon */
+        assert_int_equal((uint64_t)d->count("batched"), batched + 1);
+        shown++;
+        d->set("batch_us", 0);
+        /* The hole: at the version of its own commit the new owner makes no conflict. */
+        FDBTransaction *t = checking(PREFIX "data", "3", PREFIX "owner", version);
+        commit_surely(t);
+        /* At the version before it does. */
+        t = checking(PREFIX "data", "4", PREFIX "owner", version - 1);
+        assert_int_equal(commit(t), 1020);
+        f.fdb_transaction_destroy(t);
+    }
+}
+
 static void test_given_up_commits_still_happen(void **state)
 {
     (void)state;
@@ -2260,6 +2337,7 @@ int main(int argc, char **argv)
         T(test_every_fault_of_reads),
         T(test_every_fault_of_commits),
         T(test_late_commits_are_checked_when_they_land),
+        T(test_commits_share_the_version_of_a_batch),
         T(test_given_up_commits_still_happen),
         T(test_faults_of_watches),
         T(test_a_cluster_that_is_away),

@@ -621,6 +621,29 @@ static void a_new_owner_is_noticed(void **state)
     assert_string_equal(held("data"), "6");
 }
 
+/* What comes behind a commit in the same batch has its version: one that would read at that
+ * version next would be told of no conflict. */
+static void a_new_owner_in_the_same_batch_is_noticed(void **state)
+{
+    (void)state;
+    uint64_t shared = 0;
+    for (unsigned i = 0; shared < 3; i++) {
+        assert_true(i < 50);
+        faults("batch_us=0");
+        owner();
+        uint64_t happened = count("commits_happened"), batched = count("batched");
+        struct one_commit c;
+        faults("batch_us=100000");
+        set_start(&a, &c, "data", "1", "owner", "A");
+        MEANWHILE(count("commits_happened") > happened);
+        put("owner", "B");
+        shared += count("batched") - batched;
+        assert_int_equal(answer(&a, &c), ST_OK);
+        assert_int_equal(set_if(&a, "data", "2", "owner", "A"), ST_CONFLICT);
+        assert_string_equal(held("data"), "1");
+    }
+}
+
 /* What a commit does to the key that it checks, it knows. */
 static void own_changes_of_the_checked_key(void **state)
 {
@@ -2112,6 +2135,7 @@ int main(int argc, char **argv)
         TEST(fenced_commits_never_land),
         TEST(owners_commits_need_one_read_version),
         TEST(a_new_owner_is_noticed),
+        TEST(a_new_owner_in_the_same_batch_is_noticed),
         TEST(own_changes_of_the_checked_key),
         TEST(known_versions_that_are_too_old),
         TEST(read_versions_throttle_commits),
