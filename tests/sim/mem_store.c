@@ -44,6 +44,7 @@ struct mem_log {
     struct list link;
     struct mem_store *db;
     struct handle *owner; /* NULL: closed, or its process died */
+    struct sim_env *env; /* its reactor */
     uint8_t session[STORE_ID_BYTES];
     uint64_t id, capacity;
     struct record *records; /* record of sequence number n at n - 1 */
@@ -68,7 +69,7 @@ struct handle {
     struct store base; /* first */
     struct list link;
     struct mem_store *db;
-    struct sim_env *env;
+    struct sim_env *env; /* where the process does what is no reactor's: its first reactor */
     bool dead;
     struct list commits; /* store_commit.link, in order, not yet executed */
     bool committing;
@@ -98,6 +99,12 @@ struct mem_store {
     void *before_commit_arg;
     struct store_commit *swapped; /* MEM_SWAPS_COMMITS: put off behind the next */
 };
+
+/* A reactor of the process: what it asks for is answered there. */
+static struct sim_env *reactor_of(struct env *env)
+{
+    return container_of(env, struct sim_env, base);
+}
 
 static struct handle *handle_of(struct store *store)
 {
@@ -280,7 +287,7 @@ static void read_answer(void *arg)
     if (db->stopped && !handle_of(read->store)->dead) {
         uint64_t waited_ns = sim_now_ns(db->sim) - db->stopped_ns;
         if (!db->config.timeout_ms || waited_ns < db->config.timeout_ms * 1000000ull) {
-            sim_at(handle_of(read->store)->env, LOOK_AGAIN_NS, read_answer, read);
+            sim_at(reactor_of(read->work.env), LOOK_AGAIN_NS, read_answer, read);
             return;
         }
         read->result = ST_UNAVAIL;
@@ -294,10 +301,10 @@ static void read_answer(void *arg)
 static void read_digest(void *arg)
 {
     struct store_read *read = arg;
-    struct handle *h = handle_of(read->store);
+    struct sim_env *env = reactor_of(read->work.env);
     if (read->result == ST_OK && read->digest)
         read->digest(read);
-    sim_at(h->env, sim_delay_ns(h->env->sim, 20000), read_answer, read);
+    sim_at(env, sim_delay_ns(env->sim, 20000), read_answer, read);
 }
 
 static void get_run(struct mem_store *db, struct store_read *read, struct store_get *get)
@@ -356,10 +363,11 @@ static void read_run(void *arg)
 {
     struct store_read *read = arg;
     struct handle *h = handle_of(read->store);
+    struct sim_env *env = reactor_of(read->work.env);
     struct mem_store *db = h->db;
     uint64_t stalled = stalled_ns(h);
     if (stalled) {
-        sim_at(h->env, stalled, read_run, read);
+        sim_at(env, stalled, read_run, read);
         return;
     }
     read->result = ST_OK;
@@ -373,20 +381,21 @@ static void read_run(void *arg)
         for (uint32_t i = 0; i < read->n_ranges; i++)
             range_run(db, read, &read->ranges[i]);
     }
-    sim_at(h->env, sim_delay_ns(h->env->sim, 20000), read_digest, read);
+    sim_at(env, sim_delay_ns(env->sim, 20000), read_digest, read);
 }
 
 static void mem_read(struct store *store, struct env *env, struct store_read *read)
 {
     struct handle *h = handle_of(store);
-    (void)env;
+    struct sim_env *reactor = reactor_of(env);
     read->store = store;
+    read->work.env = env;
     read->arena = NULL;
     h->db->counts.reads++;
     h->db->counts.own_reads += read->own;
     h->db->counts.background_reads += read->background;
     h->out++;
-    sim_at(h->env, sim_delay_ns(h->env->sim, h->db->config.read_ns_max), read_run, read);
+    sim_at(reactor, sim_delay_ns(reactor->sim, h->db->config.read_ns_max), read_run, read);
 }
 
 /* --- watches ------------------------------------------------------------------------- */
@@ -428,7 +437,7 @@ static void mem_watch_stop(struct store_watch *w)
     if (w->state == WATCH_ARMED) {
         list_remove(&w->link);
     } else if (w->state == WATCH_POSTED) {
-        sim_forget(handle_of(w->store)->env, &w->task);
+        sim_forget(reactor_of(w->env), &w->task);
     }
     w->state = WATCH_STOPPED;
 }
@@ -558,7 +567,7 @@ static void commit_answer(void *arg)
     struct store_commit *commit = arg;
     struct handle *h = handle_of(commit->store);
     if (h->db->stopped && !h->dead) {
-        sim_at(h->env, LOOK_AGAIN_NS, commit_answer, commit);
+        sim_at(reactor_of(commit->env), LOOK_AGAIN_NS, commit_answer, commit);
         return;
     }
     h->out--;
@@ -582,7 +591,7 @@ static void answer_later(struct handle *h, struct store_commit *commit)
     uint64_t at = now + sim_delay_ns(h->env->sim, h->db->config.commit_ns_max / 2);
     at += h->answer_delay_ns;
     h->last_ack_ns = max_u64(at, h->last_ack_ns);
-    sim_at(h->env, h->last_ack_ns - now, commit_answer, commit);
+    sim_at(reactor_of(commit->env), h->last_ack_ns - now, commit_answer, commit);
 }
 
 /* For how long nothing gets through to the store. */
@@ -637,6 +646,8 @@ static void commits_start(struct handle *h)
     struct mem_store *db = h->db;
     struct store_commit *commit = container_of(h->commits.next, struct store_commit, link);
     uint64_t ns = sim_delay_ns(h->env->sim, db->config.commit_ns_max);
+    if (db->faults.commit_slow && sim_one_in(db->sim, db->faults.commit_slow))
+        ns += sim_below(db->sim, db->faults.slow_ms_max * 1000000ull + 1);
     if (db->config.commit_bytes_per_ms)
         ns += commit_bytes(commit) * 1000000 / db->config.commit_bytes_per_ms;
     sim_at(h->dead ? h->env : h->net, h->dead ? 1000 : ns, commit_run, h);
@@ -790,7 +801,8 @@ static void mem_reserve_wait(struct store *store, struct env *env, struct store_
     w->store = store;
     w->env = env;
     h->out++;
-    sim_at(h->env, sim_delay_ns(h->env->sim, h->db->config.commit_ns_max), reserve_answer, w);
+    struct sim_env *reactor = reactor_of(env);
+    sim_at(reactor, sim_delay_ns(reactor->sim, h->db->config.commit_ns_max), reserve_answer, w);
 }
 
 static void mem_unreserve(struct store *store, struct store_reservation what)
@@ -907,10 +919,10 @@ static enum status log_open(struct store *store, struct env *env,
                             const uint8_t session[STORE_ID_BYTES], uint64_t bytes,
                             struct store_log **out, struct err *e)
 {
-    (void)env;
     (void)e;
     struct handle *h = handle_of(store);
     struct mem_log *log = mem_zalloc(sizeof *log);
+    log->env = reactor_of(env);
     log->base.store = store;
     log->db = h->db;
     log->owner = h;
@@ -1070,8 +1082,7 @@ static void syncs_start(struct mem_log *log)
         return;
     log->syncing = true;
     log->sync_upto = log->submitted;
-    sim_at(log->owner->env, sim_delay_ns(log->owner->env->sim, log->db->config.sync_ns_max),
-           sync_end, log);
+    sim_at(log->env, sim_delay_ns(log->env->sim, log->db->config.sync_ns_max), sync_end, log);
 }
 
 static void log_sync(struct store_log *base, struct store_log_sync *sync)

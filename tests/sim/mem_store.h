@@ -52,7 +52,8 @@ struct mem_config {
 struct mem_store *mem_store_new(struct sim *sim, const struct mem_config *config);
 void mem_store_free(struct mem_store *db); /* no handle is open */
 
-/* Another process opens the store. store_close() ends it. */
+/* Another process opens the store; `env` is its first reactor, and what others of its reactors ask
+ * for is answered there. store_close() ends it. */
 struct store *mem_store_attach(struct mem_store *db, struct sim_env *env);
 
 /* The process of this handle dies now. */
@@ -85,6 +86,7 @@ struct mem_faults {
     uint32_t get_fails;         /* ST_IO for one get that asks for a body */
     uint32_t reads_unavailable; /* ST_UNAVAIL for a whole read */
     uint32_t log_submit_fails, log_sync_fails;
+    uint32_t commit_slow, slow_ms_max; /* takes up to so much longer */
     enum status commit_status; /* 0: ST_IO */
 };
 void mem_store_set_faults(struct mem_store *db, struct mem_faults faults);
