@@ -21,10 +21,15 @@
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
 /* (With heartbeats it is at least SESSION_LEASE_MS_MIN.) */
+/* Longer than hosts need that hand a volume over (a migration is silent for a fraction of a
+ * second, an unmount here and a mount there take some), and well below the 30 s after which
+ * Linux gives a request up. */
+#define OWNER_WAIT_MS_DEFAULT 10000u
 #define VOLUMES_SHOWN_MAX 10u
-/* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error. */
-#define STORE_TIMEOUT_MS_MIN 100u
-#define STORE_TIMEOUT_MS_MAX 86400000u
+/* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error; nor
+ * does any owner answer sooner. */
+#define TIME_MS_MIN 100u
+#define TIME_MS_MAX 86400000u
 
 enum {
     LISTEN = 1,
@@ -34,6 +39,7 @@ enum {
     CACHE_SIZE,
     THREADS,
     LEASE_MS,
+    OWNER_WAIT,
     SHARED,
     STORE_TIMEOUT,
     QUOTA,
@@ -51,6 +57,8 @@ static const struct cli_option options[] = {
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
     {LEASE_MS, "lease-ms", "N",
      "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
+    {OWNER_WAIT, "owner-wait", "TIME",
+     "how long a client waits for one elsewhere to fall idle; 0: not at all (default: 10)"},
     {SHARED, "shared", NULL,
      "let clients at several addresses write one volume (default: the first)"},
     {STORE_TIMEOUT, "store-timeout", "TIME",
@@ -67,7 +75,7 @@ struct serve_options {
     size_t n_creates, cap_creates;
     const char *default_export;
     bool read_only, shared;
-    uint64_t cache_bytes, threads, lease_ms, store_timeout_ms, quota_bytes;
+    uint64_t cache_bytes, threads, lease_ms, owner_wait_ms, store_timeout_ms, quota_bytes;
 };
 
 static enum status take_create(struct serve_options *o, const char *value, struct err *e)
@@ -102,7 +110,7 @@ static enum status check_address(const char *address, struct err *e)
 }
 
 /* Seconds, or milliseconds where it says so. */
-static enum status parse_timeout(const char *text, uint64_t *ms, struct err *e)
+static enum status parse_time(const char *text, uint64_t *ms, struct err *e)
 {
     char number[32];
     size_t len = strlen(text);
@@ -110,12 +118,12 @@ static enum status parse_timeout(const char *text, uint64_t *ms, struct err *e)
     bool is_s = !is_ms && len > 1 && text[len - 1] == 's';
     struct err ignored = {0};
     snprintf(number, sizeof number, "%.*s", (int)min_u64(len - (is_ms ? 2 : is_s), 31), text);
-    if (cli_parse_number(number, 0, STORE_TIMEOUT_MS_MAX / (is_ms ? 1 : 1000), ms, &ignored) !=
+    if (cli_parse_number(number, 0, TIME_MS_MAX / (is_ms ? 1 : 1000), ms, &ignored) !=
             ST_OK ||
-        (is_ms && *ms && *ms < STORE_TIMEOUT_MS_MIN))
+        (is_ms && *ms && *ms < TIME_MS_MIN))
         return fail(e, ST_INVAL,
                     "seconds, or milliseconds like 500ms, from %ums to %us, or 0, not %.64s",
-                    STORE_TIMEOUT_MS_MIN, STORE_TIMEOUT_MS_MAX / 1000, text);
+                    TIME_MS_MIN, TIME_MS_MAX / 1000, text);
     if (!is_ms)
         *ms *= 1000;
     return ST_OK;
@@ -151,7 +159,9 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     case LEASE_MS:
         return cli_parse_number(value, LEASE_MS_MIN, LEASE_MS_MAX, &o->lease_ms, e);
     case STORE_TIMEOUT:
-        return parse_timeout(value, &o->store_timeout_ms, e);
+        return parse_time(value, &o->store_timeout_ms, e);
+    case OWNER_WAIT:
+        return parse_time(value, &o->owner_wait_ms, e);
     case QUOTA:
         return cli_parse_size(value, &o->quota_bytes, e);
     default:
@@ -303,6 +313,7 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .threads = (unsigned)o->threads,
                                    .lease_ms = (unsigned)o->lease_ms,
                                    .store_timeout_ms = (unsigned)o->store_timeout_ms,
+                                   .owner_wait_ms = (unsigned)o->owner_wait_ms,
                                    .ready = print_ready,
                                    .arg = run};
     struct err e = {0};
@@ -317,8 +328,10 @@ static int serve(struct run *run, const struct serve_options *o)
 
 static int run_serve(struct cli *cli, int argc, char **argv)
 {
-    struct serve_options o = {
-        .cache_bytes = CACHE_BYTES_DEFAULT, .threads = 1, .lease_ms = CLI_LEASE_MS};
+    struct serve_options o = {.cache_bytes = CACHE_BYTES_DEFAULT,
+                              .threads = 1,
+                              .lease_ms = CLI_LEASE_MS,
+                              .owner_wait_ms = OWNER_WAIT_MS_DEFAULT};
     int status;
     if (cli_parse(cli, argc, argv, take, &o) < 0) {
         free(o.creates);

@@ -126,14 +126,18 @@ static inline size_t nbd_put_success(uint8_t *p, const struct nbd_reply_to *to, 
     return nbd_put_simple(p, to->cookie, NBD_SUCCESS);
 }
 
-/* The last (or only) message of a reply that failed: an ERROR chunk or a simple reply. */
-static inline size_t nbd_put_error(uint8_t *p, const struct nbd_reply_to *to, uint32_t error)
+/* The last (or only) message of a reply that failed: an ERROR chunk, which `message_len` (0 ..
+ * NBD_STRING_BYTES_MAX) bytes of UTF-8 for a person follow, or a simple reply, which has no room
+ * for any: 0 there. */
+static inline size_t nbd_put_error(uint8_t *p, const struct nbd_reply_to *to, uint32_t error,
+                                   uint16_t message_len)
 {
     if (!to->extended && !to->structured)
         return nbd_put_simple(p, to->cookie, error);
-    size_t n = nbd_put_chunk(p, to, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR, 6);
+    size_t n =
+        nbd_put_chunk(p, to, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR, 6 + (uint32_t)message_len);
     put_be32(p + n, error);
-    put_be16(p + n + 4, 0);
+    put_be16(p + n + 4, message_len);
     return n + 6;
 }
 

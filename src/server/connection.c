@@ -779,6 +779,7 @@ void lane_stop(struct lane *lane)
 {
     if (!lane->stopping) {
         lane->stopping = true;
+        shard_wait_no_more(lane->shard);
         lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
     }
     list_for_each_safe (l, next, &lane->conns) {

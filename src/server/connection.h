@@ -153,6 +153,7 @@ struct conn {
     struct request *late_request; /* refused; answered when its payload was thrown away */
     struct nbd_reply_to late_to;  /* the same where there is no struct request, if late_error */
     uint32_t late_error;
+    const char *late_why;
     enum receive_state receive;
     struct piece *receiving;
     uint32_t receive_seg, receive_at; /* RECEIVE_BUFFERS: position */

@@ -154,7 +154,8 @@ enum status lanes_open(struct server *s, struct err *e)
                                       .env = reactor_env(lane->reactor),
                                       .session = s->session,
                                       .cache_bytes = s->config->cache_bytes / s->n_lanes,
-                                      .store_timeout_ms = s->config->store_timeout_ms};
+                                      .store_timeout_ms = s->config->store_timeout_ms,
+                                      .owner_wait_ms = s->config->owner_wait_ms};
         enum status st = shard_new(&config, &lane->shard, e);
         if (st != ST_OK)
             return st;

@@ -29,6 +29,9 @@ struct server_config {
     unsigned threads;     /* reactors; 1 .. SERVER_THREADS_MAX */
     unsigned lease_ms;
     unsigned store_timeout_ms; /* as in struct shard_config */
+    /* A request waits so long for another server, and a write for another host on this one, to let
+     * go of its volume before it is refused; 0: not at all. */
+    unsigned owner_wait_ms;
     unsigned connections_max;      /* 0: 1024 */
     unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
     unsigned handshake_timeout_ms; /* 0: 10000 */

@@ -127,28 +127,44 @@ static void piece_over(struct piece *p)
 
 /* --- replies without data ----------------------------------------------------------------- */
 
-static void reply_error_to(struct conn *c, const struct nbd_reply_to *to, uint32_t error)
+/* `why`: a sentence that goes along where the reply has room for one; may be empty. */
+static void reply_error_to(struct conn *c, const struct nbd_reply_to *to, uint32_t error,
+                           const char *why)
 {
     bool tells = c->out_tells || error != NBD_EIO;
-    out_head_done(c, nbd_put_error(out_head(c), to, error));
+    size_t len = to->structured || to->extended ? strnlen(why, NBD_STRING_BYTES_MAX) : 0;
+    out_head_done(c, nbd_put_error(out_head(c), to, error, (uint16_t)len));
+    if (len) {
+        char *text = mem_alloc(len);
+        memcpy(text, why, len);
+        out_data(c, text, len, out_owner_malloc(text));
+    }
     c->out_tells = tells;
 }
 
+/* The same for what the volume answered. */
+static void reply_failure_to(struct conn *c, const struct nbd_reply_to *to, enum status st)
+{
+    reply_error_to(c, to, nbd_error_of(st), st == ST_PERM ? volume_refusal(c->vol) : "");
+}
+
 /* Refuses a request that no struct request was made for; `payload` bytes of it are still to
- * come. The reply waits for them: clients (libnbd) do not expect an answer to a request that
+ * come, `why` may be empty and stays as long as the connection. The reply waits for them: clients (libnbd) do not expect an answer to a request that
  * they have not sent whole. */
-static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, uint64_t payload)
+static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, uint64_t payload,
+                   const char *why)
 {
     struct nbd_reply_to to = {.cookie = r->cookie,
                               .offset = r->offset,
                               .structured = c->session.structured,
                               .extended = c->session.extended};
     if (!payload) {
-        reply_error_to(c, &to, error);
+        reply_error_to(c, &to, error, why);
         return;
     }
     c->discard = payload;
     c->late_error = error;
+    c->late_why = why;
     c->late_to = to;
 }
 
@@ -169,7 +185,7 @@ static void reply_outcome(struct request *q)
         if (q->st == ST_OK)
             out_head_done(c, nbd_put_success(out_head(c), &q->to, false));
         else
-            reply_error_to(c, &q->to, nbd_error_of(q->st));
+            reply_failure_to(c, &q->to, q->st);
     }
     request_over(q);
 }
@@ -226,7 +242,7 @@ static bool reply_read_error(struct request *q, enum status st)
     struct conn *c = q->conn;
     uint32_t error = nbd_error_of(st);
     if (!q->head_sent) {
-        reply_error_to(c, &q->to, error);
+        reply_failure_to(c, &q->to, st);
         return true;
     }
     if (q->to.structured || q->to.extended) {
@@ -318,7 +334,7 @@ static void take_read(struct conn *c, const struct nbd_request *r)
     bool chunks = c->session.structured || c->session.extended;
     bool is_long = r->length > read_piece_max(c);
     if (is_long && (r->flags & NBD_CMD_FLAG_DF)) {
-        refuse(c, r, NBD_EOVERFLOW, 0);
+        refuse(c, r, NBD_EOVERFLOW, 0, "");
         return;
     }
     struct request *q = request_new(c, r);
@@ -391,7 +407,7 @@ static void status_done(struct vol_io *io)
     struct conn *c = q->conn;
     reading(c, 0, io->extents_cap * sizeof *io->extents);
     if (c->phase == CONN_SERVING && io->st != ST_OK) {
-        reply_error_to(c, &q->to, nbd_error_of(io->st));
+        reply_failure_to(c, &q->to, io->st);
     } else if (c->phase == CONN_SERVING) {
         CHECK(io->n_extents > 0);
         bool extended = q->to.extended;
@@ -477,7 +493,7 @@ static void write_begun(struct conn *c, struct piece *p)
 static void discarded(struct conn *c)
 {
     if (c->late_error) {
-        reply_error_to(c, &c->late_to, c->late_error);
+        reply_error_to(c, &c->late_to, c->late_error, c->late_why);
         c->late_error = 0;
     }
     struct request *q = c->late_request;
@@ -625,7 +641,7 @@ void transmission_abandon(struct conn *c)
 static void take_change(struct conn *c, const struct nbd_request *r)
 {
     if (!may_write(c)) {
-        refuse(c, r, NBD_EPERM, r->payload_len);
+        refuse(c, r, NBD_EPERM, r->payload_len, "");
         return;
     }
     if (r->length == 0) {
@@ -730,7 +746,7 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
             break;
         case NBD_REQUEST_REFUSE:
             at += head_bytes;
-            refuse(c, &r, r.error, r.payload_len);
+            refuse(c, &r, r.error, r.payload_len, "");
             continue;
         case NBD_REQUEST_DISCONNECT:
             conn_die(c, "the client sent what is no request, or one beyond all limits");
@@ -748,7 +764,7 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
                                              &wanted) == NBD_REQUEST_OK)
                     take_status(c, &r, wanted);
                 else
-                    refuse(c, &r, r.error, 0);
+                    refuse(c, &r, r.error, 0, "");
                 continue;
             }
             /* A short write whose end is still to come is worth waiting for. */

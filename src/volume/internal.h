@@ -80,6 +80,7 @@ struct shard {
     struct list volumes;
     uint64_t next_tag;
     uint32_t seal_age_ms;
+    uint32_t owner_wait_ms;
 
     /* G6. What writes hold: dirty blocks of all generations and buffers being received. */
     uint64_t write_bytes, write_bytes_max;
@@ -232,6 +233,7 @@ struct volume {
     struct release *release;
     struct state_record state; /* as of the newest committed generation */
     struct list parked;        /* requests that wait for ownership */
+    char refusal[512];         /* see volume_refusal() */
     struct list watchers;
     void (*release_done)(struct volume *vol, void *arg);
     void *release_arg;

@@ -14,14 +14,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "base/date.h"
 #include "volume/catalog.h"
 #include "volume/internal.h"
 
 #define ACQUIRE_TRIES_MAX 20u
-#define TIMES_BUSY_MAX 3u /* so often a slow owner is asked again */
+#define TIMES_SLOW_MAX 3u /* so often an owner is asked again that can't be ended: it is only slow */
+#define TIMES_DEAF_MAX 3u /* ... that gives signs of life and no answer */
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
-#define ASK_AGAIN_MS 200u /* after a question to an owner that failed for the store's sake */
+#define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
 struct acquire {
     struct volume *vol;
@@ -42,12 +44,13 @@ struct acquire {
     struct header_record new_header;
     struct env_timer timer;
     struct vol_io sync;
+    uint64_t since_ns; /* the first request waits */
     unsigned tries;
     bool inflight;
     struct env_work kill;
     enum status kill_st;
     struct err kill_err;
-    unsigned times_busy;
+    unsigned times_slow, times_deaf;
     /* The owner's session, where it has to be watched. */
     struct session_sight sight;
     bool fence; /* taken together with it */
@@ -126,7 +129,8 @@ static void acquire_fail(struct acquire *a, enum status st, const char *why)
 {
     struct volume *vol = a->vol;
     struct list parked = LIST_INIT(parked);
-    log_warning("volume %s can't be used here: %s", vol->name, why);
+    snprintf(vol->refusal, sizeof vol->refusal, "volume %s can't be used here: %s", vol->name, why);
+    log_warning("%s", vol->refusal);
     acquire_end(a);
     vol->ownership = VOL_UNOWNED;
     list_splice_tail(&parked, &vol->parked);
@@ -148,11 +152,30 @@ static void acquire_again(struct env_timer *timer)
     acquire_read(container_of(timer, struct acquire, timer));
 }
 
-/* Our own session ended: goes on under the next one. */
-static void acquire_later(struct acquire *a)
+static void acquire_later(struct acquire *a, unsigned delay_ms)
 {
     a->timer.fire = acquire_again;
-    env_timer_start(a->vol->shard->env, &a->timer, ADRIFT_MS);
+    env_timer_start(a->vol->shard->env, &a->timer, delay_ms);
+}
+
+/* Whether its owner, which lives, has had the time it is given to let go. */
+static bool has_waited(const struct acquire *a)
+{
+    const struct shard *s = a->vol->shard;
+    return env_now_ns(s->env) - a->since_ns >= (uint64_t)s->owner_wait_ms * 1000000;
+}
+
+/* `who` has it. */
+static void acquire_refuse(struct acquire *a, const char *who)
+{
+    char since[DATE_BYTES], text[400], waited[80] = "";
+    uint64_t ms = (env_now_ns(a->vol->shard->env) - a->since_ns) / 1000000;
+    if (ms >= 1000)
+        snprintf(waited, sizeof waited, ", and was not let go of in %llu s",
+                 (unsigned long long)ms / 1000);
+    snprintf(text, sizeof text, "%.250s since %s%s", who,
+             date_format(a->entry.owner.since_ns, since), waited);
+    acquire_fail(a, ST_PERM, text);
 }
 
 static void acquire_retry(struct acquire *a, unsigned delay_ms)
@@ -161,8 +184,7 @@ static void acquire_retry(struct acquire *a, unsigned delay_ms)
         acquire_fail(a, ST_BUSY, "others change its owner all the time");
         return;
     }
-    a->timer.fire = acquire_again;
-    env_timer_start(a->vol->shard->env, &a->timer, delay_ms);
+    acquire_later(a, delay_ms);
 }
 
 static void own_log(const struct volume *vol, struct state_record *st)
@@ -286,7 +308,7 @@ static void acquire_committed(struct store_commit *commit, enum status st)
     }
     if (!shard_has_session(vol->shard, a->incarnation)) {
         /* It was taken for a session that is over by now: free, and ours no more than others'. */
-        acquire_later(a);
+        acquire_later(a, ADRIFT_MS);
         return;
     }
     if (a->fence)
@@ -328,7 +350,7 @@ static void acquire_take(struct acquire *a)
 
     a->incarnation = s->incarnation;
     if (!shard_has_session(s, s->incarnation)) {
-        acquire_later(a);
+        acquire_later(a, ADRIFT_MS);
         return;
     }
     o->token = a->entry.owner.token + 1;
@@ -393,10 +415,19 @@ static void kill_done(struct env_work *work)
     if (a->kill_st == ST_OK)
         log_warning("volume %s: its owner, process %u, stood still and was ended", a->vol->name,
                     a->entry.owner.pid);
-    if (a->kill_st == ST_OK || (a->kill_st == ST_BUSY && ++a->times_busy < TIMES_BUSY_MAX))
+    if (a->kill_st == ST_OK || (a->kill_st == ST_BUSY && ++a->times_slow < TIMES_SLOW_MAX))
         acquire_retry(a, 1);
     else
         acquire_fail(a, ST_PERM, a->kill_err.text);
+}
+
+/* Nobody waits for it any more. */
+static void acquire_drop(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    acquire_end(a);
+    vol->ownership = VOL_UNOWNED;
+    volume_progress(vol);
 }
 
 static void acquire_asked(struct catalog_op *op)
@@ -409,7 +440,12 @@ static void acquire_asked(struct catalog_op *op)
     a->inflight = false;
     catalog_op_free(op);
     if (st == ST_BUSY) {
-        acquire_fail(a, ST_PERM, e.text);
+        if (list_empty(&vol->parked))
+            acquire_drop(a);
+        else if (has_waited(a))
+            acquire_refuse(a, e.text);
+        else
+            acquire_later(a, ASK_AGAIN_MS);
         return;
     }
     if (s->session->timed) {
@@ -473,8 +509,15 @@ static void acquire_looked(struct store_read *read, enum status st)
         acquire_take(a);
         return;
     }
-    if (sight->n_changes != changes && ++a->times_busy >= TIMES_BUSY_MAX) {
-        acquire_fail(a, ST_PERM, "its owner lives but gives no answer");
+    if (sight->n_changes != changes)
+        a->times_deaf++;
+    if (a->times_deaf >= TIMES_DEAF_MAX && has_waited(a)) {
+        const struct owner_record *o = &a->entry.owner;
+        char who[2 * HOST_BYTES_MAX + 100];
+        snprintf(who, sizeof who,
+                 "process %u on %s (%s), which lives but gives no answer, has it in use", o->pid,
+                 o->host, o->address);
+        acquire_refuse(a, who);
         return;
     }
     uint64_t seen_ns = env_now_ns(s->env) - sight->since_ns;
@@ -532,7 +575,7 @@ static void acquire_got(struct store_read *read, enum status st)
     }
     a->fence = a->by_force = false;
     if (!shard_has_session(s, s->incarnation))
-        acquire_later(a);
+        acquire_later(a, ADRIFT_MS);
     else if (session_none(&entry->owner) ||
              !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES))
         acquire_take(a);
@@ -561,6 +604,7 @@ static void acquire_start(struct volume *vol)
 {
     struct acquire *a = mem_zalloc(sizeof *a);
     a->vol = vol;
+    a->since_ns = env_now_ns(vol->shard->env);
     vol->acquire = a;
     vol->ownership = VOL_ACQUIRING;
     acquire_read(a);

@@ -105,6 +105,7 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     s->env = config->env;
     s->session = config->session;
     s->seal_age_ms = config->seal_age_ms ? config->seal_age_ms : 1000;
+    s->owner_wait_ms = config->owner_wait_ms;
     s->write_bytes_max = config->cache_bytes / 2;
     s->read_bytes_max = config->cache_bytes / 4;
     s->generation_bytes_max =
@@ -157,6 +158,11 @@ void shard_free(struct shard *s)
     blocks_destroy(&s->blocks);
     buf_pool_free(s->pool);
     free(s);
+}
+
+void shard_wait_no_more(struct shard *s)
+{
+    s->owner_wait_ms = 0;
 }
 
 void shard_log_gave_up(struct shard *s)

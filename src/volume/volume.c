@@ -361,6 +361,11 @@ bool volume_is_owned(const struct volume *vol)
     return vol->ownership == VOL_OWNED && !vol->shard->in_doubt;
 }
 
+const char *volume_refusal(const struct volume *vol)
+{
+    return vol->refusal;
+}
+
 void volume_watch_loss(struct volume *vol, struct volume_watcher *w)
 {
     list_add_tail(&vol->watchers, &w->link);

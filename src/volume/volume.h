@@ -43,6 +43,9 @@ struct shard_config {
     uint32_t seal_age_ms;     /* 0: 1000 */
     /* A request that has waited about so long for the store is answered ST_IO; 0: it waits. */
     uint32_t store_timeout_ms;
+    /* For so long (and the moment a question takes) requests wait for another server, which lives,
+     * to let go of their volume. 0: it is asked once. */
+    uint32_t owner_wait_ms;
 };
 
 /* Makes a shard: pool and log. Blocks while the log is written through; before the reactor
@@ -51,6 +54,9 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
 
 /* Frees a shard whose volumes are all closed. */
 void shard_free(struct shard *shard);
+
+/* This process is about to end: requests wait no longer for the owners of volumes. */
+void shard_wait_no_more(struct shard *shard);
 
 /* To be called once after each batch of requests (after parsing what one socket read
  * brought, before sending replies): writes the log records that gathered in one call and
@@ -156,6 +162,10 @@ const char *volume_description(const struct volume *vol);
 
 /* Whether this process owns it just now. While it does not, requests wait for the ownership. */
 bool volume_is_owned(const struct volume *vol);
+
+/* A sentence about the last request that was answered ST_PERM, for whoever sent it: who has the
+ * volume, since when, or why else. Empty where there was none; holds until the loop turns. */
+const char *volume_refusal(const struct volume *vol);
 
 /* Called (reactor thread) when this process lost the volume for good or an administrator
  * evicted it: connections to it must be closed at once; requests in flight are answered

@@ -1,9 +1,9 @@
 """Two servers on one store (G1, G4).
 
 A volume is served by one of them at a time. It moves when its owner's clients are
-idle, is refused with the owner's name while they are not, is taken at once from a
-process that died, and after a lease from one that was stopped, which is ended for
-good.
+idle, is waited for and then refused with the owner's name while they are not, is taken at
+once from a process that died, and after a lease from one that was stopped, which is ended
+for good.
 """
 
 import os
@@ -14,9 +14,11 @@ import time
 import nbd
 import pytest
 
+from harness import rawnbd
 from harness.server import SLOW, Server, wait_until
 
 LEASE_MS = 3000  # the least there is on FoundationDB
+OWNER_WAIT_S = 3
 
 
 def connect(server, name="v"):
@@ -29,8 +31,9 @@ def connect(server, name="v"):
 def two(tmp_path):
     first = Server(tmp_path / "1", {"v": "64M"}, ["--lease-ms", LEASE_MS],
                    store=tmp_path / "store", tcp=False)
-    second = Server(tmp_path / "2", args=["--lease-ms", LEASE_MS], store=tmp_path / "store",
-                    tcp=False)
+    second = Server(tmp_path / "2",
+                    args=["--lease-ms", LEASE_MS, "--owner-wait", OWNER_WAIT_S],
+                    store=tmp_path / "store", tcp=False)
     with first, second:
         yield first, second
 
@@ -68,32 +71,83 @@ def test_G4_volume_moves_from_an_idle_client_and_back(two):
     b.shutdown()
 
 
-def test_G4_volume_in_use_is_refused_with_its_owner(two):
+class Busy:
+    """A client that writes all the time, so that its server does not hand the volume over."""
+
+    def __init__(self, h):
+        self.h, self.stop = h, threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        while not self.stop.is_set():
+            self.h.pwrite(b"y" * 512, 512)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *unused):
+        self.stop.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("how", ["simple", "structured", "extended"])
+def test_G4_volume_in_use_is_refused_with_its_owner(two, how):
     first, second = two
     a = connect(first)
     a.pwrite(b"x" * 512, 0)
-    stop = threading.Event()
-
-    def busy():
-        while not stop.is_set():
-            a.pwrite(b"y" * 512, 512)
-
-    thread = threading.Thread(target=busy)
-    thread.start()
-    try:
-        b = connect(second)
-        with pytest.raises(nbd.Error):
-            b.pwrite(b"z" * 512, 1024)
-        assert f"process {first.pid}" in second.log()
-    finally:
-        stop.set()
-        thread.join()
+    b = rawnbd.connect(second, "v", structured=how == "structured", extended=how == "extended")
+    with Busy(a):
+        began = time.monotonic()
+        done = b.call(rawnbd.CMD_WRITE, 1024, payload=b"z" * 512)
+        took = time.monotonic() - began
+    assert done.error == rawnbd.EPERM
+    assert OWNER_WAIT_S <= took < OWNER_WAIT_S + 3 * SLOW
+    said = [line for line in second.log().splitlines() if f"process {first.pid}" in line]
+    assert len(said) == 1, second.log_tail()
+    for part in ("volume v ", f"unix:{first.socket_path}", " since 20", os.uname().nodename):
+        assert part in said[0]
+        if how != "simple":
+            assert part in done.chunks[-1].message
     assert a.pread(512, 1024) == bytes(512)
     a.shutdown()
-    # Now that the first is silent the same connection gets through.
-    b.pwrite(b"z" * 512, 1024)
-    assert b.pread(512, 0) == b"x" * 512
-    b.shutdown()
+    # Now that the first is gone the same connection gets through.
+    b.write(1024, b"z" * 512)
+    assert b.read(0, 512) == b"x" * 512
+    b.close()
+
+
+def test_G4_volume_in_use_is_waited_for(two):
+    first, second = two
+    a, b = connect(first), rawnbd.connect(second, "v")
+    a.pwrite(b"x" * 512, 0)
+    with Busy(a):
+        cookie = b.request(rawnbd.CMD_WRITE, 1024, payload=b"z" * 512)
+        b.expect_silent(1)
+    began = time.monotonic()
+    b.result(cookie).check()
+    assert time.monotonic() - began < 1.5 * SLOW
+    assert b.read(0, 512) == b"x" * 512 and b.read(512, 512) == b"y" * 512
+    a.shutdown()
+    b.close()
+
+
+def test_who_waits_for_an_owner_does_not_keep_a_server_from_ending(two):
+    first, second = two
+    a = connect(first)
+    a.pwrite(b"x" * 512, 0)
+    second.stop()
+    second.args[-1] = "60"
+    second.start()
+    b = rawnbd.connect(second, "v")
+    with Busy(a):
+        b.request(rawnbd.CMD_READ, 0, 512)
+        b.expect_silent(0.5)
+        began = time.monotonic()
+        second.stop()
+        assert time.monotonic() - began < 5 * SLOW
+    second.start()
+    a.shutdown()
 
 
 @pytest.mark.lmdb("only here a process is known to be dead; fdb/test_gateways.py")

@@ -1027,7 +1027,8 @@ struct process *process_start(struct drv *d)
                                   .log_bytes = d->c.log_bytes,
                                   .no_log = d->c.no_log,
                                   .seal_age_ms = d->c.seal_age_ms,
-                                  .store_timeout_ms = d->c.store_timeout_ms};
+                                  .store_timeout_ms = d->c.store_timeout_ms,
+                                  .owner_wait_ms = d->c.owner_wait_ms};
     if (shard_new(&config, &p->shard, &e) != ST_OK)
         drv_violation(d, "no shard: %s", e.text);
     return p;

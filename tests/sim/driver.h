@@ -32,6 +32,7 @@ struct drv_config {
     uint64_t log_bytes;
     uint32_t seal_age_ms;
     uint32_t store_timeout_ms;
+    uint32_t owner_wait_ms;
     bool resize;       /* sizes change now and then */
     bool expect_nospc; /* writes may be refused; not checked against the array */
     bool faults;       /* requests may fail with ST_IO */

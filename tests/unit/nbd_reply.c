@@ -32,7 +32,7 @@ static void simple_replies(void **state)
     struct nbd_reply_to t = to(false, false);
     check_bytes(p, nbd_put_simple(p, cookie, 0), "67446698" "00000000" COOKIE);
     check_bytes(p, nbd_put_success(p, &t, true), "67446698" "00000000" COOKIE);
-    check_bytes(p, nbd_put_error(p, &t, NBD_EIO), "67446698" "00000005" COOKIE);
+    check_bytes(p, nbd_put_error(p, &t, NBD_EIO, 0), "67446698" "00000005" COOKIE);
 }
 
 static void structured_replies(void **state)
@@ -49,8 +49,10 @@ static void structured_replies(void **state)
     check_bytes(p, nbd_put_status(p, &t, 1, 7, 2), "668e33ef" "0001" "0005" COOKIE "00000014"
                                                    "00000007");
     check_bytes(p, nbd_put_extent(p, false, 4096, 3), "00001000" "00000003");
-    check_bytes(p, nbd_put_error(p, &t, NBD_EPERM),
+    check_bytes(p, nbd_put_error(p, &t, NBD_EPERM, 0),
                 "668e33ef" "0001" "8001" COOKIE "00000006" "00000001" "0000");
+    check_bytes(p, nbd_put_error(p, &t, NBD_EPERM, 300),
+                "668e33ef" "0001" "8001" COOKIE "00000132" "00000001" "012c");
     check_bytes(p, nbd_put_error_offset(p, &t, NBD_EIO, 0x3000),
                 "668e33ef" "0001" "8002" COOKIE "0000000e" "00000005" "0000" "0000000000003000");
 }
@@ -74,7 +76,7 @@ static void extended_replies(void **state)
                 "6e8a278c" "0000" "0006" COOKIE EXTENDED_OFFSET "0000000000000018"
                 "00000007" "00000001");
     check_bytes(p, nbd_put_extent(p, true, 1ull << 40, 3), "0000010000000000" "0000000000000003");
-    check_bytes(p, nbd_put_error(p, &t, NBD_ENOSPC),
+    check_bytes(p, nbd_put_error(p, &t, NBD_ENOSPC, 0),
                 "6e8a278c" "0001" "8001" COOKIE EXTENDED_OFFSET "0000000000000006"
                 "0000001c" "0000");
     size_t n = nbd_put_error_offset(p, &t, NBD_EIO, 0x3000);

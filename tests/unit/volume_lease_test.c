@@ -38,18 +38,24 @@ static uint64_t now_ms(const struct scene *s)
     return sim_now_ns(s->d->sim) / NS_PER_MS;
 }
 
-static void begin(struct scene *s, uint64_t seed, unsigned n)
+static void begin_waiting(struct scene *s, uint64_t seed, unsigned n, uint32_t owner_wait_ms)
 {
     struct drv_config config = {.seed = seed,
                                 .size = 1u << 20,
                                 .block_size = 4096,
                                 .codec = -1,
+                                .owner_wait_ms = owner_wait_ms,
                                 .store = {.needs_heartbeat = true}};
     *s = (struct scene){.d = drv_new(&config)};
     while (s->n < n) {
         s->p[s->n] = process_start(s->d);
         process_open(s->d, s->p[s->n++]);
     }
+}
+
+static void begin(struct scene *s, uint64_t seed, unsigned n)
+{
+    begin_waiting(s, seed, n, 0);
 }
 
 static void end(struct scene *s)
@@ -500,6 +506,52 @@ static void living_owner_is_not_replaced(void **state)
             assert_int_equal(heard(&s, &knock, 60000), ST_OK);
         }
         assert_sound(&s);
+        end(&s);
+    }
+}
+
+/* With time given to an owner that is busy: whoever waits has the volume soon after that fell
+ * idle, or is refused when the time is over and not sooner, with a sentence that says by whom. */
+static void busy_owner_is_waited_for(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("busy owner", 10, 0);
+    for (uint64_t i = 0; i < seeds.count; i++) {
+        enum { WAIT_MS = 5000 };
+        struct scene s;
+        struct ask knock, other;
+        begin_waiting(&s, seeds.first + i, 2, WAIT_MS);
+        struct process *a = s.p[0], *b = s.p[1];
+        assert_int_equal(put(&s, a, 0, 1), ST_OK);
+        uint64_t asked = now_ms(&s), busy_ms = drv_below(s.d, 2 * WAIT_MS);
+        read_begins(&knock, b, 0);
+        read_begins(&other, b, 4096);
+        while (now_ms(&s) - asked < busy_ms && knock.waits) {
+            assert_int_equal(put(&s, a, 0, 2), ST_OK);
+            run_ms(&s, 20);
+        }
+        enum status st = heard(&s, &knock, 60000);
+        uint64_t took_ms = now_ms(&s) - asked;
+        assert_sound(&s);
+        /* The wait and a question, which takes 100 ms of the owner's, and again after 200. */
+        if (busy_ms < WAIT_MS - 300)
+            assert_int_equal(st, ST_OK);
+        if (st == ST_OK) {
+            assert_in_range(took_ms, busy_ms, busy_ms + 700);
+            assert_int_equal(knock.byte, 2);
+        } else {
+            char pid[32];
+            assert_int_equal(st, ST_PERM);
+            assert_in_range(took_ms, WAIT_MS, WAIT_MS + 500);
+            snprintf(pid, sizeof pid, "process %u on ", a->session.pid);
+            assert_non_null(strstr(volume_refusal(b->vol), pid));
+            assert_non_null(strstr(volume_refusal(b->vol), " since 2"));
+            /* Whoever waited with it is refused with it. */
+            assert_false(other.waits);
+            assert_int_equal(other.io.st, ST_PERM);
+        }
+        heard(&s, &other, 60000);
+        assert_false(a->lost || b->lost);
         end(&s);
     }
 }
@@ -960,6 +1012,7 @@ int main(void)
         cmocka_unit_test(stopped_owner_whom_nobody_missed_goes_on),
         cmocka_unit_test(stopped_owner_is_replaced),
         cmocka_unit_test(living_owner_is_not_replaced),
+        cmocka_unit_test(busy_owner_is_waited_for),
         cmocka_unit_test(heartbeat_alone_keeps_a_volume),
         cmocka_unit_test(one_of_two_challengers_wins),
         cmocka_unit_test(fenced_sessions_other_volumes_are_free),
