@@ -141,16 +141,13 @@ static void reactor_init(struct reactor *r, struct gateway *g)
 
 /* --- who a process is ------------------------------------------------------------------- */
 
-void __real_process_self(struct process_id *id);
-bool __real_process_ended(const struct process_id *id);
-pid_t __real_getpid(void);
-int __real_gethostname(char *name, size_t len);
 void __wrap_process_self(struct process_id *id);
 bool __wrap_process_ended(const struct process_id *id);
 pid_t __wrap_getpid(void);
 int __wrap_gethostname(char *name, size_t len);
 
-/* Whose event runs just now. */
+/* Whose event runs just now. (What is no gateway is nobody's process: it can't be told whether
+ * it lives, on a host where no gateway is.) */
 static const struct gateway *running(void)
 {
     const struct sim_env *env = newest ? sim_running(newest->sim) : NULL;
@@ -160,19 +157,14 @@ static const struct gateway *running(void)
 void __wrap_process_self(struct process_id *id)
 {
     const struct gateway *g = running();
-    if (g)
-        *id = g->id;
-    else
-        __real_process_self(id);
+    *id = g ? g->id : (struct process_id){0};
 }
 
 bool __wrap_process_ended(const struct process_id *id)
 {
     const struct gateway *asks = running();
-    if (!asks)
-        return __real_process_ended(id);
     /* (After a boot of its host its processes can't be told from those of another machine.) */
-    if (memcmp(id->boot, asks->id.boot, sizeof id->boot) != 0)
+    if (!asks || memcmp(id->boot, asks->id.boot, sizeof id->boot) != 0)
         return false;
     for (const struct gateway *g = newest; g; g = g->older)
         if (!memcmp(&g->id, id, sizeof *id))
@@ -183,15 +175,16 @@ bool __wrap_process_ended(const struct process_id *id)
 pid_t __wrap_getpid(void)
 {
     const struct gateway *g = running();
-    return g ? (pid_t)g->id.pid : __real_getpid();
+    return g ? (pid_t)g->id.pid : 1;
 }
 
 int __wrap_gethostname(char *name, size_t len)
 {
     const struct gateway *g = running();
-    if (!g)
-        return __real_gethostname(name, len);
-    snprintf(name, len, "host-%u", g->config.host);
+    if (g)
+        snprintf(name, len, "host-%u", g->config.host);
+    else
+        snprintf(name, len, "elsewhere");
     return 0;
 }
 
@@ -316,6 +309,14 @@ static void begin(void *arg)
     go_on(g);
 }
 
+static void kill_owner(void *arg, struct store *store)
+{
+    (void)arg;
+    for (struct gateway *g = newest; g; g = g->older)
+        if (g->store == store)
+            gateway_crash(g, false);
+}
+
 struct gateway *gateway_start(const struct gateway_config *config, const char *name)
 {
     CHECK(config->lanes >= 1 && config->lanes <= LANES_MAX && config->host < NET_HOSTS_MAX);
@@ -334,6 +335,7 @@ struct gateway *gateway_start(const struct gateway_config *config, const char *n
     for (unsigned i = 0; i < config->lanes; i++)
         reactor_init(&g->reactors[i], g);
     g->store = simstore_attach(config->store, g->reactors[0].env);
+    simstore_on_kill(config->store, kill_owner, NULL);
 
     g->server_config = (struct server_config){.store = g->store,
                                               .shared = config->shared,
@@ -436,7 +438,7 @@ void gateway_resume(struct gateway *g)
 
 void gateway_cut_store(struct gateway *g, bool cut)
 {
-    if (is_gone(g))
+    if (is_gone(g) || simstore_kind(g->config.store) == SIMSTORE_LOG)
         return;
     trace(g->name, cut ? "is cut off from the store" : "reaches the store again");
     simstore_cut(g->config.store, g->store, cut);

@@ -49,7 +49,8 @@ void gateway_crash(struct gateway *g, bool host_too);
 /* SIGSTOP and SIGCONT. */
 void gateway_pause(struct gateway *g);
 void gateway_resume(struct gateway *g);
-/* Its way to the store: cut, everything it sends waits (or is lost) until healed. */
+/* Its way to the store: cut, everything it sends waits (or is lost) until healed. (Nothing to cut
+ * on SIMSTORE_LOG.) */
 void gateway_cut_store(struct gateway *g, bool cut);
 
 /* For checks from outside (G4): whether it takes itself for the owner, and would answer, if it
