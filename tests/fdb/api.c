@@ -26,11 +26,15 @@ void lock(void)
 
 void unlock(void)
 {
+    if (g.instant)
+        events_instant();
     pthread_mutex_unlock(&g.lock);
 }
 
 bool on_network_thread(void)
 {
+    if (g.manual)
+        return g.manual_running;
     return g.network_running && pthread_equal(pthread_self(), g.network_thread);
 }
 
@@ -250,7 +254,7 @@ static void protocol_answer(struct event *e)
     uint64_t protocol = g.config.incompatible ? other : protocol_of(g.config.api);
     if (g.config.down || protocol == (uint64_t)e->version) {
         /* Asked again until it answers, or another than the expected. */
-        struct event *again = event_new(protocol_answer, f, NULL);
+        struct event *again = event_new(WAY_LOCAL, protocol_answer, f, NULL);
         again->version = e->version;
         again->idle = true;
         event_post(again, 5000000);
@@ -263,11 +267,11 @@ static void protocol_answer(struct event *e)
 EXPORT FDBFuture *fdb_database_get_server_protocol(FDBDatabase *db, uint64_t expected)
 {
     lock();
-    FDBFuture *f = future_new(F_UINT64);
+    FDBFuture *f = future_new(F_UINT64, db);
     if (db->error) {
         future_settle(f, db->error);
     } else {
-        struct event *e = event_new(protocol_answer, f, NULL);
+        struct event *e = event_new(WAY_LOCAL, protocol_answer, f, NULL);
         e->version = (int64_t)expected;
         event_post(e, random_delay_ns());
     }

@@ -180,7 +180,7 @@ static void timer_start(FDBTransaction *t)
     t->timer++;
     if (t->options.timeout_ms <= 0)
         return;
-    struct event *e = event_new(timer_ends, NULL, t);
+    struct event *e = event_new(WAY_LOCAL, timer_ends, NULL, t);
     e->gen = t->timer;
     e->idle = true;
     uint64_t due = t->creation_ns + (uint64_t)t->options.timeout_ms * 1000000u, now = now_ns();
@@ -282,7 +282,7 @@ static bool enter_mute(FDBTransaction *t, const char *what)
 /* A future of a new operation, which has failed already where `error` is set. */
 static FDBFuture *begin(FDBTransaction *t, enum future_kind kind, enum op op, fdb_error_t error)
 {
-    FDBFuture *f = future_new(kind);
+    FDBFuture *f = future_new(kind, t ? t->db : NULL);
     if (error)
         future_settle(f, error);
     else
@@ -590,8 +590,7 @@ EXPORT FDBFuture *fdb_transaction_get(FDBTransaction *t, const uint8_t *key, int
         f = begin(t, F_VALUE, OP_OTHER, t->reset_error);
         if (!t->reset_error) {
             f->key = blob_new(key, (size_t)key_len);
-            struct event *e = event_new(special_answer, f, t);
-            e->server = true;
+            struct event *e = event_new(WAY_REQUEST, special_answer, f, t);
             event_post(e, random_delay_ns());
         }
         unlock();
@@ -601,7 +600,7 @@ EXPORT FDBFuture *fdb_transaction_get(FDBTransaction *t, const uint8_t *key, int
     if (!error && outside_reads(t, key, key_len, false))
         error = E_OUTSIDE;
     if (error || key_too_long(key, key_len)) {
-        f = future_new(F_VALUE);
+        f = future_new(F_VALUE, t->db);
         future_settle(f, error); /* no key is that long: not there */
         unlock();
         return f;
@@ -834,8 +833,7 @@ static FDBFuture *estimate(FDBTransaction *t, enum future_kind kind, const uint8
     if (!error) {
         f->range.begin.key = blob_new(begin_key, (size_t)begin_len);
         f->range.end.key = blob_new(end_key, (size_t)end_len);
-        struct event *e = event_new(estimate_arrives, f, t);
-        e->server = true;
+        struct event *e = event_new(WAY_REQUEST, estimate_arrives, f, t);
         e->version = chunk;
         event_post(e, random_delay_ns());
     }
@@ -1170,7 +1168,7 @@ EXPORT FDBFuture *fdb_transaction_on_error(FDBTransaction *t, fdb_error_t code)
             delay_ns > (uint64_t)g.config.retry_delay_us_max * 1000u)
             delay_ns = (uint64_t)g.config.retry_delay_us_max * 1000u;
         forget_version(t);
-        event_post(event_new(delay_ends, f, t), delay_ns);
+        event_post(event_new(WAY_LOCAL, delay_ends, f, t), delay_ns);
     }
     unlock();
     return f;

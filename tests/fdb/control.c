@@ -292,6 +292,8 @@ static void control_forget_versions(void)
 static bool control_settle(unsigned timeout_ms)
 {
     struct timespec until;
+    if (g.manual)
+        return !events_pending();
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += timeout_ms / 1000;
     until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
@@ -306,6 +308,69 @@ static bool control_settle(unsigned timeout_ms)
             break;
     unlock();
     return !pending;
+}
+
+static void control_manual(uint64_t (*now)(void *arg), void (*wake)(void *arg, uint64_t due_ns),
+                           void *arg)
+{
+    lock();
+    CHECK(!g.network_running);
+    int64_t version = version_now();
+    g.manual = true;
+    g.clock = now;
+    g.wake = wake;
+    g.clock_arg = arg;
+    /* Versions go on from where they were, with the new clock. */
+    g.version_base = version;
+    g.version_base_ns = now_ns();
+    unlock();
+}
+
+static void control_run_due(void)
+{
+    lock();
+    events_run_due();
+    unlock();
+}
+
+static uint64_t control_next_due_ns(void)
+{
+    lock();
+    uint64_t due_ns = events_next_due_ns();
+    unlock();
+    return due_ns;
+}
+
+static void control_instant(bool on)
+{
+    lock();
+    CHECK(g.manual);
+    g.instant = on;
+    unlock();
+}
+
+static void control_cut(void *db, bool cut)
+{
+    lock();
+    link_cut(db, cut);
+    pthread_cond_signal(&g.work);
+    unlock();
+}
+
+static void control_pause(void *db, bool paused)
+{
+    lock();
+    CHECK(g.manual);
+    link_pause(db, paused);
+    unlock();
+}
+
+static void control_die(void *db)
+{
+    lock();
+    CHECK(g.manual);
+    link_die(db);
+    unlock();
 }
 
 EXPORT const struct fdb_double fdb_double = {
@@ -327,4 +392,11 @@ EXPORT const struct fdb_double fdb_double = {
     .version = control_version,
     .forget_versions = control_forget_versions,
     .settle = control_settle,
+    .manual = control_manual,
+    .run_due = control_run_due,
+    .next_due_ns = control_next_due_ns,
+    .instant = control_instant,
+    .cut = control_cut,
+    .pause = control_pause,
+    .die = control_die,
 };

@@ -16,6 +16,10 @@
  * loaded: FDB_DOUBLE="seed=7,unknown_happened=50,delay_us_max=300" (names of FDB_DOUBLE_CONFIG).
  *
  * There is one cluster for all databases that are opened. Any thread may call any of this.
+ *
+ * With `manual` there is no network thread: whoever owns the clock runs what is due, and all
+ * callbacks are called from there (a simulator, in one thread). So it replays exactly.
+ *
  * Requests are decided (faults, delays) in the order in which they are made, from one seeded
  * generator: what the same calls in the same order meet is the same.
  */
@@ -56,6 +60,8 @@
     X(timeout_late, 0)     /* 1031 at once; arrives within late_ms_max, conflicts checked then */  \
     X(cancelled_late, 0)   /* 1101, likewise */                                                    \
     X(late_ms_max, 20)                                                                             \
+    X(commit_slow, 0) /* it, or its answer, takes up to slow_ms_max longer */                      \
+    X(slow_ms_max, 50)                                                                             \
     /* faults of watches, one in N */                                                              \
     X(watch_cancelled, 0)     /* 1101 */                                                           \
     X(watch_future, 0)        /* 1009 */                                                           \
@@ -100,6 +106,10 @@
     X(watch_spurious)                                                                              \
     X(late_landed) /* commits given up by their caller that happened afterwards */                 \
     X(late_refused)                                                                                \
+    X(commit_slow)                                                                                 \
+    X(unknown_answers) /* commits answered with 1021, 1031, 1039 or 1101 */                        \
+    X(cut_unknown)     /* of these, those that were to be told that it happened when a cut came */ \
+    X(away_landed)     /* commits that happened while their database was dead, paused or cut */    \
     X(watches_fired)                                                                               \
     X(grvs_batch) /* asked with PRIORITY_BATCH */                                                  \
     X(commits_batch)                                                                               \
@@ -185,6 +195,28 @@ struct fdb_double {
      * is held up by `down` and its like. False: not within so many milliseconds. Not from a
      * callback. */
     bool (*settle)(unsigned timeout_ms);
+
+    /* Before the network is started, and for good: fdb_run_network() returns at once, and time
+     * is what `now` says, in ns. What is due is run by run_due(), on the calling thread, which
+     * counts as the network thread meanwhile. next_due_ns(): when to call that, UINT64_MAX: there
+     * is nothing. `wake` is called when that became earlier, from inside a call of the library,
+     * but not of run_due(); it may not call back. */
+    void (*manual)(uint64_t (*now)(void *arg), void (*wake)(void *arg, uint64_t due_ns), void *arg);
+    void (*run_due)(void);
+    uint64_t (*next_due_ns)(void);
+    /* manual: while on, everything asked for is answered inside the call, without faults and
+     * whatever is down or cut: for what blocks, which has no duration then. */
+    void (*instant)(bool on);
+
+    /* What happens to one client; `db` is its FDBDatabase. Cut off: nothing passes, either way,
+     * but what was behind the place of the cut. After it was healed, commits that were under
+     * way arrive late, or end as unknown (1021). */
+    void (*cut)(void *db, bool cut);
+    /* manual: its process stands still. What it had not handed over waits, and so do answers. */
+    void (*pause)(void *db, bool paused);
+    /* manual: its process has died. Commits that were handed over arrive; it is never called
+     * back, and what it had is never freed. */
+    void (*die)(void *db);
 };
 
 #endif

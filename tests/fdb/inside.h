@@ -250,6 +250,7 @@ struct range_request {
 struct FDB_future {
     uint32_t magic;
     uint32_t refs;
+    FDBDatabase *db; /* a reference; NULL: of a call that named none */
     enum future_kind kind;
     bool settled; /* decided, perhaps not to be seen yet */
     bool ready, released, destroyed, calling;
@@ -282,15 +283,25 @@ struct FDB_future {
     uint64_t delay_ns, answer_delay_ns;
 };
 
+/* Between whom something happens: what a cut holds up, or a process that stands still. */
+enum way {
+    WAY_LOCAL,   /* in the client */
+    WAY_REQUEST, /* from the client to the cluster */
+    WAY_ANSWER,  /* back */
+    WAY_CLUSTER, /* in the cluster */
+};
+
 struct event {
     uint64_t due_ns, seq;
     void (*run)(struct event *e);
-    bool server; /* happens in the cluster: not while that is down */
-    bool batch;  /* not while batch priority is stopped */
-    bool idle;   /* nobody waits for it: a timer */
+    enum way way;
+    bool batch;   /* not while batch priority is stopped */
+    bool idle;    /* nobody waits for it: a timer */
+    bool through; /* was past the place of the cut */
+    bool unsent;  /* a request that its process had not yet handed over when it stood still */
     FDBFuture *f;
     FDBTransaction *t;
-    FDBDatabase *db;
+    FDBDatabase *db; /* a reference; of f or t, else NULL */
     struct commit *commit;
     struct watch *watch;
     uint64_t gen;
@@ -299,13 +310,19 @@ struct event {
 };
 
 uint64_t now_ns(void);
-struct event *event_new(void (*run)(struct event *e), FDBFuture *f, FDBTransaction *t);
+struct event *event_new(enum way way, void (*run)(struct event *e), FDBFuture *f,
+                        FDBTransaction *t);
 void event_post(struct event *e, uint64_t delay_ns);
 void event_free(struct event *e);
 void events_release_held(void); /* those held up may run, as far as the settings allow now */
 bool events_pending(void);      /* any that somebody may wait for */
+/* Looks at all that is on its way from or to `db`; false from `see`: it is dropped. */
+void events_each(FDBDatabase *db, bool (*see)(struct event *e, uint64_t now));
+void events_instant(void); /* runs what was asked for while `instant` is on */
+void events_run_due(void);
+uint64_t events_next_due_ns(void); /* UINT64_MAX: none */
 
-FDBFuture *future_new(enum future_kind kind);
+FDBFuture *future_new(enum future_kind kind, FDBDatabase *db);
 FDBFuture *future_ref(FDBFuture *f);
 void future_unref(FDBFuture *f);
 /* The result is there (filled in before) or the error. Any thread; nothing happens to one
@@ -337,7 +354,7 @@ struct commit {
     struct ranges reads, writes;
     int64_t read_version;
     enum fate fate;
-    bool given_up;       /* its caller was told something before it arrived */
+    bool given_up;       /* its caller is told something before it arrives */
     FDBFuture *f;        /* NULL: not sent */
     struct event *event; /* on its way */
     uint64_t bytes, charged_bytes;
@@ -362,6 +379,10 @@ void version_request(FDBTransaction *t);
 void read_send(FDBFuture *f);
 struct commit *commit_new(FDBTransaction *t); /* takes its writes and read conflicts */
 void commit_send(FDBFuture *f, FDBTransaction *t, struct commit *c);
+/* What happens to one database, as double.h has it. The lock is held. */
+void link_cut(FDBDatabase *db, bool cut);
+void link_pause(FDBDatabase *db, bool paused);
+void link_die(FDBDatabase *db);
 fdb_error_t commit_decide(struct commit *c, int64_t *version);
 void batch_end(void); /* what it took in can be seen from now on */
 void commit_free(struct commit *c);
@@ -387,6 +408,7 @@ struct FDB_database {
     fdb_error_t error; /* what every operation gets */
     struct txn_options defaults;
     uint64_t watches_max, watches;
+    bool cut, paused, dead;
 };
 
 struct FDB_transaction {
@@ -443,6 +465,12 @@ struct double_state {
     bool network_setup, network_ran, network_running, network_stop;
     bool dispatching; /* an event or a callback is running */
     pthread_t network_thread;
+    /* No thread: whoever has the clock calls. */
+    bool manual, manual_running;
+    uint64_t (*clock)(void *arg);
+    void (*wake)(void *arg, uint64_t due_ns);
+    void *clock_arg;
+    bool instant; /* what is asked for is answered inside the call, whatever the settings say */
     struct fdb_double_config config;
     struct fdb_double_counts counts;
     uint64_t random;

@@ -16,24 +16,32 @@ static struct event **heap;
 static size_t heap_n, heap_cap;
 static struct event **held; /* in order: the cluster does not answer them now */
 static size_t held_n, held_cap;
+static struct event **instants; /* in order: they run before the call that made them returns */
+static size_t instants_first, instants_n, instants_cap;
 static uint64_t event_seq;
 static struct list fires = LIST_INIT(fires); /* futures whose callbacks are due */
 
 uint64_t now_ns(void)
 {
     struct timespec t;
+    if (g.manual)
+        return g.clock(g.clock_arg);
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 /* --- events ---------------------------------------------------------------------------- */
 
-struct event *event_new(void (*run)(struct event *e), FDBFuture *f, FDBTransaction *t)
+struct event *event_new(enum way way, void (*run)(struct event *e), FDBFuture *f,
+                        FDBTransaction *t)
 {
     struct event *e = mem_zalloc(sizeof *e);
+    FDBDatabase *db = t ? t->db : f ? f->db : NULL;
+    e->way = way;
     e->run = run;
     e->f = f ? future_ref(f) : NULL;
     e->t = t ? txn_ref(t) : NULL;
+    e->db = db ? db_ref(db) : NULL;
     e->gen = t ? t->gen : 0;
     return e;
 }
@@ -80,8 +88,12 @@ static void heap_push(struct event *e)
     mem_grow(&heap, &heap_cap, heap_n + 1, sizeof *heap);
     heap[heap_n++] = e;
     heap_up(heap_n - 1);
-    if (heap[0] == e)
+    if (heap[0] != e)
+        return;
+    if (!g.manual)
         pthread_cond_signal(&g.work);
+    else if (!g.manual_running && g.wake)
+        g.wake(g.clock_arg, e->due_ns);
 }
 
 static struct event *heap_pop(void)
@@ -97,14 +109,24 @@ void event_post(struct event *e, uint64_t delay_ns)
 {
     e->seq = event_seq++;
     e->due_ns = now_ns() + delay_ns;
-    heap_push(e);
+    if (g.instant && !e->idle) {
+        mem_grow(&instants, &instants_cap, instants_first + instants_n + 1, sizeof *instants);
+        instants[instants_first + instants_n++] = e;
+    } else {
+        heap_push(e);
+    }
 }
 
 static bool is_held(const struct event *e)
 {
-    if (!e->server)
+    if (e->way != WAY_LOCAL &&
+        (g.config.down || g.config.incompatible || (e->batch && g.config.batch_stopped)))
+        return true;
+    if (!e->db)
         return false;
-    return g.config.down || g.config.incompatible || (e->batch && g.config.batch_stopped);
+    if (e->db->cut && !e->through && (e->way == WAY_REQUEST || e->way == WAY_ANSWER))
+        return true;
+    return e->db->paused && (e->way == WAY_LOCAL || e->way == WAY_ANSWER || e->unsent);
 }
 
 void events_release_held(void)
@@ -117,6 +139,40 @@ void events_release_held(void)
             heap_push(held[i]);
     }
     held_n = kept;
+}
+
+static size_t look(struct event **events, size_t n, FDBDatabase *db,
+                   bool (*see)(struct event *e, uint64_t now))
+{
+    uint64_t now = now_ns();
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (events[i]->db != db || see(events[i], now))
+            events[kept++] = events[i];
+        else
+            event_free(events[i]);
+    }
+    return kept;
+}
+
+static int order(const void *a, const void *b)
+{
+    return earlier(*(struct event *const *)a, *(struct event *const *)b) ? -1 : 1;
+}
+
+void events_each(FDBDatabase *db, bool (*see)(struct event *e, uint64_t now))
+{
+    /* In their order, so that chance falls the same way every time. What is sorted is a heap, and
+     * is again after times were changed. */
+    if (heap_n)
+        qsort(heap, heap_n, sizeof *heap, order);
+    heap_n = look(heap, heap_n, db, see);
+    if (heap_n)
+        qsort(heap, heap_n, sizeof *heap, order);
+    held_n = look(held, held_n, db, see);
+    events_release_held();
+    if (heap_n && g.manual && g.wake)
+        g.wake(g.clock_arg, heap[0]->due_ns);
 }
 
 bool events_pending(void)
@@ -148,9 +204,10 @@ void graves_free(void)
     }
 }
 
-FDBFuture *future_new(enum future_kind kind)
+FDBFuture *future_new(enum future_kind kind, FDBDatabase *db)
 {
     FDBFuture *f = mem_zalloc(sizeof *f);
+    f->db = db ? db_ref(db) : NULL;
     f->magic = FUTURE_MAGIC;
     f->refs = 1;
     f->kind = kind;
@@ -195,6 +252,8 @@ void future_unref(FDBFuture *f)
     CHECK(f->destroyed && !f->txn);
     future_drop_result(f);
     future_drop_operation(f);
+    if (f->db)
+        db_unref(f->db);
     f->magic = DEAD_MAGIC;
     bury(f);
 }
@@ -227,7 +286,7 @@ void future_settle(FDBFuture *f, fdb_error_t error)
     if (on_network_thread())
         future_show(f);
     else
-        event_post(event_new(show_later, f, NULL), 0);
+        event_post(event_new(WAY_LOCAL, show_later, f, NULL), 0);
 }
 
 /* --- what programs call ---------------------------------------------------------------- */
@@ -290,6 +349,9 @@ EXPORT fdb_error_t fdb_future_block_until_ready(FDBFuture *f)
         error = E_INVALID;
     } else if (!f->ready && on_network_thread()) {
         violation("fdb_future_block_until_ready in a callback");
+        error = E_BLOCKED;
+    } else if (!f->ready && g.manual) {
+        violation("fdb_future_block_until_ready without a network thread");
         error = E_BLOCKED;
     } else {
         while (!f->ready)
@@ -419,6 +481,10 @@ static void fire(void)
     for (struct list *l; (l = list_pop(&fires));) {
         FDBFuture *f = container_of(l, FDBFuture, fire_link);
         FDBCallback callback = f->callback;
+        if (f->db && f->db->dead) {
+            future_unref(f);
+            continue;
+        }
         f->callback = NULL;
         g.dispatching = f->calling = true;
         unlock();
@@ -429,6 +495,59 @@ static void fire(void)
     }
 }
 
+static void run(struct event *e)
+{
+    e->run(e);
+    event_free(e);
+    fire();
+}
+
+static bool manual_begin(void)
+{
+    CHECK(g.manual);
+    bool was = g.manual_running;
+    g.manual_running = true;
+    return was;
+}
+
+void events_run_due(void)
+{
+    bool was = manual_begin();
+    CHECK(!was);
+    uint64_t now = now_ns();
+    while (heap_n && heap[0]->due_ns <= now) {
+        struct event *e = heap_pop();
+        if (e->db && e->db->dead && e->way != WAY_REQUEST) {
+            event_free(e);
+        } else if (is_held(e)) {
+            mem_grow(&held, &held_cap, held_n + 1, sizeof *held);
+            held[held_n++] = e;
+        } else {
+            run(e);
+        }
+    }
+    g.manual_running = false;
+}
+
+uint64_t events_next_due_ns(void)
+{
+    return heap_n ? heap[0]->due_ns : UINT64_MAX;
+}
+
+void events_instant(void)
+{
+    if (!instants_n || g.manual_running)
+        return;
+    manual_begin();
+    while (instants_n) {
+        struct event *e = instants[instants_first++];
+        if (!--instants_n)
+            instants_first = 0;
+        run(e);
+    }
+    g.manual_running = false;
+}
+
 EXPORT fdb_error_t fdb_run_network(void)
 {
     lock();
@@ -437,7 +556,12 @@ EXPORT fdb_error_t fdb_run_network(void)
         unlock();
         return error;
     }
-    g.network_ran = g.network_running = true;
+    g.network_ran = true;
+    if (g.manual) {
+        unlock();
+        return 0;
+    }
+    g.network_running = true;
     g.network_thread = pthread_self();
     while (!g.network_stop) {
         uint64_t now = now_ns();

@@ -29,13 +29,14 @@ uint64_t chance_below(uint64_t n)
 
 bool one_in(int64_t n)
 {
-    return n > 0 && chance_below((uint64_t)n) == 0;
+    return n > 0 && !g.instant && chance_below((uint64_t)n) == 0;
 }
 
 uint64_t random_delay_ns(void)
 {
-    return g.config.delay_us_max > 0 ? chance_below((uint64_t)g.config.delay_us_max * 1000u + 1u)
-                                     : 0;
+    return g.config.delay_us_max > 0 && !g.instant
+               ? chance_below((uint64_t)g.config.delay_us_max * 1000u + 1u)
+               : 0;
 }
 
 fdb_error_t fault_of_read(void)
@@ -96,10 +97,9 @@ static void version_answer(struct event *e)
 
 static void version_arrives(struct event *e)
 {
-    struct event *answer = event_new(version_answer, NULL, e->t);
+    struct event *answer = event_new(WAY_ANSWER, version_answer, NULL, e->t);
     answer->gen = e->gen;
     answer->version = version_now();
-    answer->server = true;
     event_post(answer, random_delay_ns());
 }
 
@@ -115,8 +115,7 @@ void version_request(FDBTransaction *t)
         g.counts.grv_delayed++;
         delay_ns += (uint64_t)g.config.grv_delay_ms * 1000000u;
     }
-    struct event *e = event_new(version_arrives, NULL, t);
-    e->server = true;
+    struct event *e = event_new(WAY_REQUEST, version_arrives, NULL, t);
     e->batch = t->batch;
     event_post(e, delay_ns);
 }
@@ -301,8 +300,7 @@ static void read_arrives(struct event *e)
         /* A version of the near future is waited for. */
         int64_t ahead = t->read_version - now;
         if (ahead <= FUTURE_WAIT_VERSIONS && g.config.version_step <= 0) {
-            struct event *again = event_new(read_arrives, f, t);
-            again->server = true;
+            struct event *again = event_new(WAY_REQUEST, read_arrives, f, t);
             uint64_t wait_ns = (uint64_t)ahead * (1000000000u / VERSIONS_PER_S);
             event_post(again, max_u64(wait_ns, batch_left_ns()));
             return;
@@ -320,8 +318,7 @@ static void read_arrives(struct event *e)
 void read_send(FDBFuture *f)
 {
     f->waits_version = false;
-    struct event *e = event_new(read_arrives, f, f->txn);
-    e->server = true;
+    struct event *e = event_new(WAY_REQUEST, read_arrives, f, f->txn);
     event_post(e, f->delay_ns);
 }
 
@@ -397,13 +394,12 @@ static void batch_begin(void)
     g.batch_size = 0;
     g.batch_seq++;
     uint64_t ns = 0;
-    if (g.config.batch_us > 0)
+    if (g.config.batch_us > 0 && !g.instant)
         ns = chance_below((uint64_t)g.config.batch_us * 1000u + 1u);
     g.batch_until_ns = now_ns() + ns;
     if (!ns)
         return; /* it ends with this commit */
-    struct event *e = event_new(batch_over, NULL, NULL);
-    e->server = true;
+    struct event *e = event_new(WAY_CLUSTER, batch_over, NULL, NULL);
     e->gen = g.batch_seq;
     event_post(e, ns);
 }
@@ -440,7 +436,7 @@ fdb_error_t commit_decide(struct commit *c, int64_t *version)
     history_add(*version, &c->writes);
     g.counts.commits_happened++;
     g.counts.bytes_committed += c->bytes;
-    if (g.batch_until_ns <= now_ns())
+    if (g.instant || g.batch_until_ns <= now_ns())
         batch_end();
     return 0;
 }
@@ -451,6 +447,8 @@ static void commit_answered(struct event *e)
     if (f->settled)
         return;
     FDBTransaction *t = e->t;
+    g.counts.unknown_answers += e->error == E_UNKNOWN || e->error == E_CHANGED ||
+                                e->error == E_TIMED_OUT || e->error == E_CANCELLED;
     if (!e->error) {
         t->committed_version = e->version;
         watches_activate(t);
@@ -469,8 +467,7 @@ static void commit_answered(struct event *e)
 static void commit_answer(FDBFuture *f, FDBTransaction *t, fdb_error_t error, int64_t version,
                           uint64_t delay_ns)
 {
-    struct event *e = event_new(commit_answered, f, t);
-    e->server = true;
+    struct event *e = event_new(WAY_ANSWER, commit_answered, f, t);
     e->error = error;
     e->version = version;
     event_post(e, delay_ns);
@@ -482,10 +479,9 @@ static void commit_lands(struct event *e)
     if (!c)
         return; /* dropped by a reset */
     int64_t version;
-    if (commit_decide(c, &version))
-        g.counts.late_refused++;
-    else
-        g.counts.late_landed++;
+    bool told = c->f->settled, refused = commit_decide(c, &version) != 0;
+    g.counts.late_refused += told && refused;
+    g.counts.late_landed += told && !refused;
     commit_free(c);
 }
 
@@ -541,6 +537,8 @@ static void commit_arrives(struct event *e)
         g.counts.cancelled_late++;
         break;
     }
+    if (version >= 0 && (e->db->dead || e->db->paused || e->db->cut))
+        g.counts.away_landed++;
     if (e->f->settled && !late) {
         /* Its caller gave it up while it was on its way. */
         g.counts.late_landed += version >= 0;
@@ -554,8 +552,7 @@ static void commit_arrives(struct event *e)
         return;
     }
     c->given_up = true;
-    struct event *lands = event_new(commit_lands, NULL, NULL);
-    lands->server = true;
+    struct event *lands = event_new(WAY_CLUSTER, commit_lands, NULL, NULL);
     lands->commit = c;
     c->event = lands;
     event_post(lands, 1 + chance_below((uint64_t)g.config.late_ms_max * 1000000u + 1u));
@@ -605,14 +602,117 @@ void commit_send(FDBFuture *f, FDBTransaction *t, struct commit *c)
     c->fate = fate_of_commit();
     uint64_t delay_ns = random_delay_ns();
     c->answer_delay_ns = random_delay_ns();
+    if (one_in(g.config.commit_slow)) {
+        uint64_t slow_ns = chance_below((uint64_t)g.config.slow_ms_max * 1000000u + 1u);
+        g.counts.commit_slow++;
+        *(chance_below(2) ? &delay_ns : &c->answer_delay_ns) += slow_ns;
+    }
     g.counts.commits_tried++;
     g.counts.commits_batch += t->batch;
     txn_count_tags(t);
-    struct event *e = event_new(commit_arrives, f, t);
-    e->server = true;
+    struct event *e = event_new(WAY_REQUEST, commit_arrives, f, t);
     e->commit = c;
     c->event = e;
     event_post(e, delay_ns);
+}
+
+/* --- one client's way to the cluster ---------------------------------------------------- */
+
+static void become_unknown(struct commit *c)
+{
+    if (c->fate == FATE_TRUE && chance_below(2))
+        c->fate = chance_below(2) ? FATE_UNKNOWN_HAPPENED : FATE_UNKNOWN_LOST;
+}
+
+/* What is behind the place of the cut goes on; a commit may do so for long. All else waits, as the
+ * client library sends it again when it has new connections. */
+static bool cut_one(struct event *e, uint64_t now)
+{
+    if (e->unsent)
+        return true;
+    if (e->way == WAY_ANSWER) {
+        e->through = chance_below(2);
+    } else if (e->commit && e->way == WAY_REQUEST) {
+        uint64_t kind = chance_below(3);
+        e->through = kind != 0;
+        if (kind == 2)
+            e->due_ns = max_u64(e->due_ns, now) +
+                        chance_below((uint64_t)g.config.late_ms_max * 1000000u + 1u);
+    }
+    return true;
+}
+
+/* A commit whose connection broke under it is one of unknown outcome; one whose connection only
+ * stood still is late. */
+static bool heal_one(struct event *e, uint64_t now)
+{
+    bool held = !e->through && (e->way == WAY_REQUEST || e->way == WAY_ANSWER);
+    e->through = false;
+    if (!held)
+        return true;
+    if (e->due_ns <= now)
+        e->due_ns = now + random_delay_ns();
+    if (e->commit && e->way == WAY_REQUEST) {
+        become_unknown(e->commit);
+    } else if (e->run == commit_answered && !e->error && chance_below(2)) {
+        e->error = E_UNKNOWN;
+        g.counts.cut_unknown++;
+    }
+    return true;
+}
+
+void link_cut(FDBDatabase *db, bool cut)
+{
+    if (db->cut == cut)
+        return;
+    db->cut = cut;
+    events_each(db, cut ? cut_one : heal_one);
+}
+
+static bool pause_one(struct event *e, uint64_t now)
+{
+    (void)now;
+    e->unsent = e->way == WAY_REQUEST && !e->through && chance_below(2);
+    return true;
+}
+
+static bool resume_one(struct event *e, uint64_t now)
+{
+    if (e->unsent && e->due_ns <= now)
+        e->due_ns = now + random_delay_ns();
+    e->unsent = false;
+    return true;
+}
+
+void link_pause(FDBDatabase *db, bool paused)
+{
+    if (db->paused == paused)
+        return;
+    db->paused = paused;
+    events_each(db, paused ? pause_one : resume_one);
+}
+
+/* Commits that its machine had taken in arrive. Nobody hears of anything. */
+static bool die_one(struct event *e, uint64_t now)
+{
+    (void)now;
+    if (e->way == WAY_REQUEST && e->commit && !e->unsent && (e->through || chance_below(2)))
+        return true;
+    if (e->way == WAY_REQUEST && e->commit)
+        commit_free(e->commit);
+    e->commit = NULL;
+    return false;
+}
+
+void link_die(FDBDatabase *db)
+{
+    db->dead = true;
+    events_each(db, die_one);
+    list_for_each_safe (l, next, &g.watches) {
+        struct watch *w = container_of(l, struct watch, link);
+        if (w->db == db)
+            watch_end(w, E_CANCELLED);
+    }
 }
 
 /* --- watches --------------------------------------------------------------------------- */
@@ -706,8 +806,7 @@ static void watch_look(struct watch *w)
     if (w->changed || is_value(value, w->value))
         return;
     w->changed = true; /* the news is on its way */
-    struct event *e = event_new(watch_fires, w->f, NULL);
-    e->server = true;
+    struct event *e = event_new(WAY_ANSWER, watch_fires, w->f, NULL);
     event_post(e, random_delay_ns());
 }
 
@@ -737,9 +836,8 @@ void watches_activate(FDBTransaction *t)
         bool spurious = one_in(g.config.watch_spurious);
         uint64_t delay_ns = chance_below((uint64_t)g.config.watch_delay_ms_max * 1000000u + 1u);
         if (cancelled || future || spurious) {
-            struct event *e = event_new(watch_fault, w->f, NULL);
+            struct event *e = event_new(WAY_ANSWER, watch_fault, w->f, NULL);
             e->error = cancelled ? E_CANCELLED : future ? E_FUTURE : 0;
-            e->server = true;
             event_post(e, delay_ns);
         }
         watch_look(w);

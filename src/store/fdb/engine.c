@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -312,6 +311,8 @@ struct fr *fd_reactor(struct fd *fd, struct env *env)
     pthread_mutex_lock(&fd->lock);
     n = atomic_load(&fd->n_reactors);
     CHECK(n < FD_REACTORS_MAX);
+    if (!n)
+        env_random(env, fd->writer, sizeof fd->writer);
     fr->no = n;
     fd->reactors[n] = fr;
     atomic_store_explicit(&fd->n_reactors, n + 1, memory_order_release);
@@ -637,8 +638,6 @@ static enum status fd_open(const char *rest, const struct store_options *options
     fd->options = *options;
     pthread_mutex_init(&fd->lock, NULL);
     pthread_mutex_init(&fd->state_lock, NULL);
-    ssize_t got = getrandom(fd->writer, sizeof fd->writer, 0);
-    CHECK(got == (ssize_t)sizeof fd->writer);
     fd_room_open(fd);
 
     enum status st = parse(fd, rest, e);

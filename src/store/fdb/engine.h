@@ -132,7 +132,7 @@ struct fd {
     uint8_t prefix[FD_PREFIX_BYTES_MAX];
     int prefix_len;
     int64_t first_version; /* the cluster's first answer */
-    uint8_t writer[8]; /* random: names the lanes of this handle */
+    uint8_t writer[8]; /* random, once there is a reactor: names the lanes of this handle */
     pthread_mutex_t lock; /* adding to reactors[] */
     struct fr *reactors[FD_REACTORS_MAX];
     _Atomic uint32_t n_reactors;
