@@ -102,8 +102,8 @@ void conn_try_free(struct conn *c)
         free(c->handshake);
         lane->server->n_handshakes--;
     }
-    if (c->export)
-        export_leave(c->export, c->is_writer);
+    if (c->client.export)
+        export_leave(&c->client);
     if (c->vol)
         close_volume(lane, c->vol);
     atomic_fetch_sub(&lane->server->n_conns, 1);
@@ -132,6 +132,7 @@ void conn_die(struct conn *c, const char *why)
     list_remove(&c->ready_link);
     list_remove(&c->flush_link);
     if (serving) {
+        env_timer_stop(c->lane->env, &c->claim_timer);
         transmission_abandon(c);
         volume_unwatch_loss(&c->watcher);
         out_drop(c);
@@ -354,7 +355,10 @@ static void arrive(struct env_task *task)
     c->phase = CONN_SERVING;
     c->since_ms = 0;
     attach(c);
-    c->export = export_join(&lane->exports, volume_branch(c->vol));
+    c->client.host = c->host;
+    c->client.is_busy = transmission_is_busy;
+    export_join(&lane->exports, volume_branch(c->vol), volume_name(c->vol),
+                lane->server->config->shared, &c->client);
     c->watcher.lost = on_lost;
     if (c->lost) {
         conn_die(c, "its volume was lost");
@@ -546,7 +550,7 @@ static bool serve_once(struct conn *c)
  * (G8). Bounded, since a client may be as quick as we are. */
 static void serve_events(struct conn *c)
 {
-    unsigned n = c->export->n_connections > 1 ? DRAIN_READS_MAX : 1;
+    unsigned n = export_has_several(c->client.export) ? DRAIN_READS_MAX : 1;
     while (n-- > 0 && c->phase == CONN_SERVING && may_read(c) && serve_once(c))
         continue;
 }
@@ -712,10 +716,11 @@ static bool has_stalled(struct conn *c, unsigned timeout_ms)
 
 /* Whether a connection was paused for so long that its client may have sent the same again on
  * another one. The last connection of a volume stays: with nobody else to overtake it, what
- * it holds is not old. Waiting for the volume itself to become ours does not count. */
+ * it holds is not old. Waiting for the volume itself to become ours does not count, and waiting
+ * for the writing role has its own end. */
 static bool is_stale(const struct conn *c, uint64_t now_ms, unsigned pause_close_ms)
 {
-    if (!c->is_tcp || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
+    if (!c->is_tcp || c->claim_waits || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
         !volume_is_owned(c->vol))
         return false;
     list_for_each (l, &c->lane->conns) {

@@ -122,7 +122,7 @@ struct conn {
     struct lane *lane;
     struct wire *wire;
     bool attached; /* the wire is, to the lane's reactor */
-    bool is_tcp, is_writer, told_not_writer;
+    bool is_tcp;
     bool hung_up;  /* the peer closed its side: seen by the wire */
     bool at_end;   /* nothing more comes: end of the stream, or DISC */
     bool stopping; /* finish what is under way, then close */
@@ -142,7 +142,12 @@ struct conn {
     uint32_t context_ids[HANDSHAKE_CONTEXTS_MAX];
     uint8_t context_kinds[HANDSHAKE_CONTEXTS_MAX]; /* enum context_kind */
     struct volume *vol;
-    struct export *export;
+    struct export_client client; /* client.export NULL: not there yet */
+    /* A request that changes the volume waits for the writing role (exports.h); nothing of the
+     * connection is taken meanwhile. */
+    bool claim_waits, claim_over, claim_told;
+    uint64_t claim_since_ms;
+    struct env_timer claim_timer;
     struct volume_watcher watcher;
     bool lost; /* the volume was, before the connection arrived at its lane */
     uint8_t *stash; /* received and not parsed */
@@ -308,13 +313,16 @@ static inline bool transmission_may_take(const struct conn *c)
 {
     uint64_t pending = c->out_bytes + c->reading_bytes;
     bool room = c->n_requests < CONN_REQUESTS_MAX || c->lane->n_requests < LANE_REQUESTS_MAX;
-    return c->receive != RECEIVE_WAITS && !c->alone && room &&
+    return c->receive != RECEIVE_WAITS && !c->alone && !c->claim_waits && room &&
            (lane_is_short(c->lane) ? pending == 0 : pending < CONN_REPLY_BYTES_MAX);
 }
 
 /* Where the rest of a payload being received goes: fills `iov` (up to `max`) and returns how
  * many. 0: there is none. */
 int transmission_receive_iov(struct conn *c, struct iovec *iov, int max, size_t *bytes);
+
+/* Whether anything of the connection is under way: see export_client.is_busy. */
+bool transmission_is_busy(struct export_client *client);
 
 /* `n` bytes were received into these. */
 void transmission_received(struct conn *c, size_t n);

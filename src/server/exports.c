@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/check.h"
+#include "base/log.h"
 #include "base/mem.h"
 
 static void answer(struct catalog_op *op)
@@ -35,9 +36,43 @@ void export_find(struct export_search *search, struct store *store, struct env *
         catalog_find(&search->op, store, env, *name ? name : default_name);
 }
 
-struct export *export_join(struct list *exports, uint64_t branch)
+static bool same_host(const struct export_client *client, const char *host)
+{
+    return strcmp(client->host, host) == 0;
+}
+
+static bool has_role(const struct export_client *client)
+{
+    return client->export->n_writers > 0 && same_host(client, client->export->writer);
+}
+
+/* What the host that has the role did is not known from here on. */
+static void watch_anew(struct export *x)
+{
+    x->uncovered = true;
+    x->settling = x->settled = false;
+}
+
+static void look_for_hosts(struct export *x)
+{
+    bool mixed = false;
+    const char *first = NULL;
+    list_for_each (l, &x->clients) {
+        const struct export_client *client = container_of(l, struct export_client, link);
+        if (!first)
+            first = client->host;
+        mixed |= !same_host(client, first);
+    }
+    if (mixed && !x->mixed)
+        watch_anew(x);
+    x->mixed = mixed;
+}
+
+void export_join(struct list *exports, uint64_t branch, const char *name, bool shared,
+                 struct export_client *client)
 {
     struct export *x = NULL;
+    CHECK(strlen(client->host) < EXPORT_HOST_BYTES);
     list_for_each (l, exports) {
         struct export *other = container_of(l, struct export, link);
         if (other->branch == branch)
@@ -46,30 +81,132 @@ struct export *export_join(struct list *exports, uint64_t branch)
     if (!x) {
         x = mem_zalloc(sizeof *x);
         x->branch = branch;
+        snprintf(x->name, sizeof x->name, "%s", name);
+        x->shared = shared;
+        list_init(&x->clients);
         list_add_tail(exports, &x->link);
     }
-    x->n_connections++;
-    return x;
+    client->export = x;
+    client->entered = ++x->n_entered;
+    list_add_tail(&x->clients, &client->link);
+    if (!shared)
+        look_for_hosts(x);
 }
 
-void export_leave(struct export *x, bool was_writer)
+void export_leave(struct export_client *client)
 {
-    CHECK(x->n_connections > 0);
-    if (was_writer)
+    struct export *x = client->export;
+    list_remove(&client->link);
+    if (client->writes)
         x->n_writers--;
-    if (--x->n_connections == 0) {
+    if (list_empty(&x->clients)) {
         CHECK(x->n_writers == 0);
         list_remove(&x->link);
         free(x);
+    } else if (x->mixed) {
+        look_for_hosts(x);
     }
 }
 
-bool export_claim(struct export *x, const char *host)
+static bool role_may_move_to(const struct export_client *client, uint64_t now_ms)
 {
-    if (x->n_writers == 0)
-        snprintf(x->writer, sizeof x->writer, "%s", host);
-    if (strcmp(x->writer, host) != 0)
+    const struct export *x = client->export;
+    if (!x->settled || now_ms - x->settled_ms < EXPORT_QUIET_MS ||
+        client->entered > x->settled_entered)
         return false;
-    x->n_writers++;
+    list_for_each (l, &x->clients) {
+        struct export_client *other = container_of(l, struct export_client, link);
+        if (has_role(other) && other->is_busy(other))
+            return false;
+    }
     return true;
+}
+
+/* The connections of the host that had it know an old volume from now on. */
+static void role_leaves(struct export *x, const char *to)
+{
+    log_info("volume %s: %s may write from now on, and no more %s, which flushed it and fell idle",
+             x->name, to, x->writer);
+    list_for_each (l, &x->clients) {
+        struct export_client *client = container_of(l, struct export_client, link);
+        if (!has_role(client))
+            continue;
+        client->writes = false;
+        client->barred = true;
+        snprintf(client->refusal, sizeof client->refusal,
+                 "%s writes this volume since %s had flushed it and fallen idle: what a connection "
+                 "from before knows may be old, so it may not write; connect again",
+                 to, client->host);
+    }
+    x->n_writers = 0;
+}
+
+enum export_claim export_claim(struct export_client *client, uint64_t now_ms)
+{
+    struct export *x = client->export;
+    if (client->writes || x->shared)
+        return CLAIM_YES;
+    if (client->barred)
+        return CLAIM_NO;
+    if (x->n_writers > 0 && !has_role(client)) {
+        if (!role_may_move_to(client, now_ms)) {
+            snprintf(client->refusal, sizeof client->refusal,
+                     "the volume is being written by %s, and %s is another host: disconnect that "
+                     "one first (or serve with --shared where clients coordinate their writes)",
+                     x->writer, client->host);
+            return CLAIM_WAIT;
+        }
+        role_leaves(x, client->host);
+    }
+    if (x->n_writers++ == 0) {
+        snprintf(x->writer, sizeof x->writer, "%s", client->host);
+        watch_anew(x);
+    }
+    client->writes = true;
+    return CLAIM_YES;
+}
+
+static bool others_busy(const struct export_client *client)
+{
+    list_for_each (l, &client->export->clients) {
+        struct export_client *other = container_of(l, struct export_client, link);
+        if (other != client && has_role(other) && other->is_busy(other))
+            return true;
+    }
+    return false;
+}
+
+void export_took(struct export_client *client, enum export_request kind, bool alone)
+{
+    struct export *x = client->export;
+    if (!has_role(client))
+        return;
+    x->settled = x->settling = false;
+    if (kind == EXPORT_CHANGE)
+        x->uncovered = true;
+    x->is_flush = kind == EXPORT_FLUSH;
+    if (x->is_flush || (kind == EXPORT_CHANGE_FUA && !x->uncovered)) {
+        x->settling = alone && !others_busy(client);
+        x->settled_entered = x->n_entered;
+    }
+    /* Under way with others, it may take effect behind a FLUSH that was asked for meanwhile. */
+    if (kind == EXPORT_CHANGE_FUA && !x->settling)
+        x->uncovered = true;
+}
+
+void export_answered(struct export_client *client, bool success, uint64_t now_ms)
+{
+    struct export *x = client->export;
+    if (!has_role(client))
+        return;
+    if (!success)
+        x->uncovered = true;
+    /* Nothing else was under way when it was asked for, and nothing came since: it is this one. */
+    if (x->settling && success) {
+        x->settled = true;
+        x->settled_ms = now_ms;
+        if (x->is_flush)
+            x->uncovered = false;
+    }
+    x->settling = false;
 }

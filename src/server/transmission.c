@@ -21,6 +21,9 @@
 #include "base/mem.h"
 #include "server/connection.h"
 
+/* How often is looked whether the writing role is free. */
+#define CLAIM_AGAIN_MS 20u
+
 /* --- requests and pieces -------------------------------------------------------------- */
 
 static struct request *request_new(struct conn *c, const struct nbd_request *r)
@@ -182,6 +185,8 @@ static void reply_outcome(struct request *q)
 {
     struct conn *c = q->conn;
     if (c->phase == CONN_SERVING) {
+        if (c->client.export->mixed)
+            export_answered(&c->client, q->st == ST_OK, lane_now_ms(c->lane));
         if (q->st == ST_OK)
             out_head_done(c, nbd_put_success(out_head(c), &q->to, false));
         else
@@ -443,18 +448,75 @@ static void take_status(struct conn *c, const struct nbd_request *r, uint32_t wa
 
 /* --- writes ------------------------------------------------------------------------------------ */
 
-static bool may_write(struct conn *c)
+static bool is_change(const struct nbd_request *r)
 {
-    if (c->is_writer || c->lane->server->config->shared)
-        return true;
-    c->is_writer = export_claim(c->export, c->host);
-    if (!c->is_writer && !c->told_not_writer) {
-        c->told_not_writer = true;
-        log_warning("client %s may not write: the volume is being written by %s (serve it with "
-                    "--shared where clients coordinate their writes)",
-                    c->address, c->export->writer);
+    return r->command == NBD_CMD_WRITE || r->command == NBD_CMD_TRIM ||
+           r->command == NBD_CMD_WRITE_ZEROES;
+}
+
+bool transmission_is_busy(struct export_client *client)
+{
+    const struct conn *c = container_of(client, struct conn, client);
+    return c->n_requests || c->receive != RECEIVE_NOTHING || c->discard || c->stash_len ||
+           c->out_first;
+}
+
+static bool has_waited_for_role(const struct conn *c)
+{
+    const struct server_config *limits = &c->lane->server->limits;
+    /* (What was paused for longer may have been sent again elsewhere, see connection.h.) */
+    return lane_now_ms(c->lane) - c->claim_since_ms >=
+           min_u64(limits->owner_wait_ms, limits->pause_close_ms);
+}
+
+static void claim_again(struct env_timer *timer)
+{
+    struct conn *c = container_of(timer, struct conn, claim_timer);
+    enum export_claim claim = export_claim(&c->client, lane_now_ms(c->lane));
+    c->claim_over = claim == CLAIM_WAIT && has_waited_for_role(c);
+    if (claim == CLAIM_WAIT && !c->claim_over) {
+        env_timer_start(c->lane->env, timer, CLAIM_AGAIN_MS);
+        return;
     }
-    return c->is_writer;
+    c->claim_waits = false;
+    conn_wake(c);
+}
+
+/* Whether a change is taken now. CLAIM_WAIT: the connection waits. */
+static enum export_claim claim_role(struct conn *c)
+{
+    if (c->client.writes)
+        return CLAIM_YES;
+    bool over = c->claim_over;
+    enum export_claim claim = export_claim(&c->client, lane_now_ms(c->lane));
+    c->claim_over = false;
+    if (claim == CLAIM_WAIT && !over) {
+        c->claim_since_ms = lane_now_ms(c->lane);
+        over = has_waited_for_role(c);
+    }
+    if (claim == CLAIM_WAIT && !over) {
+        c->claim_waits = true;
+        c->claim_timer.fire = claim_again;
+        env_timer_start(c->lane->env, &c->claim_timer, CLAIM_AGAIN_MS);
+        return CLAIM_WAIT;
+    }
+    if (claim != CLAIM_YES && !c->claim_told) {
+        c->claim_told = true;
+        log_warning("client %s may not write volume %s: %s", c->address, volume_name(c->vol),
+                    c->client.refusal);
+    }
+    return claim == CLAIM_YES ? CLAIM_YES : CLAIM_NO;
+}
+
+/* Clients of several hosts share the volume, and their requests matter to the role. */
+static void tell_export(struct conn *c, const struct nbd_request *r)
+{
+    bool fua = r->flags & NBD_CMD_FLAG_FUA;
+    enum export_request kind = r->command == NBD_CMD_FLUSH ? EXPORT_FLUSH
+                               : !is_change(r)             ? EXPORT_OTHER
+                               : fua                       ? EXPORT_CHANGE_FUA
+                                                           : EXPORT_CHANGE;
+    export_took(&c->client, kind, c->n_requests == 0);
 }
 
 static void change_done(struct vol_io *io)
@@ -640,10 +702,6 @@ void transmission_abandon(struct conn *c)
 
 static void take_change(struct conn *c, const struct nbd_request *r)
 {
-    if (!may_write(c)) {
-        refuse(c, r, NBD_EPERM, r->payload_len, "");
-        return;
-    }
     if (r->length == 0) {
         succeed(c, r);
         return;
@@ -759,6 +817,8 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
                 uint32_t wanted;
                 if (have < r.payload_len)
                     break;
+                if (c->client.export->mixed)
+                    tell_export(c, &r);
                 at += head_bytes + r.payload_len;
                 if (nbd_request_parse_status(&c->session, data + at - r.payload_len, &r,
                                              &wanted) == NBD_REQUEST_OK)
@@ -771,7 +831,16 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
             if (have < r.payload_len && r.payload_len <= CONN_IN_PLACE_BYTES_MAX)
                 break;
         }
+        enum export_claim claim = is_change(&r) ? claim_role(c) : CLAIM_YES;
+        if (claim == CLAIM_WAIT)
+            break;
         at += head_bytes;
+        if (claim == CLAIM_NO) {
+            refuse(c, &r, NBD_EPERM, r.payload_len, c->client.refusal);
+            continue;
+        }
+        if (c->client.export->mixed)
+            tell_export(c, &r);
         carry_out(c, &r);
     }
     return at;

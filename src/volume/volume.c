@@ -351,6 +351,11 @@ uint64_t volume_branch(const struct volume *vol)
     return vol->branch;
 }
 
+const char *volume_name(const struct volume *vol)
+{
+    return vol->name;
+}
+
 const char *volume_description(const struct volume *vol)
 {
     return vol->header.description;

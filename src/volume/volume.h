@@ -158,6 +158,7 @@ void volume_close(struct volume *vol, void (*done)(void *arg), void *arg);
 uint64_t volume_size(const struct volume *vol);
 uint32_t volume_block_size(const struct volume *vol);
 uint64_t volume_branch(const struct volume *vol);
+const char *volume_name(const struct volume *vol); /* when it was opened */
 const char *volume_description(const struct volume *vol);
 
 /* Whether this process owns it just now. While it does not, requests wait for the ownership. */
