@@ -94,7 +94,7 @@ static void first_host_writes_until_its_writers_left(void **state)
 static void role_moves_after_a_flush(void **state)
 {
     (void)state;
-    struct client a, a2, b, c, again;
+    struct client a, a2, b, c, late, again;
     enter(&a, "A");
     assert_int_equal(claim(&a), CLAIM_YES);
     enter(&a2, "A");
@@ -107,6 +107,9 @@ static void role_moves_after_a_flush(void **state)
     now_ms += EXPORT_QUIET_MS - 2;
     assert_int_equal(claim(&b), CLAIM_WAIT);
     now_ms++;
+    enter(&late, "B");
+    assert_int_equal(claim(&late), CLAIM_WAIT);
+    leave(&late);
     assert_int_equal(claim(&b), CLAIM_YES);
     assert_int_equal(claim(&c), CLAIM_YES);
     /* Those of the first host are out, the ones that never wrote too. */
