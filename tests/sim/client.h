@@ -1,0 +1,133 @@
+/*
+ * NBD clients in the simulator: hosts that read and write one volume over streams of the
+ * simulated network, as kernels and virtual machines do, and tell the history what they see.
+ *
+ * A client has one to three connections to one export. When a connection ends, or answers
+ * nothing for too long, what was not answered on it is sent again on another one, to whichever
+ * gateway can be reached (as Linux does with nbd-client -persist, and qemu with reconnect-delay).
+ * A client may also die, its process or its host, in the middle of sending a write; what it had
+ * under way is then given up.
+ *
+ * The encoding of requests and the reading of replies is the client's own, after the protocol
+ * document: the server's is what is under test. An answer that makes no sense is a violation.
+ *
+ * Clients keep the rules of history.h: one change of a sector at a time. Who writes is the
+ * scenario's business: one client at a time, the next one after the one before was given its
+ * answers (client_stop) or is dead.
+ */
+#ifndef TESTS_SIM_CLIENT_H
+#define TESTS_SIM_CLIENT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "history.h"
+#include "net.h"
+#include "sim_env.h"
+
+#define CLIENT_CONNECTIONS_MAX 3u
+#define CLIENT_DEPTH_MAX 32u
+#define CLIENT_GATEWAYS_MAX 3u
+
+struct client_counts {
+    uint64_t requests;  /* sent, each once however often it was sent again */
+    uint64_t answered;  /* in good order */
+    uint64_t resends;
+    uint64_t refused;   /* changes answered with an error that says nothing was done */
+    uint64_t errors;    /* all other errors */
+    uint64_t given_up;  /* changes, by error or death */
+    uint64_t half_sent; /* writes of which a dying client had sent a part only */
+    uint64_t connections, connections_lost, timeouts;
+    uint64_t deaths;
+};
+
+/* What the clients of the volume have in common. */
+struct clients {
+    struct sim *sim;
+    struct net *net;
+    struct history *history;
+    uint32_t n_sectors; /* of the volume, from its begin, that clients use */
+    unsigned n_gateways;
+    unsigned gateways[CLIENT_GATEWAYS_MAX]; /* hosts; where clients are sent to one after another */
+    uint64_t served[CLIENT_GATEWAYS_MAX];   /* requests answered from there */
+    /* The volume is called one of these; clients try the other one where one is unknown. */
+    const char *names[2];
+    unsigned name;
+    uint32_t last_connection;
+    uint8_t *changing; /* per sector: a change that was not given up is under way */
+    struct client_counts counts;
+    uint64_t hash;       /* of all that clients saw, and when */
+    char violation[400]; /* the first; empty: none */
+};
+
+void clients_init(struct clients *all, struct sim *sim, struct net *net, struct history *history,
+                  uint32_t n_sectors);
+
+/* What a client asks for: one in a hundred; reads are the rest. */
+struct client_mix {
+    uint8_t writes, zeros, trims, flushes, statuses;
+    uint8_t fua;   /* of the changes */
+    uint8_t large; /* of the reads and writes: up to 256 KiB */
+    uint8_t hot;   /* of all: in a few blocks that everybody wants */
+};
+
+struct client_config {
+    struct clients *all;
+    const char *name;       /* "client 1", for the trace; stays where it is */
+    unsigned host;
+    unsigned gateway;       /* the first it goes to: an index */
+    unsigned n_connections; /* 1 .. CLIENT_CONNECTIONS_MAX */
+    uint8_t structured;     /* a bit for each of them: asks for structured replies */
+    bool by_offset;         /* requests go to connections by their offset, else at random */
+    bool mixes_gateways;    /* a connection that was lost goes elsewhere alone */
+    bool stays;             /* goes to no other gateway than the first */
+    unsigned depth;         /* 1 .. CLIENT_DEPTH_MAX requests at once */
+    struct client_mix mix;
+    /* Requests come in bursts of up to so many, with pauses of up to so long between them. */
+    uint32_t burst_max, pause_ms_max;
+    uint32_t timeout_ms; /* a connection without an answer to a request for so long is ended */
+    uint8_t gives_up;    /* changes that were answered with an error and are not tried again: % */
+};
+
+struct client;
+
+/* Begins to connect and, unless `quiet`, to ask. */
+struct client *client_start(const struct client_config *config, bool quiet);
+
+/* Asks for nothing more by itself (until client_go); what is under way goes on. */
+void client_stop(struct client *c);
+void client_go(struct client *c);
+/* From now on it rests for moments only. */
+void client_hurry(struct client *c);
+/* Nothing is under way, and nothing is left to be done of what it was told. */
+bool client_is_idle(const struct client *c);
+/* Some connection of it is in transmission. */
+bool client_is_connected(const struct client *c);
+/* Requests answered so far. */
+uint64_t client_answered(const struct client *c);
+const char *client_name(const struct client *c);
+unsigned client_host(const struct client *c);
+
+/* Reads all sectors once, besides what else it does; a flush, once. */
+void client_read_all(struct client *c);
+void client_flush(struct client *c);
+
+/* The service address moved: connections it makes from now on go there. */
+void client_turn_to(struct client *c, unsigned gateway);
+/* Ends one of its connections, any way; it goes on elsewhere. */
+void client_lose_connection(struct client *c);
+
+/* Says goodbye and closes: it is idle. */
+void client_leave(struct client *c);
+enum client_death {
+    CLIENT_KILLED,      /* its process */
+    CLIENT_KILLED_HALF, /* ... in the middle of sending a write */
+    CLIENT_VANISHED,    /* its host */
+};
+void client_die(struct client *c, enum client_death how);
+bool client_is_gone(const struct client *c);
+
+/* What it waits for, for messages. */
+void client_describe(const struct client *c, char *out, size_t len);
+
+#endif

@@ -1,0 +1,248 @@
+/*
+ * Commands as processes of the simulated world; command.h says how they wait.
+ *
+ * A command's stack is switched to with swapcontext(). What it prints goes into memory.
+ */
+#include "command.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include "base/check.h"
+#include "base/mem.h"
+#include "cli/cli.h"
+#include "command_names.h"
+#include "trace.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define STACK_BYTES (256u << 10)
+#define COMMANDS_MAX 64u
+#define WORDS_MAX 16
+#define FIRST_PID 30001
+
+/* A stack and where it stands. */
+struct side {
+    ucontext_t context;
+    const void *stack;
+    size_t stack_bytes;
+    void *shadow; /* the sanitizer's */
+};
+
+struct command {
+    struct sim *sim;
+    struct simstore *simstore;
+    const char *name;
+    char *words[WORDS_MAX + 1];
+    int n_words, status;
+    pid_t pid;
+    struct sim_env *env; /* from reactor_new to reactor_free */
+    struct store *store; /* from store_open to store_close */
+    struct side side;
+    bool woken, over;
+    FILE *out;
+    char *said;
+    size_t said_len;
+};
+
+static struct command *commands[COMMANDS_MAX];
+static unsigned n_commands, n_running;
+static struct command *current; /* on its stack just now; NULL: the world is */
+static struct side world;
+
+/* --- stacks ------------------------------------------------------------------------------- */
+
+/* On the stack of `side` after `from` was left. */
+static void arrived(struct side *side, struct side *from)
+{
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(side->shadow, &from->stack, &from->stack_bytes);
+#else
+    (void)side;
+    (void)from;
+#endif
+}
+
+static void change_sides(struct side *from, struct side *to, bool for_good)
+{
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(for_good ? NULL : &from->shadow, to->stack, to->stack_bytes);
+#else
+    (void)for_good;
+#endif
+    CHECK(swapcontext(&from->context, &to->context) == 0);
+    arrived(from, to);
+}
+
+/* Lets a command run until it waits or ends. */
+static void go_on(struct command *c)
+{
+    FILE *out = stdout, *error = stderr;
+    CHECK(!current);
+    current = c;
+    c->woken = false;
+    stdout = stderr = c->out;
+    trace_who(c->name);
+    change_sides(&world, &c->side, false);
+    trace_who(NULL);
+    stdout = out;
+    stderr = error;
+    current = NULL;
+    if (!c->over)
+        return;
+    n_running--;
+    trace(c->name, "has ended with status %d: %s", c->status, command_said(c));
+}
+
+static void body(void)
+{
+    struct command *c = current;
+    arrived(&c->side, &world);
+    c->status = cli_main(c->n_words, c->words);
+    fflush(c->out);
+    c->over = true;
+    change_sides(&c->side, &world, true);
+}
+
+/* --- what a command has under it ------------------------------------------------------------ */
+
+static void woke(struct sim_env *env)
+{
+    struct command *c = env->user;
+    c->woken = true;
+}
+
+enum status command_reactor_new(struct reactor **out, struct err *e)
+{
+    struct command *c = current;
+    (void)e;
+    c->env = sim_env_new(c->sim);
+    c->env->name = c->name;
+    c->env->user = c;
+    c->env->after = woke;
+    *out = (struct reactor *)c;
+    return ST_OK;
+}
+
+void command_reactor_free(struct reactor *r)
+{
+    struct command *c = (struct command *)r;
+    sim_env_kill(c->env);
+}
+
+struct env *command_reactor_env(struct reactor *r)
+{
+    return &((struct command *)r)->env->base;
+}
+
+void command_reactor_run_once(struct env *env)
+{
+    struct command *c = current;
+    CHECK(c && env == &c->env->base);
+    change_sides(&c->side, &world, false);
+}
+
+enum status command_store_open(const char *uri, const struct store_options *options,
+                               struct store **out, struct err *e)
+{
+    struct command *c = current;
+    (void)uri;
+    (void)options;
+    (void)e;
+    *out = c->store = simstore_attach(c->simstore, c->env);
+    return ST_OK;
+}
+
+void command_store_close(struct store *store)
+{
+    struct command *c = current;
+    c->store = NULL;
+    simstore_detach(c->simstore, store);
+}
+
+pid_t command_getpid(void)
+{
+    return current->pid;
+}
+
+/* Not run here: the tables of the command line name them. */
+const struct cli_command serve_command = {.name = "serve"}, store_command = {.name = "store"};
+
+/* --- from outside ---------------------------------------------------------------------------- */
+
+struct command *command_start(struct sim *sim, struct simstore *store, const char *name,
+                              const char *const *words)
+{
+    struct command *c = mem_zalloc(sizeof *c);
+    CHECK(n_commands < COMMANDS_MAX);
+    c->sim = sim;
+    c->simstore = store;
+    c->name = name;
+    c->pid = FIRST_PID + (pid_t)n_commands;
+    c->words[c->n_words++] = mem_strdup("fdb-nbd");
+    c->words[c->n_words++] = mem_strdup("--store=simulated:");
+    while (*words && c->n_words < WORDS_MAX)
+        c->words[c->n_words++] = mem_strdup(*words++);
+    c->out = open_memstream(&c->said, &c->said_len);
+    CHECK(c->out && getcontext(&c->side.context) == 0);
+    void *stack = mem_alloc(STACK_BYTES);
+    c->side.stack = stack;
+    c->side.stack_bytes = STACK_BYTES;
+    c->side.context.uc_stack.ss_sp = stack;
+    c->side.context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&c->side.context, body, 0);
+    commands[n_commands++] = c;
+    n_running++;
+    if (trace_on) {
+        char line[256] = "";
+        for (int i = 2; i < c->n_words; i++) {
+            size_t at = strlen(line);
+            snprintf(line + at, sizeof line - at, " %s", c->words[i]);
+        }
+        trace(name, "begins: fdb-nbd%s", line);
+    }
+    go_on(c);
+    return c;
+}
+
+bool command_is_over(const struct command *c)
+{
+    return c->over;
+}
+
+int command_status(const struct command *c)
+{
+    return c->status;
+}
+
+const char *command_said(struct command *c)
+{
+    fflush(c->out);
+    char *end = c->said ? strchr(c->said, '\n') : NULL;
+    if (end)
+        *end = '\0';
+    return c->said ? c->said : "";
+}
+
+void command_kill(struct command *c)
+{
+    CHECK(!current && !c->over);
+    trace(c->name, "is killed");
+    c->over = true;
+    c->status = -1;
+    n_running--;
+    if (c->store)
+        simstore_died(c->simstore, c->store);
+    sim_env_kill(c->env);
+}
+
+void commands_turn(void)
+{
+    for (unsigned i = 0; n_running && i < n_commands; i++)
+        if (commands[i]->woken && !commands[i]->over)
+            go_on(commands[i]);
+}
