@@ -128,7 +128,7 @@ class Process:
 
     @property
     def address(self):
-        return f"127.0.0.1:{self.port}{':tls' if self.cluster.tls else ''}"
+        return f"{self.cluster.host}:{self.port}{':tls' if self.cluster.tls else ''}"
 
     @property
     def pid(self):
@@ -177,10 +177,12 @@ class Cluster:
     engine     "ssd" or "memory"
     tls        True: all speak TLS with certificates made for it
     prefix     words put before each program (a network namespace)
+    host       the address they listen on
     knobs      more words for each fdbserver
     """
 
-    def __init__(self, processes=1, engine="ssd", *, tls=False, prefix=(), server_words=()):
+    def __init__(self, processes=1, engine="ssd", *, tls=False, prefix=(), host="127.0.0.1",
+                 server_words=()):
         self.programs = Programs()
         self.folder = Path(tempfile.mkdtemp(prefix="fdbnbd-fdb-"))
         self.logs = self.folder / "log"
@@ -189,6 +191,7 @@ class Cluster:
         self.engine = engine
         self.redundancy = "single" if processes == 1 else "double"
         self.prefix = [str(w) for w in prefix]
+        self.host = host
         self.server_words = [str(w) for w in server_words]
         self.tls = Tls(self.folder) if tls else None
         self.processes = [Process(self, n + 1, None) for n in range(processes)]

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-import uml
-from harness import rawnbd, stores
+from harness import rawnbd, stores, uml
 from harness.cluster import Cluster
 from harness.server import SLOW, wait_until
 

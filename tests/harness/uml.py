@@ -19,7 +19,8 @@ import threading
 import time
 from pathlib import Path
 
-from harness.server import SLOW, wait_until
+from . import netns
+from .waiting import SLOW
 
 HOST_ADDRESS, GUEST_ADDRESS = "10.99.0.1", "10.99.0.2"
 MODULES = Path("/usr/lib/uml/modules")
@@ -64,34 +65,14 @@ def missing():
     return None
 
 
-class Namespace:
-    """A network namespace with one tap device; it lives as long as its holder process."""
+class Namespace(netns.Namespace):
+    """With one tap device, by which a guest reaches what listens on HOST_ADDRESS."""
 
     def __init__(self):
-        # Without root, a user namespace gives the right to make devices inside.
-        self._user = [] if os.geteuid() == 0 else ["--map-root-user"]
-        self.holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", *self._user,
-             "sleep", "infinity"], stdin=subprocess.DEVNULL)
-        wait_until(self._made, 30 * SLOW, "the network namespace exists")
-        self.enter = ["nsenter", f"--target={self.holder.pid}", "--net",
-                      *(["--user", "--preserve-credentials"] if self._user else [])]
-        for words in (f"ip link set lo up",
-                      f"ip tuntap add dev tap0 mode tap",
-                      f"ip addr add {HOST_ADDRESS}/24 dev tap0",
-                      f"ip link set tap0 up"):
-            self.run(words.split())
-
-    def _made(self):
-        assert self.holder.poll() is None, "the namespace could not be made"
-        return Path(f"/proc/{self.holder.pid}/comm").read_text().strip() == "sleep"
-
-    def run(self, words, **more):
-        return subprocess.run(self.enter + words, check=True, **more)
-
-    def end(self):
-        self.holder.kill()
-        self.holder.wait()
+        super().__init__()
+        self.run("ip tuntap add dev tap0 mode tap")
+        self.run(f"ip addr add {HOST_ADDRESS}/24 dev tap0")
+        self.run("ip link set tap0 up")
 
 
 class Guest:
