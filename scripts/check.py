@@ -113,6 +113,7 @@ def suites(long_run):
     for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
         yield pytest_suite(folder, folder, BUILD, counts)
     yield pytest_suite("fdb", "fdb", BUILD, counts)
+    yield pytest_suite("failover", "failover", BUILD, counts)
     for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
         yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, dict(counts, STORE="fdb"))
     yield pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))
