@@ -2,7 +2,7 @@
 
 BUILD = build
 
-.PHONY: all run check check-long mutants clean
+.PHONY: all run check check-long mutants simulate-mutants clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -37,6 +37,11 @@ check-long:
 mutants:
 	@scripts/install-deps.sh build test
 	@/usr/bin/python3 tests/crash/mutants.py
+
+# Shows that the simulator finds planted faults.
+simulate-mutants:
+	@scripts/install-deps.sh build test
+	@/usr/bin/python3 tests/sim/mutants.py
 
 clean:
 	rm -rf $(BUILD) build-asan

@@ -1,0 +1,214 @@
+#!/usr/bin/python3
+"""Shows that the simulator finds what it is there to find: plants one fault at a time in the
+program (harness/mutants.py) and lets the simulator look for it, for 10,000 seeds at most.
+`make simulate-mutants` runs it.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import mutants  # noqa: E402
+from harness.mutants import Mutant  # noqa: E402
+
+TARGETS = ["tests/simulate", "tests/fdb/libfdb_c.so"]
+# A seed with a fault in it may come to no end.
+SEED_LIMIT_S = 20
+
+# On stores with heartbeats (FoundationDB) or with a write log, or on both: where the fault is.
+LOG, FDB, BOTH = ["--log-only"], ["--fdb-only"], []
+
+MUTANTS = [
+    Mutant("control: the program as it is", [], must_fail=False, test=BOTH),
+
+    Mutant("the owner key is not checked", [
+        # Each commit of data goes through, whoever owns the volume by then.
+        ("src/volume/generation.c",
+         """    g->commit = (struct store_commit){.checks = &g->check,
+                                      .n_checks = 1,""",
+         """    g->commit = (struct store_commit){.checks = &g->check,
+                                      .n_checks = 0,""")], test=FDB),
+
+    Mutant("writes are answered before the commit", [
+        ("src/volume/write.c",
+         """    if (!shard_uses_log(s)) {
+        list_add_tail(&g->waiters, &io->link);
+        return;""",
+         """    if (!shard_uses_log(s)) {
+        io_finish_soon(vol, io, ST_OK);
+        return;""")], test=FDB),
+
+    Mutant("writes are answered before the log write", [
+        # Every second batch is written together with the next one. (So long what it holds must
+        # not change: it is copied.)
+        ("src/volume/write.c",
+         "    uint64_t seq = store_log_append(s->log, vol->branch, meta, iov, n_iov, payload);\n",
+         """    struct iovec kept = {mem_alloc(payload + 1), 0};
+    for (int i = 0; i < n_iov; i++) {
+        memcpy((uint8_t *)kept.iov_base + kept.iov_len, iov[i].iov_base, iov[i].iov_len);
+        kept.iov_len += iov[i].iov_len;
+    }
+    uint64_t seq = store_log_append(s->log, vol->branch, meta, &kept, payload ? 1 : 0, payload);
+"""),
+        ("src/volume/shard.c",
+         "        enum status st = s->log_failed ? ST_IO : store_log_submit(s->log);\n",
+         """        static unsigned turn;
+        bool now = ++turn % 2;
+        enum status st = s->log_failed ? ST_IO : now ? store_log_submit(s->log) : ST_OK;
+""")], test=LOG),
+
+    Mutant("generations are reordered before they are built", [
+        ("src/volume/generation.c",
+         "    g->stage = GEN_SEALED;\n    vol->gens_queued++;\n",
+         """    g->stage = GEN_SEALED;
+    vol->gens_queued++;
+    struct list *swapped = g->link.prev;
+    if (swapped != &vol->gens && container_of(swapped, struct gen, link)->stage < GEN_BUILT) {
+        list_remove(&g->link);
+        list_add_tail(swapped, &g->link);
+    }
+""")], test=BOTH),
+
+    Mutant("generations are reordered: a commit does not wait for the one before", [
+        ("src/volume/generation.c",
+         "        if (g->stage == GEN_BUILT && !before)\n",
+         "        if (g->stage == GEN_BUILT)\n")], test=FDB),
+
+    Mutant("a read version older than the last own commit", [
+        # One that is known stays until the next question.
+        ("src/store/fdb/versions.c",
+         "    } else if (version > fr->version) {\n",
+         "    } else if (version > fr->version && !fr->version) {\n")], test=FDB),
+
+    Mutant("a commit is sent at the version of one's own commit before", [
+        # Others in the same batch, behind that one, have this version too.
+        ("src/store/fdb/commit.c",
+         "        lane_learn(c->lane, c->commit, version - 1, c->sent_ns);\n",
+         "        lane_learn(c->lane, c->commit, version, c->sent_ns);\n")], test=FDB),
+
+    Mutant("the lease is counted from the answer", [
+        ("src/volume/session.c",
+         "    uint64_t until = s->sent_ns + lease_ns(s);\n",
+         "    uint64_t until = env_now_ns(s->env) + lease_ns(s);\n")], test=FDB),
+
+    Mutant("a heartbeat does not check its own value", [
+        ("src/volume/session.c",
+         """                                      .n_checks = 1,
+                                      .mutations = s->mutations,
+                                      .n_mutations = 1,""",
+         """                                      .n_checks = 0,
+                                      .mutations = s->mutations,
+                                      .n_mutations = 1,""")], test=FDB),
+
+    Mutant("a takeover does not check the counter", [
+        ("src/volume/owner.c",
+         """        a->checks[n_checks++] = (struct store_check){.kind = STORE_CHECK_VALUE,
+                                                     .key = key_slice(&a->sight.key),
+                                                     .value = {a->sight.bytes, a->sight.len}};
+        len = session_fenced_bytes""",
+         """        len = session_fenced_bytes""")], test=FDB),
+
+    Mutant("a write of a dead connection is applied late", [
+        # What was not read when it hung up is taken in, as the requests before it allow.
+        ("src/server/connection.c",
+         """    if (c->phase == CONN_SERVING && !c->at_end)
+        take_no_more(c);
+}
+
+/* What to wait for next""",
+         """}
+
+/* What to wait for next""")], test=BOTH),
+
+    Mutant("a half-sent write is applied", [
+        ("src/server/transmission.c",
+         "    volume_write_abort(c->vol, &p->io);\n    piece_over(p);",
+         """    if (p->io.n_segs) {
+        volume_write_commit(c->vol, &p->io, NULL);
+        return;
+    }
+    volume_write_abort(c->vol, &p->io);
+    piece_over(p);""")], test=BOTH),
+
+    Mutant("the base of a partial block is fetched behind a trim, and laid under it", [
+        # A long trim that is not in the index yet is overlooked by a short write.
+        ("src/volume/write.c",
+         """    e = blocks_add(t, vol, vol->tag, no, entries_of(vol, no));
+    if (overlay_lookup(vol, no) >= 0)
+        e->zero = e->full = true;
+    return e;""",
+         """    e = blocks_add(t, vol, vol->tag, no, entries_of(vol, no));
+    return e;""")], test=BOTH),
+
+    Mutant("a base that was being fetched when a trim came is laid over it", [
+        ("src/volume/fetch.c",
+         """    if (e->full) {
+        if (base)
+            buf_unref(base);
+        return;
+    }
+    if (e->buf) {""",
+         """    if (e->full && e->zero && base) {
+        e->buf = base;
+        e->zero = e->hole = false;
+        gen_touch(vol, e, NULL);
+        return;
+    }
+    if (e->full) {
+        if (base)
+            buf_unref(base);
+        return;
+    }
+    if (e->buf) {""")], test=BOTH),
+
+    Mutant("the log is replayed beyond the takeover", [
+        # An owner that stands still is not ended: it may wake up and go on writing its log.
+        ("src/volume/owner.c",
+         """        a->kill.work = kill_work;
+        a->kill.done = kill_done;
+        a->inflight = true;
+        env_work(s->env, &a->kill);
+        return;""",
+         """        a->kill.work = kill_work;
+        a->kill.done = kill_done;
+        acquire_take(a);
+        return;""")], test=LOG),
+]
+
+
+def judge(tree, mutant, args):
+    """(whether a seed failed, after how many and why)"""
+    seeds = args.seeds if mutant.must_fail else args.control_seeds
+    done = subprocess.run([str(tree.build / "tests" / "simulate"), "--first", str(args.first),
+                           "--seeds", str(seeds), "--jobs", str(args.jobs), "--max-failures", "1",
+                           "--limit", str(SEED_LIMIT_S), *mutant.test],
+                          env=mutants.environment(), capture_output=True, text=True,
+                          errors="replace")
+    total = re.search(r"^# (\d+) seeds, (\d+) failed$", done.stdout, re.M)
+    if done.returncode not in (0, 1) or not total:
+        return None, f"the simulator ended with {done.returncode}: {done.stderr[-500:]}"
+    found = re.search(r"^# seed (\d+): (.*(?:\n#   (?!again:).*)*)", done.stdout, re.M)
+    if not found:
+        return False, f"nothing in {total.group(1)} seeds"
+    what = " | ".join(line.lstrip("# ") for line in found.group(2).split("\n"))
+    return True, f"seed {found.group(1)}, after {total.group(1)}: {what}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", help="run mutants whose name contains this")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=10000, help="at most so many")
+    parser.add_argument("--control-seeds", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    wrong = mutants.run(MUTANTS, TARGETS, lambda tree, mutant: judge(tree, mutant, args), args.only,
+                        ["-Dtests=enabled"])
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
