@@ -74,7 +74,7 @@ __attribute__((constructor)) static void load(void)
     health_set(default_health);
     g.version_base = 100000000;
     g.version_base_ns = now_ns();
-    g.version_last = g.version_oldest = g.version_base;
+    g.version_last = g.version_oldest = g.version_forgot = g.version_base;
     const char *env = getenv("FDB_DOUBLE");
     if (env && !set_many_locked(env))
         fprintf(stderr, "FDB_DOUBLE has a name that is not known: %s\n", env);

@@ -478,6 +478,7 @@ struct double_state {
     uint64_t version_base_ns;
     int64_t version_last;   /* the newest that was committed or given out */
     int64_t version_oldest; /* that can still be read */
+    int64_t version_forgot; /* what could be read only before this was freed */
     int64_t batch_version;  /* of the batch that is open; 0: none. What it took in is decided and
                                stands in the map, but nobody can have a version to see it with */
     int64_t batch_before;   /* the newest version that can be read meanwhile */

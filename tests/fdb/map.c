@@ -22,6 +22,7 @@ struct node {
     struct version *newest;
     uint32_t levels;
     uint32_t queued; /* entries of `superseded` that name this node */
+    int64_t forgot;  /* it has no values that only versions before this can see */
     struct node *next[];
 };
 
@@ -250,12 +251,15 @@ void map_forget(int64_t oldest)
         superseded_bytes -= s.bytes;
         struct node *n = s.node;
         n->queued--;
-        struct version *v = n->newest;
-        while (v && v->version > oldest)
-            v = v->older;
-        if (v) {
-            versions_free(v->older);
-            v->older = NULL;
+        if (n->forgot < oldest) {
+            struct version *v = n->newest;
+            while (v && v->version > oldest)
+                v = v->older;
+            if (v) {
+                versions_free(v->older);
+                v->older = NULL;
+            }
+            n->forgot = oldest;
         }
         if (!n->queued && !n->newest->value && n->newest->version <= oldest)
             node_remove(n);

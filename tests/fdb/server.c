@@ -64,6 +64,18 @@ void cluster_forget(int64_t oldest)
         g.version_oldest = oldest;
     map_forget(g.version_oldest);
     history_forget(g.version_oldest);
+    g.version_forgot = g.version_oldest;
+}
+
+/* Time goes on: what is too old is so at once, but its memory is freed for many versions together
+ * (a key's values are looked through for it). */
+static void cluster_age(int64_t now)
+{
+    int64_t window = g.config.window_ms * (VERSIONS_PER_S / 1000);
+    if (now - window > g.version_oldest)
+        g.version_oldest = now - window;
+    if (g.version_oldest - g.version_forgot > window / 16)
+        cluster_forget(g.version_oldest);
 }
 
 /* The newest version that is there as a whole; it is one that can be read from now on, so the
@@ -74,7 +86,7 @@ int64_t version_now(void)
     if (!g.batch_version && clock > g.version_last)
         g.version_last = clock;
     int64_t now = g.batch_version ? g.batch_before : g.version_last;
-    cluster_forget(now - g.config.window_ms * (VERSIONS_PER_S / 1000));
+    cluster_age(now);
     return now;
 }
 
@@ -870,5 +882,5 @@ void cluster_reset(void)
     int64_t now = version_now();
     g.version_base = now + 2 * 5 * VERSIONS_PER_S;
     g.version_base_ns = now_ns();
-    g.version_last = g.version_oldest = g.version_base;
+    g.version_last = g.version_oldest = g.version_forgot = g.version_base;
 }
