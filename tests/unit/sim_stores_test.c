@@ -20,7 +20,7 @@
 
 #include "../sim/seeds.h"
 #include "../sim/stores.h"
-#include "base/check.h"
+#include "base/log.h"
 #include "base/mem.h"
 
 #define COUNTERS 4u
@@ -71,7 +71,6 @@ struct proc {
 
 struct world {
     struct sim *sim;
-    struct sim_env *outside;
     struct simstore *ss;
     uint64_t seed;
     bool log_kind, ended;
@@ -494,18 +493,31 @@ static bool is_last_answered(void)
 
 struct outcome {
     uint64_t hash, ops, fired, owners_seen;
+    uint64_t at_once, later, never; /* of commits around a cut, a pause, a death */
     struct simstore_counts counts;
 };
 
-static void run_seed(uint64_t seed, enum simstore_kind kind, uint64_t ms, bool faults,
-                     struct outcome *out)
+struct job {
+    void (*run)(const struct job *job, struct outcome *out);
+    enum simstore_kind kind;
+    uint64_t seed, ms;
+    bool faults;
+};
+
+static void world_begin(const struct job *job)
 {
-    w.seed = seed;
-    w.log_kind = kind == SIMSTORE_LOG;
-    w.sim = sim_new(seed);
-    w.outside = sim_env_new(w.sim);
-    w.ss = simstore_new(w.sim, kind, seed);
+    w.seed = job->seed;
+    w.log_kind = job->kind == SIMSTORE_LOG;
+    w.sim = sim_new(w.seed);
+    w.ss = simstore_new(w.sim, job->kind, w.seed);
     new_id(0); /* none */
+}
+
+static void run_all(const struct job *job, struct outcome *out)
+{
+    uint64_t ms = job->ms;
+    bool faults = job->faults;
+    world_begin(job);
     uint32_t often = 5 + (uint32_t)below(40);
     if (faults)
         simstore_set_faults(w.ss, &(struct simstore_faults){
@@ -558,7 +570,7 @@ static void run_seed(uint64_t seed, enum simstore_kind kind, uint64_t ms, bool f
         wrong("rules were broken", out->counts.violations, 0);
 }
 
-static struct outcome in_child(uint64_t seed, enum simstore_kind kind, uint64_t ms, bool faults)
+static struct outcome in_child(const struct job *job)
 {
     struct outcome out = {0};
     int p[2], status;
@@ -567,7 +579,8 @@ static struct outcome in_child(uint64_t seed, enum simstore_kind kind, uint64_t 
     pid_t pid = fork();
     assert_true(pid >= 0);
     if (pid == 0) {
-        run_seed(seed, kind, ms, faults, &out);
+        log_set_level(LOG_LEVEL_ERROR);
+        job->run(job, &out);
         _exit(write(p[1], &out, sizeof out) == sizeof out ? 0 : 1);
     }
     close(p[1]);
@@ -575,8 +588,15 @@ static struct outcome in_child(uint64_t seed, enum simstore_kind kind, uint64_t 
     close(p[0]);
     assert_int_equal(waitpid(pid, &status, 0), pid);
     if (!told || status)
-        fail_msg("to replay: SEED=%llu SEEDS=1\n", (unsigned long long)seed);
+        fail_msg("to replay: SEED=%llu SEEDS=1\n", (unsigned long long)job->seed);
     return out;
+}
+
+static void add(struct outcome *sum, const struct outcome *one)
+{
+    const uint64_t *from = (const uint64_t *)(const void *)one;
+    for (size_t i = 0; i < sizeof *one / sizeof *from; i++)
+        ((uint64_t *)(void *)sum)[i] += from[i];
 }
 
 static void seeds(const char *what, enum simstore_kind kind)
@@ -584,13 +604,11 @@ static void seeds(const char *what, enum simstore_kind kind)
     struct seeds s = seeds_begin(what, 60, 1000);
     struct outcome sum = {0};
     for (uint64_t i = 0; i < s.count; i++) {
-        struct outcome one = in_child(s.first + i, kind, s.steps, true),
-                       two = in_child(s.first + i, kind, s.steps, true);
+        struct job job = {run_all, kind, s.first + i, s.steps, true};
+        struct outcome one = in_child(&job), two = in_child(&job);
         if (memcmp(&one, &two, sizeof one) != 0)
             fail_msg("seed %llu does not replay\n", (unsigned long long)(s.first + i));
-        const uint64_t *from = (const uint64_t *)(const void *)&one;
-        for (size_t n = 0; n < sizeof one / sizeof *from; n++)
-            ((uint64_t *)(void *)&sum)[n] += from[n];
+        add(&sum, &one);
     }
     print_message("# hash %016llx\n", (unsigned long long)sum.hash);
     print_message("# %llu requests, %llu watches fired, %llu new owners; %llu commits happened, "
@@ -624,6 +642,87 @@ static void the_fdb_store(void **state)
     seeds("FoundationDB's engine", SIMSTORE_FDB);
 }
 
+/* --- a commit around a cut, a pause, a death --------------------------------------------- */
+
+enum { CUT, PAUSE, DEATH };
+
+static bool is_there(void)
+{
+    struct slice head;
+    return simstore_peek(w.ss, counter_key(0), &head);
+}
+
+/* Of one process a commit is under way when it is cut off, stands still or dies. */
+static void run_link(const struct job *job, struct outcome *out)
+{
+    static const uint8_t head[16] = {1};
+    struct store_mutation m = {
+        .kind = STORE_SET, .key = counter_key(0), .head = {head, sizeof head}};
+    struct store_commit c = {.mutations = &m, .n_mutations = 1, .done = last_done};
+    world_begin(job);
+    w.ended = true; /* the workers rest */
+    struct proc *p = proc_start(), *other = proc_start();
+    store_commit(p->store, &p->env[0]->base, &c);
+    run_until(sim_now_ns(w.sim) + below(NS_PER_MS << below(3)));
+    if (last_answered)
+        return;
+    bool before = is_there();
+    if (job->ms == CUT)
+        proc_cut(p, true);
+    else if (job->ms == PAUSE)
+        proc_pause(p, true);
+    else
+        proc_die(p);
+    run_until(sim_now_ns(w.sim) + 8000 * NS_PER_MS);
+    bool meanwhile = is_there();
+    if (last_answered && job->ms != CUT)
+        wrong("an answer to a process that does not run", job->ms, 0);
+    if (last_answered && !meanwhile)
+        wrong("an answer before it happened", job->ms, 0);
+    out->at_once += !before && meanwhile;
+    /* Others are not touched by it. */
+    bool answered = last_answered;
+    struct store_mutation n = {
+        .kind = STORE_SET, .key = counter_key(1), .head = {head, sizeof head}};
+    struct store_commit d = {.mutations = &n, .n_mutations = 1, .done = last_done};
+    last_answered = false;
+    store_commit(other->store, &other->env[0]->base, &d);
+    wait_for(is_last_answered, "another process is held up");
+    if (job->ms == DEATH) {
+        out->never += !is_there();
+        return;
+    }
+    last_answered = answered;
+    proc_cut(p, false);
+    proc_pause(p, false);
+    wait_for(is_last_answered, "no answer after all");
+    if (!is_there())
+        wrong("an answered commit did not happen", job->ms, 0);
+    out->later += !meanwhile;
+}
+
+static void one_process_alone(void **state)
+{
+    (void)state;
+    static const char *const whats[] = {"cut off", "standing still", "dying"};
+    struct seeds s = seeds_begin("one process alone", 40, 0);
+    for (unsigned what = CUT; what <= DEATH; what++) {
+        struct outcome sum = {0};
+        bool all = false;
+        for (uint64_t i = 0; i < s.count || (!all && i < 20 * s.count); i++) {
+            struct outcome one = in_child(
+                &(struct job){run_link, SIMSTORE_FDB, s.first + i, what, false});
+            add(&sum, &one);
+            all = sum.at_once && (what == DEATH ? sum.never : sum.later);
+        }
+        print_message("# %s: happened meanwhile %llu, later %llu, never %llu\n", whats[what],
+                      (unsigned long long)sum.at_once, (unsigned long long)sum.later,
+                      (unsigned long long)sum.never);
+        if (s.count >= 40)
+            assert_true(all);
+    }
+}
+
 static double cpu_of_children(void)
 {
     struct rusage r;
@@ -641,7 +740,7 @@ static void speed(void **state)
         skip();
     for (int kind = SIMSTORE_LOG; kind <= SIMSTORE_FDB; kind++) {
         double before = cpu_of_children();
-        struct outcome o = in_child(3, (enum simstore_kind)kind, ms, false);
+        struct outcome o = in_child(&(struct job){run_all, (enum simstore_kind)kind, 3, ms, false});
         double s = cpu_of_children() - before;
         print_message("# %s: %llu commits and %llu reads in %.2f s of CPU: %.0f a second\n",
                       kind == SIMSTORE_LOG ? "log" : "fdb", (unsigned long long)o.counts.commits,
@@ -655,6 +754,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_log_store),
         cmocka_unit_test(the_fdb_store),
+        cmocka_unit_test(one_process_alone),
         cmocka_unit_test(speed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
