@@ -413,8 +413,8 @@ static void proc_cut(struct proc *p, bool cut)
 static void proc_die(struct proc *p)
 {
     p->dead = true;
-    for (unsigned i = 0; i < REACTORS && !p->paused; i++)
-        sim_env_pause(p->env[i]);
+    for (unsigned i = 0; i < REACTORS; i++)
+        sim_env_kill(p->env[i]);
     simstore_died(w.ss, p->store);
 }
 
