@@ -10,20 +10,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/process.h"
+#include "fiber.h"
 #include "server/connection.h"
 #include "stores.h"
 #include "trace.h"
 #include "volume/internal.h"
 
 #define LANES_MAX 3u
-#define STACK_BYTES (256u << 10)
 #define AGAIN_MS 500u
 #define TURN_NS_MAX 20000u
 #define POST_NS_MAX 20000u
@@ -56,8 +55,7 @@ struct gateway {
     struct session session;
     struct env_timer again;
     char address[64];
-    /* Its main function. */
-    ucontext_t main, world;
+    struct fiber *main; /* its main function */
     bool waits; /* for the next event of its first reactor */
     bool rested;
 };
@@ -103,7 +101,7 @@ static void turn(void *arg)
 static void go_on(struct gateway *g)
 {
     g->waits = false;
-    CHECK(swapcontext(&g->world, &g->main) == 0);
+    fiber_go_on(g->main);
 }
 
 /* A turn of a loop has one event or several. */
@@ -201,17 +199,12 @@ static void identify(struct gateway *g)
 
 /* --- the main function ------------------------------------------------------------------ */
 
-static void rest_of_world(struct gateway *g)
-{
-    CHECK(swapcontext(&g->main, &g->world) == 0);
-}
-
 /* One event of the first reactor. */
 static void run_once(struct env *env)
 {
     struct reactor *r = container_of(env, struct sim_env, base)->user;
     r->gateway->waits = true;
-    rest_of_world(r->gateway);
+    fiber_wait();
 }
 
 static void rested(struct env_timer *timer)
@@ -268,8 +261,9 @@ static void overdue(struct server *s)
     gateway_crash(g, false);
 }
 
-static void live(struct gateway *g)
+static void main_function(void *arg)
 {
+    struct gateway *g = arg;
     struct env *env = reactor_env(&g->reactors[0]);
     struct err e = {0};
     while (come_up(g, &e) != ST_OK) {
@@ -280,7 +274,7 @@ static void live(struct gateway *g)
     net_listen(g->config.net, g->config.host, g->reactors[0].env, take_connection, g);
     g->state = GATEWAY_UP;
     log_info("listening on %s", g->address);
-    rest_of_world(g); /* until all_stopped() */
+    fiber_wait(); /* until all_stopped() */
 
     lanes_close(&g->server);
     session_end(&g->session, env, run_once);
@@ -292,21 +286,9 @@ static void live(struct gateway *g)
     g->state = GATEWAY_ENDED;
 }
 
-static struct gateway *beginning;
-
-static void main_function(void)
-{
-    struct gateway *g = beginning;
-    live(g);
-    for (;;)
-        rest_of_world(g);
-}
-
 static void begin(void *arg)
 {
-    struct gateway *g = arg;
-    beginning = g;
-    go_on(g);
+    go_on(arg);
 }
 
 static void kill_owner(void *arg, struct store *store)
@@ -358,11 +340,7 @@ struct gateway *gateway_start(const struct gateway_config *config, const char *n
         lane->reactor = &g->reactors[s->n_lanes];
     }
 
-    CHECK(getcontext(&g->main) == 0);
-    g->main.uc_stack.ss_sp = mem_alloc(STACK_BYTES);
-    g->main.uc_stack.ss_size = STACK_BYTES;
-    g->main.uc_link = NULL;
-    makecontext(&g->main, main_function, 0);
+    g->main = fiber_new(main_function, g);
     sim_at(g->reactors[0].env, sim_below(g->sim, TURN_NS_MAX), begin, g);
     return g;
 }

@@ -139,6 +139,8 @@ static void pipe_init(struct pipe *p, struct stream *s, struct end *from, struct
 static void pipe_put(struct pipe *p, const void *data, size_t len)
 {
     size_t have = (size_t)(p->sent - p->base);
+    if (!len)
+        return;
     if (have + len > p->cap && p->read > p->base) {
         have = (size_t)(p->sent - p->read);
         memmove(p->bytes, p->bytes + (p->read - p->base), have);
