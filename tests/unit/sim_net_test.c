@@ -40,6 +40,7 @@ struct pair {
     struct net *net;
     struct sim_env *client_env;
     struct reactor reactors[2];
+    unsigned at; /* the one that has the wire */
     struct stream *stream;
     struct wire *wire;
     bool idle; /* the server does not watch */
@@ -73,6 +74,7 @@ static void on_events(void *arg, int events)
 {
     struct pair *p = arg;
     assert_false(p->detached);
+    assert_ptr_equal(sim_running(p->sim), p->reactors[p->at].env);
     note(p, (uint64_t)events);
     if (!events) {
         p->broke = -1;
@@ -538,6 +540,7 @@ static void moved(void *arg)
 {
     struct pair *p = arg;
     p->detached = false;
+    p->at = 1;
     wire_attach(p->wire, &p->reactors[1], on_events, p);
     wire_watch(p->wire, WIRE_READABLE);
 }
