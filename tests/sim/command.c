@@ -21,9 +21,9 @@
 #endif
 
 #define STACK_BYTES (256u << 10)
-#define COMMANDS_MAX 64u
 #define WORDS_MAX 16
-#define FIRST_PID 30001
+#define FIRST_WORD 2 /* behind the program's name and the store */
+#define FIRST_PID 30000
 
 /* A stack and where it stands. */
 struct side {
@@ -34,23 +34,21 @@ struct side {
 };
 
 struct command {
-    struct sim *sim;
     struct simstore *simstore;
     const char *name;
     char *words[WORDS_MAX + 1];
     int n_words, status;
     pid_t pid;
-    struct sim_env *env; /* from reactor_new to reactor_free */
+    struct sim_env *env;
     struct store *store; /* from store_open to store_close */
     struct side side;
-    bool woken, over;
+    bool waits, over;
     FILE *out;
     char *said;
     size_t said_len;
 };
 
-static struct command *commands[COMMANDS_MAX];
-static unsigned n_commands, n_running;
+static unsigned n_commands;
 static struct command *current; /* on its stack just now; NULL: the world is */
 static struct side world;
 
@@ -84,7 +82,7 @@ static void go_on(struct command *c)
     FILE *out = stdout, *error = stderr;
     CHECK(!current);
     current = c;
-    c->woken = false;
+    c->waits = false;
     stdout = stderr = c->out;
     trace_who(c->name);
     change_sides(&world, &c->side, false);
@@ -94,8 +92,8 @@ static void go_on(struct command *c)
     current = NULL;
     if (!c->over)
         return;
-    n_running--;
     trace(c->name, "has ended with status %d: %s", c->status, command_said(c));
+    sim_env_kill(c->env);
 }
 
 static void body(void)
@@ -110,28 +108,16 @@ static void body(void)
 
 /* --- what a command has under it ------------------------------------------------------------ */
 
-static void woke(struct sim_env *env)
-{
-    struct command *c = env->user;
-    c->woken = true;
-}
-
 enum status command_reactor_new(struct reactor **out, struct err *e)
 {
-    struct command *c = current;
     (void)e;
-    c->env = sim_env_new(c->sim);
-    c->env->name = c->name;
-    c->env->user = c;
-    c->env->after = woke;
-    *out = (struct reactor *)c;
+    *out = (struct reactor *)current;
     return ST_OK;
 }
 
 void command_reactor_free(struct reactor *r)
 {
-    struct command *c = (struct command *)r;
-    sim_env_kill(c->env);
+    (void)r;
 }
 
 struct env *command_reactor_env(struct reactor *r)
@@ -143,6 +129,7 @@ void command_reactor_run_once(struct env *env)
 {
     struct command *c = current;
     CHECK(c && env == &c->env->base);
+    c->waits = true;
     change_sides(&c->side, &world, false);
 }
 
@@ -174,19 +161,43 @@ const struct cli_command serve_command = {.name = "serve"}, store_command = {.na
 
 /* --- from outside ---------------------------------------------------------------------------- */
 
+static void event_over(struct sim_env *env)
+{
+    struct command *c = env->user;
+    if (c->waits)
+        go_on(c);
+}
+
+static void begin(void *arg)
+{
+    struct command *c = arg;
+    if (trace_on) {
+        char line[256] = "";
+        for (int i = FIRST_WORD; i < c->n_words; i++) {
+            size_t at = strlen(line);
+            snprintf(line + at, sizeof line - at, " %s", c->words[i]);
+        }
+        trace(c->name, "begins: fdb-nbd%s", line);
+    }
+    go_on(c);
+}
+
 struct command *command_start(struct sim *sim, struct simstore *store, const char *name,
                               const char *const *words)
 {
     struct command *c = mem_zalloc(sizeof *c);
-    CHECK(n_commands < COMMANDS_MAX);
-    c->sim = sim;
     c->simstore = store;
     c->name = name;
-    c->pid = FIRST_PID + (pid_t)n_commands;
-    c->words[c->n_words++] = mem_strdup("fdb-nbd");
-    c->words[c->n_words++] = mem_strdup("--store=simulated:");
+    c->pid = FIRST_PID + (pid_t)++n_commands;
+    c->words[0] = mem_strdup("fdb-nbd");
+    c->words[1] = mem_strdup("--store=simulated:");
+    c->n_words = FIRST_WORD;
     while (*words && c->n_words < WORDS_MAX)
         c->words[c->n_words++] = mem_strdup(*words++);
+    c->env = sim_env_new(sim);
+    c->env->name = c->name;
+    c->env->user = c;
+    c->env->after = event_over;
     c->out = open_memstream(&c->said, &c->said_len);
     CHECK(c->out && getcontext(&c->side.context) == 0);
     void *stack = mem_alloc(STACK_BYTES);
@@ -195,17 +206,7 @@ struct command *command_start(struct sim *sim, struct simstore *store, const cha
     c->side.context.uc_stack.ss_sp = stack;
     c->side.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&c->side.context, body, 0);
-    commands[n_commands++] = c;
-    n_running++;
-    if (trace_on) {
-        char line[256] = "";
-        for (int i = 2; i < c->n_words; i++) {
-            size_t at = strlen(line);
-            snprintf(line + at, sizeof line - at, " %s", c->words[i]);
-        }
-        trace(name, "begins: fdb-nbd%s", line);
-    }
-    go_on(c);
+    sim_at(c->env, 0, begin, c);
     return c;
 }
 
@@ -234,15 +235,7 @@ void command_kill(struct command *c)
     trace(c->name, "is killed");
     c->over = true;
     c->status = -1;
-    n_running--;
     if (c->store)
         simstore_died(c->simstore, c->store);
     sim_env_kill(c->env);
-}
-
-void commands_turn(void)
-{
-    for (unsigned i = 0; n_running && i < n_commands; i++)
-        if (commands[i]->woken && !commands[i]->over)
-            go_on(commands[i]);
 }

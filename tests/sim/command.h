@@ -27,7 +27,4 @@ const char *command_said(struct command *c);
 /* kill -9, while it waits. */
 void command_kill(struct command *c);
 
-/* To be called after each event of the world: lets those go on whose reactors had one. */
-void commands_turn(void);
-
 #endif

@@ -227,7 +227,6 @@ static bool run_until(struct run *r, bool (*cond)(struct run *r), uint64_t limit
             return true;
         if (!sim_step_by(r->sim, limit_ns))
             return false;
-        commands_turn();
         look(r);
     }
     return false;
@@ -752,7 +751,8 @@ static void heal(struct run *r)
         enum gateway_state st = gateway_state(g);
         if (st == GATEWAY_DEAD || st == GATEWAY_ENDED)
             continue;
-        gateway_cut_store(g, false);
+        if (r->kind == SIMSTORE_FDB)
+            gateway_cut_store(g, false);
         if (gateway_is_paused(g))
             gateway_resume(g);
     }
