@@ -357,6 +357,7 @@ static void arrive(struct env_task *task)
     attach(c);
     c->client.host = c->host;
     c->client.is_busy = transmission_is_busy;
+    c->writer.name = c->address;
     export_join(&lane->exports, volume_branch(c->vol), volume_name(c->vol),
                 lane->server->config->shared, &c->client);
     c->watcher.lost = on_lost;

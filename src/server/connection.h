@@ -145,6 +145,7 @@ struct conn {
     struct export_client client; /* client.export NULL: not there yet */
     /* A request that changes the volume waits for the writing role (exports.h); nothing of the
      * connection is taken meanwhile. */
+    struct vol_writer writer;
     bool claim_waits, claim_over, claim_told;
     uint64_t claim_since_ms;
     struct env_timer claim_timer;

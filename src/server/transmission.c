@@ -519,6 +519,12 @@ static void tell_export(struct conn *c, const struct nbd_request *r)
     export_took(&c->client, kind, c->n_requests == 0);
 }
 
+/* Clients that coordinate their writes know what others write. */
+static struct vol_writer *writer_of(struct conn *c)
+{
+    return c->client.export->shared ? NULL : &c->writer;
+}
+
 static void change_done(struct vol_io *io)
 {
     struct piece *p = container_of(io, struct piece, io);
@@ -581,6 +587,7 @@ static void write_next_piece(struct request *q)
     uint64_t len = min_u64(q->end - q->next, VOLUME_PIECE_BYTES);
     struct piece *p = q->piece.request ? mem_zalloc(sizeof *p) : &q->piece;
     piece_init(p, q, q->next, len, change_done);
+    p->io.writer = writer_of(c);
     p->io.granted = write_granted;
     q->next += len;
     q->more = q->next < q->end;
@@ -714,6 +721,7 @@ static void take_change(struct conn *c, const struct nbd_request *r)
     }
     struct piece *p = &q->piece;
     piece_init(p, q, r->offset, r->length, change_done);
+    p->io.writer = writer_of(c);
     if (r->command == NBD_CMD_TRIM) {
         volume_trim(c->vol, &p->io);
         return;

@@ -1025,6 +1025,8 @@ static void build_state(struct gen *g)
     struct key key;
     uint8_t bytes[RECORD_BYTES_MAX];
     st->generation = g->no;
+    if (g->has_changes)
+        st->changed = g->no;
     st->data_blocks = vol->data_blocks;
     for (uint32_t i = 0; i < st->n_logs; i++) {
         if (g->replayed_log && st->logs[i].log_id == g->replayed_log)

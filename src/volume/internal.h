@@ -165,6 +165,7 @@ struct gen {
     uint64_t replayed_log, replayed_seq; /* while replaying another log */
     uint64_t new_size; /* 0: the size stays */
     bool force; /* commit even with nothing in it */
+    bool has_changes; /* of clients: see state_record.changed */
     uint64_t opened_ns;
     struct list waiters; /* vol_ios answered by the commit */
 
@@ -232,8 +233,14 @@ struct volume {
     struct acquire *acquire;
     struct release *release;
     struct state_record state; /* as of the newest committed generation */
+    /* Counts, from 1, how often somebody else was found to have changed the data while this process
+     * did not own it: see struct vol_writer. */
+    uint64_t lineage;
+    uint64_t changed;          /* state.changed when it was last known here, if `changed_known` */
+    bool changed_known;
+    char changed_by[384];
     struct list parked;        /* requests that wait for ownership */
-    char refusal[512];         /* see volume_refusal() */
+    char refusal[768];         /* see volume_refusal() */
     struct list watchers;
     void (*release_done)(struct volume *vol, void *arg);
     void *release_arg;
@@ -327,6 +334,8 @@ void volume_tell_watchers(struct volume *vol, const char *why);
 /* Whether requests may go on. If not, `io` was parked: write_resume() gets it when the volume is
  * owned, or it is answered with an error. */
 bool owner_ready(struct volume *vol, struct vol_io *io);
+/* Whether `io`, a change, comes from a writer that may write; if not, it is told why. */
+bool owner_lets_write(struct volume *vol, struct vol_io *io);
 /* The session of this process is in doubt no more: goes on with what was parked for that. */
 void owner_resume(struct volume *vol);
 /* Commits everything and gives the owner key back. */

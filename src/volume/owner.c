@@ -103,6 +103,65 @@ static bool session_none(const struct owner_record *o)
     return !memcmp(o->session, none, sizeof none);
 }
 
+/* --- what others changed ------------------------------------------------------------- */
+
+/* The state as it is now, before any request of ours changed it. `by`: who owned the volume. */
+static void note_changes(struct volume *vol, const struct state_record *state,
+                         const struct owner_record *by)
+{
+    if (vol->changed_known && state->changed != vol->changed) {
+        vol->lineage++;
+        snprintf(vol->changed_by, sizeof vol->changed_by,
+                 "clients of process %u on %s (%s) changed its data", by->pid, by->host,
+                 by->address);
+    }
+    vol->changed = state->changed;
+    vol->changed_known = true;
+}
+
+static bool is_outdated(const struct volume *vol, const struct vol_io *io)
+{
+    bool change = io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM;
+    return change && io->writer && io->writer->lineage && io->writer->lineage != vol->lineage;
+}
+
+bool owner_lets_write(struct volume *vol, struct vol_io *io)
+{
+    struct vol_writer *writer = io->writer;
+    if (!is_outdated(vol, io)) {
+        if (writer)
+            writer->lineage = vol->lineage;
+        return true;
+    }
+    snprintf(vol->refusal, sizeof vol->refusal,
+             "volume %s was somewhere else since this client wrote last, and %s: what the client "
+             "knows is old, so it may not write; connect again",
+             vol->name, vol->changed_by);
+    if (!writer->told)
+        log_warning("client %s: %s", writer->name, vol->refusal);
+    writer->told = true;
+    return false;
+}
+
+/* Whoever can't be let write anyhow need not take the volume from others for that. */
+static void refuse_outdated(struct volume *vol)
+{
+    struct list refused = LIST_INIT(refused);
+    list_for_each_safe(l, next, &vol->parked)
+    {
+        if (is_outdated(vol, container_of(l, struct vol_io, link))) {
+            list_remove(l);
+            list_add_tail(&refused, l);
+        }
+    }
+    struct list *l;
+    while ((l = list_pop(&refused))) {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        io->stage = IO_IDLE;
+        write_resume(vol, io);
+    }
+}
+
 /* --- taking -------------------------------------------------------------------------- */
 
 static void resume_parked(struct volume *vol)
@@ -201,6 +260,7 @@ static void own_log(const struct volume *vol, struct state_record *st)
 static void owned(struct volume *vol)
 {
     struct acquire *a = vol->acquire;
+    note_changes(vol, &vol->state, &a->entry.owner);
     acquire_end(a);
     vol->ownership = VOL_OWNED;
     mailbox_start(vol);
@@ -574,6 +634,12 @@ static void acquire_got(struct store_read *read, enum status st)
         return;
     }
     a->fence = a->by_force = false;
+    note_changes(vol, &entry->state, &entry->owner);
+    refuse_outdated(vol);
+    if (list_empty(&vol->parked)) {
+        acquire_drop(a);
+        return;
+    }
     if (!shard_has_session(s, s->incarnation))
         acquire_later(a, ADRIFT_MS);
     else if (session_none(&entry->owner) ||
@@ -660,6 +726,7 @@ static void release_committed(struct store_commit *commit, enum status st)
         CHECK(gen_empty(g) && vol->gens_queued == 0);
         gen_free_all(vol);
         volume_drop_cache(vol);
+        vol->changed = vol->state.changed;
         vol->ownership = VOL_UNOWNED;
     }
     void (*done)(struct volume *, void *) = vol->release_done;

@@ -13,6 +13,7 @@
 
 #define RECORD_VERSION 1
 #define SESSION_VERSION 2 /* 1 did not say which process it was */
+#define STATE_VERSION 2   /* 1 did not say what clients changed last */
 #define HASH_BYTES 8u
 #define SIZE_UNIT 512u
 #define SIZE_MAX_BYTES (1ull << 62)
@@ -303,10 +304,11 @@ bool owner_decode(struct slice key, struct slice bytes, struct owner_record *rec
 
 size_t state_encode(const struct state_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    struct writer w = write_begin_version(out, STATE_VERSION);
     put_u64(&w, rec->generation);
     put_u64(&w, rec->data_blocks);
     put_u64(&w, rec->trash_next);
+    put_u64(&w, rec->changed);
     CHECK(rec->n_logs <= STATE_LOGS_MAX);
     put_u8(&w, (uint8_t)rec->n_logs);
     for (uint32_t i = 0; i < rec->n_logs; i++) {
@@ -318,10 +320,11 @@ size_t state_encode(const struct state_record *rec, struct slice key, uint8_t ou
 
 bool state_decode(struct slice key, struct slice bytes, struct state_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, STATE_VERSION);
     *rec = (struct state_record){.generation = get_u64(&r)};
     rec->data_blocks = get_u64(&r);
     rec->trash_next = get_u64(&r);
+    rec->changed = r.version >= 2 ? get_u64(&r) : rec->generation;
     rec->n_logs = get_u8(&r);
     if (rec->n_logs > STATE_LOGS_MAX) {
         rec->n_logs = 0;
@@ -331,6 +334,7 @@ bool state_decode(struct slice key, struct slice bytes, struct state_record *rec
         rec->logs[i].log_id = get_u64(&r);
         rec->logs[i].applied_seq = get_u64(&r);
     }
+    require(&r, rec->changed <= rec->generation);
     return read_end(&r);
 }
 

@@ -90,6 +90,9 @@ struct state_record {
     uint64_t generation;  /* number of the last committed generation */
     uint64_t data_blocks; /* blocks the index names as data, own and inherited */
     uint64_t trash_next;  /* number for the next ("t", branch, n) */
+    /* The last generation with a client's write, zero or trim in it (clean-up and resizing do not
+     * count). Records of version 1 do not say: then that of the last generation. */
+    uint64_t changed;
     uint32_t n_logs;      /* in the order they must be replayed */
     struct log_position logs[STATE_LOGS_MAX];
 };

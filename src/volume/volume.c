@@ -80,6 +80,7 @@ static void open_read(struct store_read *read, enum status st)
     if (vol) {
         vol->tag = ++s->next_tag;
         vol->refs = 1;
+        vol->lineage = 1;
         list_init(&vol->parked);
         list_init(&vol->watchers);
         list_init(&vol->reopen);

@@ -94,6 +94,17 @@ enum vol_io_flags {
     VOL_REQ_ONE = 4,  /* status: one extent, not longer than asked */
 };
 
+/* One that writes and keeps in mind what it wrote: a connection. The caller's, from its first
+ * request to its last; zero-initialise, then set `name`. Once it has written, it may go on
+ * as long as nobody else changes the data while this process does not own the volume: a file
+ * system that is mounted here would be destroyed by its next write. Then its writes, zeroes and
+ * trims are answered ST_PERM, for good; reads are not. */
+struct vol_writer {
+    const char *name; /* in: for the log */
+    uint64_t lineage; /* the volume's, from here on */
+    bool told;
+};
+
 /* One request. The caller owns it and keeps it until answered. Zero-initialise, then set
  * the fields marked "in". */
 struct vol_io {
@@ -101,6 +112,7 @@ struct vol_io {
     void (*granted)(struct vol_io *io); /* in, writes only: volume_write_begin came through */
     uint64_t offset, length;            /* in; inside the volume */
     uint32_t flags;                     /* in: enum vol_io_flags */
+    struct vol_writer *writer;          /* in: who changes something; NULL: it does not matter */
     enum status st;                     /* out */
     /* read (out) and write (buffers to receive into): pieces in order; memory for
      * segs_cap of them is the caller's. VOL_SEGS(length, block_size) suffice. A read's

@@ -189,6 +189,10 @@ static bool admit(struct volume *vol, struct vol_io *io)
         io->st = read_only ? ST_PERM : ST_NOSPC;
         return true;
     }
+    if (!owner_lets_write(vol, io)) {
+        io->st = ST_PERM;
+        return true;
+    }
     bool ahead = shard_lacks_space(s) && write_needs_no_space(io);
     if ((ahead || list_empty(&s->write_waiters)) && write_try_grant(vol, io))
         return true;
@@ -447,7 +451,7 @@ static void apply_zeros(struct volume *vol, struct vol_io *io, uint64_t offset, 
 }
 
 /* The same in as many generations as it takes: one, short of petabytes. Cut at whole pieces of
- * 4 MiB (G3), counted from the first whole block. */
+ * 4 MiB (G3), counted from the first whole block. `io` NULL: replayed, or for a resize. */
 static void zeros_in_pieces(struct volume *vol, struct vol_io *io, uint64_t offset,
                             uint64_t length, bool hole, bool edges)
 {
@@ -463,6 +467,7 @@ static void zeros_in_pieces(struct volume *vol, struct vol_io *io, uint64_t offs
         uint64_t first = offset >> vol->block_shift;
         uint64_t end = ((offset + len - 1) >> vol->block_shift) + 1;
         gen_make_fit(vol, io ? io->held_bytes : 0, weight_of_zeros(vol, first, end));
+        vol->open->has_changes |= io || vol->replaying;
         apply_zeros(vol, io, offset, len, hole, edges);
         offset += len;
         length -= len;
@@ -536,6 +541,7 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
         return;
     }
     gen_make_fit(vol, io->held_bytes, weight_of_write(vol, no, last_block(vol, io) + 1));
+    vol->open->has_changes = true;
     if (data)
         iov[n_iov++] = (struct iovec){.iov_base = (void *)(uintptr_t)data, .iov_len = io->length};
     for (uint32_t i = 0; left; i++, no++) {
@@ -774,6 +780,7 @@ void write_replay(struct volume *vol, const struct store_log_record *rec)
     uint64_t end_no = ((offset + length - 1) >> vol->block_shift) + 1;
     uint32_t lo = (uint32_t)(offset & (vol->block_size - 1));
     gen_make_fit(vol, (end_no - no) << vol->block_shift, weight_of_write(vol, no, end_no));
+    vol->open->has_changes = true;
     while (length) {
         uint32_t len = (uint32_t)min_u64(vol->block_size - lo, length);
         apply_bytes(vol, NULL, no++, lo, lo + len, src, NULL);

@@ -58,15 +58,70 @@ def test_G4_volume_moves_when_its_clients_left(two):
 
 def test_G4_volume_moves_from_an_idle_client_and_back(two):
     """What a live migration of a virtual machine does: the target opens the volume while
-    the source still holds it, then the source falls silent."""
+    the source still holds it, then the source falls silent. On the way back the target is new."""
     first, second = two
+    source = connect(first)
+    for turn in range(4):
+        target = connect(second if turn % 2 == 0 else first)
+        source.pwrite(bytes([turn + 1]) * 4096, turn * 4096)
+        assert target.pread(4096, turn * 4096) == bytes([turn + 1]) * 4096
+        source.pwrite(bytes([turn + 2]) * 4096, turn * 4096)
+        source.flush()
+        target.pwrite(b"moved" + bytes(507), 1 << 20)
+        source.shutdown()
+        source = target
+    for turn in range(4):
+        assert source.pread(4096, turn * 4096) == bytes([turn + 2]) * 4096
+    source.shutdown()
+
+
+def test_G4_client_from_before_does_not_write_over_what_others_wrote(two):
+    """An idle mounted file system here, somebody who mounts the volume at the other server, and
+    then a write here: it would destroy both."""
+    first, second = two
+    a, mate = rawnbd.connect(first, "v", structured=True), connect(first)
+    a.write(0, b"a" * 512)
+    assert mate.pread(512, 0) == b"a" * 512
+    # Reading elsewhere, and administration, harm nobody.
+    b = connect(second)
+    assert b.pread(512, 0) == b"a" * 512
+    second.cli("resize", "v", "80M")
+    assert b.pread(512, 0) == b"a" * 512
+    a.write(0, b"A" * 512)
+    b.pwrite(b"b" * 512, 512)
+    done = a.call(rawnbd.CMD_WRITE, 0, payload=b"bad" + bytes(509))
+    assert done.error == rawnbd.EPERM
+    said = done.chunks[-1].message
+    assert f"process {second.pid} on " in said and "connect again" in said
+    assert a.error_of(rawnbd.CMD_WRITE_ZEROES, 0, 4096) == rawnbd.EPERM
+    assert a.error_of(rawnbd.CMD_TRIM, 0, 4096) == rawnbd.EPERM
+    b.pwrite(b"b" * 512, 1024)
+    assert a.read(0, 1536) == b"A" * 512 + b"b" * 1024
+    assert first.log().count("changed its data") == 1
+    # One that has not written has nothing to lose; a new connection neither.
+    mate.pwrite(b"m" * 512, 2048)
+    again = connect(first)
+    again.pwrite(b"n" * 512, 2560)
+    assert a.error_of(rawnbd.CMD_WRITE, 0, payload=bytes(512)) == rawnbd.EPERM
+    with pytest.raises(nbd.Error):
+        b.pwrite(b"bad" + bytes(509), 0)
+    assert b.pread(1024, 2048) == b"m" * 512 + b"n" * 512
+    a.close()
+    for h in (mate, b, again):
+        h.shutdown()
+
+
+def test_shared_servers_let_clients_take_turns(two):
+    first, second = two
+    for server in two:
+        server.stop()
+        server.args.append("--shared")
+        server.start()
     a, b = connect(first), connect(second)
-    for turn in range(4):
-        writer, reader = (a, b) if turn % 2 == 0 else (b, a)
-        writer.pwrite(bytes([turn + 1]) * 4096, turn * 4096)
-        assert reader.pread(4096, turn * 4096) == bytes([turn + 1]) * 4096
-    for turn in range(4):
-        assert a.pread(4096, turn * 4096) == bytes([turn + 1]) * 4096
+    for n in range(3):
+        a.pwrite(bytes([n]) * 512, 0)
+        b.pwrite(bytes([n]) * 512, 512)
+    assert a.pread(1024, 0) == bytes([2]) * 1024
     a.shutdown()
     b.shutdown()
 

@@ -103,6 +103,7 @@ ROUND_TRIP(owner, key_owner, WIDE(token); BYTES(session); WIDE(since_ns); NARROW
            TEXT(address))
 ROUND_TRIP(
     state, key_state, WIDE(generation); WIDE(data_blocks); WIDE(trash_next);
+    rec.changed = chance_below(&c, 2) ? rec.generation : rec.generation / 3;
     rec.n_logs = (uint32_t)chance_below(&c, STATE_LOGS_MAX + 1);
     for (uint32_t i = 0; i < rec.n_logs; i++) {
         WIDE(logs[i].log_id);
@@ -216,6 +217,34 @@ static void old_session_records_are_read(void **state)
     assert_false(session_decode(key_slice(&k), (struct slice){bytes, 41}, &rec));
 }
 
+/* What version 1 wrote: not what clients changed last, so all of it may be theirs. */
+static void old_state_records_are_read(void **state)
+{
+    (void)state;
+    struct key k;
+    uint8_t bytes[64] = {1};
+    struct state_record rec;
+    key_state(&k, 5);
+    put_le64(bytes + 1, 12);
+    put_le64(bytes + 9, 34);
+    put_le64(bytes + 17, 56);
+    bytes[25] = 1;
+    put_le64(bytes + 26, 78);
+    put_le64(bytes + 34, 90);
+    put_le64(bytes + 42, hash64(bytes, 42, hash64(k.bytes, k.len, 0)));
+    assert_true(state_decode(key_slice(&k), (struct slice){bytes, 50}, &rec));
+    assert_int_equal(rec.generation, 12);
+    assert_int_equal(rec.data_blocks, 34);
+    assert_int_equal(rec.trash_next, 56);
+    assert_int_equal(rec.changed, 12);
+    assert_int_equal(rec.n_logs, 1);
+    assert_int_equal(rec.logs[0].log_id, 78);
+    assert_int_equal(rec.logs[0].applied_seq, 90);
+    bytes[0] = 3;
+    put_le64(bytes + 42, hash64(bytes, 42, hash64(k.bytes, k.len, 0)));
+    assert_false(state_decode(key_slice(&k), (struct slice){bytes, 50}, &rec));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -226,6 +255,7 @@ int main(void)
         cmocka_unit_test(removed_round_trip), cmocka_unit_test(mail_round_trip),
         cmocka_unit_test(answer_round_trip),  cmocka_unit_test(impossible_records_are_refused),
         cmocka_unit_test(old_session_records_are_read),
+        cmocka_unit_test(old_state_records_are_read),
     };
     return cmocka_run_group_tests_name("records", tests, NULL, NULL);
 }

@@ -188,13 +188,14 @@ static void read_begins(struct ask *a, struct process *p, uint64_t off)
     }
 }
 
-static void write_begins(struct scene *s, struct ask *a, struct process *p, uint64_t off,
-                         uint8_t byte)
+static void write_begins_by(struct scene *s, struct ask *a, struct process *p,
+                            struct vol_writer *writer, uint64_t off, uint8_t byte)
 {
     *a = (struct ask){.io = {.done = answered,
                              .granted = answered,
                              .offset = off,
                              .length = 4096,
+                             .writer = writer,
                              .segs_cap = 4},
                       .waits = true,
                       .p = p,
@@ -203,6 +204,12 @@ static void write_begins(struct scene *s, struct ask *a, struct process *p, uint
     if (volume_write_begin(p->vol, &a->io))
         a->waits = false;
     run_while(s, &a->waits, 60000);
+}
+
+static void write_begins(struct scene *s, struct ask *a, struct process *p, uint64_t off,
+                         uint8_t byte)
+{
+    write_begins_by(s, a, p, NULL, off, byte);
 }
 
 /* Its payload has come. */
@@ -239,12 +246,39 @@ static enum status get(struct scene *s, struct process *p, uint64_t off, uint8_t
     return st;
 }
 
-static enum status put(struct scene *s, struct process *p, uint64_t off, uint8_t byte)
+static enum status put_by(struct scene *s, struct process *p, struct vol_writer *writer,
+                          uint64_t off, uint8_t byte)
 {
     struct ask a;
-    write_begins(s, &a, p, off, byte);
+    write_begins_by(s, &a, p, writer, off, byte);
     if (a.io.st == ST_OK)
         write_goes_on(&a);
+    return heard(s, &a, 60000);
+}
+
+static enum status put(struct scene *s, struct process *p, uint64_t off, uint8_t byte)
+{
+    return put_by(s, p, NULL, off, byte);
+}
+
+static enum status zero_by(struct scene *s, struct process *p, struct vol_writer *writer,
+                           uint64_t off, bool trim)
+{
+    struct ask a = {.io = {.done = answered, .offset = off, .length = 4096, .writer = writer},
+                    .waits = true,
+                    .p = p};
+    if (trim)
+        volume_trim(p->vol, &a.io);
+    else
+        volume_zero(p->vol, &a.io);
+    shard_submit(p->shard);
+    return heard(s, &a, 60000);
+}
+
+static enum status resize(struct scene *s, struct process *p, uint64_t size)
+{
+    struct ask a = {.io = {.done = answered}, .waits = true, .p = p};
+    volume_resize(p->vol, &a.io, size, false);
     return heard(s, &a, 60000);
 }
 
@@ -554,6 +588,60 @@ static void busy_owner_is_waited_for(void **state)
         assert_false(a->lost || b->lost);
         end(&s);
     }
+}
+
+/* Gateways hand the volume over as their clients like. One that has written goes on until clients of
+ * another gateway changed something; from then on it reads, and never writes again. What commands
+ * and clean-up do, and reads, wherever, do not count. */
+static void old_writer_is_refused_when_others_changed_something(void **state)
+{
+    (void)state;
+    enum { GATEWAYS = 3, WRITERS = 3, TURNS = 150 };
+    struct seeds seeds = seeds_begin("old writers", 15, 0);
+    unsigned refused = 0;
+    for (uint64_t i = 0; i < seeds.count; i++) {
+        struct scene s;
+        struct vol_writer writers[GATEWAYS][WRITERS];
+        uint64_t wrote[GATEWAYS][WRITERS] = {0}; /* turn of its last write; 0: none */
+        uint64_t changed[GATEWAYS] = {0};        /* ... of anybody there */
+        uint64_t size = 1u << 20;
+        for (unsigned k = 0; k < GATEWAYS * WRITERS; k++)
+            writers[k / WRITERS][k % WRITERS] = (struct vol_writer){.name = "old"};
+        begin_waiting(&s, seeds.first + i, GATEWAYS, 5000);
+        for (uint64_t turn = 1; turn <= TURNS && !s.d->violated; turn++) {
+            unsigned g = (unsigned)drv_below(s.d, GATEWAYS), w = (unsigned)drv_below(s.d, WRITERS);
+            uint64_t off = 4096 * drv_below(s.d, 64), what = drv_below(s.d, 10), others = 0;
+            struct vol_writer *writer = &writers[g][w];
+            uint8_t byte;
+            for (unsigned k = 0; k < GATEWAYS; k++)
+                if (k != g && changed[k] > others)
+                    others = changed[k];
+            bool may = !wrote[g][w] || wrote[g][w] > others;
+            if (what == 0) {
+                /* It connects again. */
+                *writer = (struct vol_writer){.name = "again"};
+                wrote[g][w] = 0;
+            } else if (what == 1) {
+                assert_int_equal(resize(&s, s.p[g], size += 4096), ST_OK);
+            } else if (what <= 3) {
+                assert_int_equal(get(&s, s.p[g], off, &byte), ST_OK);
+            } else {
+                enum status st = what <= 6 ? put_by(&s, s.p[g], writer, off, (uint8_t)turn)
+                                           : zero_by(&s, s.p[g], writer, off, what == 7);
+                if (st != (may ? ST_OK : ST_PERM))
+                    drv_violation(s.d, "turn %llu: a write at gateway %u gave %s",
+                                  (unsigned long long)turn, g, status_text(st));
+                if (may)
+                    wrote[g][w] = changed[g] = turn;
+                else if (!strstr(volume_refusal(s.p[g]->vol), "connect again"))
+                    drv_violation(s.d, "refused with: %s", volume_refusal(s.p[g]->vol));
+                refused += !may;
+            }
+        }
+        assert_sound(&s);
+        end(&s);
+    }
+    assert_true(refused > seeds.count);
 }
 
 /* Something lies in the mailbox that its owner can't make out, so nobody else gets through. */
@@ -1013,6 +1101,7 @@ int main(void)
         cmocka_unit_test(stopped_owner_is_replaced),
         cmocka_unit_test(living_owner_is_not_replaced),
         cmocka_unit_test(busy_owner_is_waited_for),
+        cmocka_unit_test(old_writer_is_refused_when_others_changed_something),
         cmocka_unit_test(heartbeat_alone_keeps_a_volume),
         cmocka_unit_test(one_of_two_challengers_wins),
         cmocka_unit_test(fenced_sessions_other_volumes_are_free),
