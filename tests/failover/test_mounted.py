@@ -4,10 +4,13 @@ A real Linux kernel with an unmodified nbd-client. Two gateways on networks of t
 service address that is on one of them, and the tests in the role of whoever moves it: an
 operator, or keepalived with a health check.
 
-The kernel gives up a device whose connection ends, and no nbd-client prevents that (its -persist
-reconnects only where an ioctl fails, which Linux stopped doing in 4.10). So nbd-client is
-attached to a socket of qemu-nbd on the same machine, which holds requests and sends them again
-when the gateway is gone.
+The kernel gives up a device whose connection ends, and nbd-client's -persist does not prevent
+that: it reconnects only where an ioctl fails, which Linux stopped doing in 4.10, and ignores the
+option where it configures the device by netlink, as it does by default. So nbd-client gets help:
+
+  proxy   it is attached to a socket of qemu-nbd on the same machine, which holds requests and
+          sends them again when the gateway is gone
+  kernel  another program gives the kernel new connections for dead ones; the kernel sends again
 """
 
 import shutil
@@ -29,13 +32,22 @@ pytestmark = pytest.mark.fdb
 LEASE_MS = 3000
 WRITERS = 4
 
-ATTACH = f"""
+# How the kernel gets the volume; each leaves the pid of its helper in /tmp/helper.
+ATTACH = {
+    "proxy": f"""
 qemu-nbd --socket=/tmp/v.sock --export-name=v --persistent --shared=0 --discard=unmap \\
-    --fork --pid-file=/tmp/proxy.pid --image-opts driver=nbd,server.type=inet,\\
+    --fork --pid-file=/tmp/helper --image-opts driver=nbd,server.type=inet,\\
 server.host={network.SERVICE},server.port={network.PORT},server.keep-alive=on,\\
 export=v,reconnect-delay=3600
 nbd-client -unix /tmp/v.sock -N v /dev/nbd0 -persist
-"""
+""",
+    "kernel": f"""
+nbd-client -N v {network.SERVICE} {network.PORT} /dev/nbd0 -persist -timeout 5 -C 2
+/usr/bin/python3 /tmp/out/netlink.py keep 0 {network.SERVICE} {network.PORT} v >/tmp/keeper 2>&1 &
+echo $! >/tmp/helper
+for i in $(seq 500); do grep -q keeping /tmp/keeper && break; sleep 0.02; done
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +69,9 @@ def cluster(net):
 @pytest.fixture(scope="module")
 def guest(net, module_folder):
     made = uml.Guest(module_folder, net.front)
-    for script in ("writer.py",):
-        shutil.copy(Path(__file__).parent / script, made.out)
+    here = Path(__file__).parent
+    for script in (here / "writer.py", here.parent / "kernel" / "netlink.py", rawnbd.__file__):
+        shutil.copy(script, made.out)
     # A client that has sent all it has to say learns of a gateway that went without a word,
     # or of the address having moved, only by asking.
     made.run("""
@@ -104,9 +117,9 @@ class Mounted:
     def __init__(self, guest):
         self.guest = guest
 
-    def start(self):
+    def start(self, how):
         guest = self.guest
-        guest.run(ATTACH, limit_s=30)
+        guest.run(ATTACH[how], limit_s=30)
         guest.run("""
 for i in $(seq 500); do test "$(cat /sys/block/nbd0/size)" = 524288 && break; sleep 0.02; done
 dmesg --clear
@@ -145,12 +158,12 @@ echo 3 >/proc/sys/vm/drop_caches
 mount -o ro /dev/nbd0 /tmp/mnt
 /usr/bin/python3 /tmp/out/writer.py check /tmp/mnt /tmp/notes >/tmp/checked
 umount /tmp/mnt
-dmesg | grep -i -e 'error' -e 'abort' >&2 && exit 1
+dmesg | grep -i -e 'I/O error' -e 'abort' >&2 && exit 1
 nbd-client -d /dev/nbd0 >&2
 for i in $(seq 500); do test -e /sys/block/nbd0/pid || break; sleep 0.02; done
-kill $(cat /tmp/proxy.pid)
+kill $(cat /tmp/helper)
 cat /tmp/checked
-rm -r /tmp/notes
+rm -r /tmp/notes /tmp/helper
 """, limit_s=60)
         return int(said.split()[-1])
 
@@ -159,18 +172,18 @@ rm -r /tmp/notes
         self.guest.run("""
 set +e
 touch /tmp/notes/stop
-kill -9 $(cat /tmp/proxy.pid)
-umount -l /tmp/mnt
 nbd-client -d /dev/nbd0
-rm -rf /tmp/notes /tmp/v.sock
+kill -9 $(cat /tmp/helper)
+umount -l /tmp/mnt
+rm -rf /tmp/notes /tmp/helper /tmp/v.sock
 """, check=False)
 
 
-@pytest.fixture
+@pytest.fixture(params=list(ATTACH))
 def mounted(request, gateways, guest):
     made = Mounted(guest)
     try:
-        made.start()
+        made.start(request.param)
         yield made
     finally:
         if not went_well(request.node) and guest.process.poll() is None:
