@@ -35,6 +35,8 @@ SKIPS_ALLOWED = (
 if os.environ.get("REQUIRE_FDB", "0") in ("", "0"):
     SKIPS_ALLOWED += ("FoundationDB is not on this machine",)
 LONG_RUN_ONLY = "LONG=1"
+# Each runs on both engines.
+FOLDERS = ("protocol", "cli", "owner", "interop", "migration", "kernel", "limits", "crash")
 SUITE_LIMIT_S = 1800
 
 ASAN_ENV = {
@@ -110,11 +112,11 @@ def suites(long_run):
                 "--timeout-multiplier", multiplier],
                dict(counts, **env), folder / "meson-logs" / "testlog.junit.xml")
 
-    for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
+    for folder in FOLDERS:
         yield pytest_suite(folder, folder, BUILD, counts)
     yield pytest_suite("fdb", "fdb", BUILD, counts)
     yield pytest_suite("failover", "failover", BUILD, counts)
-    for folder in ("protocol", "cli", "owner", "interop", "kernel", "limits", "crash"):
+    for folder in FOLDERS:
         yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, dict(counts, STORE="fdb"))
     yield pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))
 

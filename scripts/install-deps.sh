@@ -7,8 +7,8 @@ build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblm
 libxxhash-dev liblz4-dev libzstd-dev libjansson-dev"
 
 test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
-qemu-utils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs e2fsprogs fuse3
-util-linux procps openssl"
+qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
+e2fsprogs fuse3 util-linux procps openssl"
 
 [ $# -gt 0 ] || set -- build
 wanted=""
