@@ -187,7 +187,7 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
     if (gethostname(host, sizeof host - 1) != 0)
         host[0] = '\0';
     snprintf(mail.from, sizeof mail.from, "%s pid %d", host, (int)getpid());
-    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS, true);
+    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS, NULL, true);
     return run_wait(run);
 }
 

@@ -20,14 +20,14 @@
 
 static void keeper_go(struct env_timer *timer);
 
-static void keeper_rest(struct keeper *k, bool again)
+static void keeper_rest(struct keeper *k, unsigned ms)
 {
     k->busy = false;
     if (k->lane->server->stopping) {
         lane_work_ended(k->lane);
         return;
     }
-    env_timer_start(k->lane->env, &k->timer, again ? 0 : CLEAR_EVERY_MS);
+    env_timer_start(k->lane->env, &k->timer, ms);
 }
 
 static void keeper_swept(struct session_sweep *sweep)
@@ -36,7 +36,7 @@ static void keeper_swept(struct session_sweep *sweep)
     if (sweep->n_cleared > 0)
         log_info("cleaned up after %u servers or commands that ended without a word",
                  sweep->n_cleared);
-    keeper_rest(k, false);
+    keeper_rest(k, sweep->n_suspects ? SESSION_LOOK_MS : CLEAR_EVERY_MS);
 }
 
 static void keeper_answered(struct catalog_op *op)
@@ -46,7 +46,7 @@ static void keeper_answered(struct catalog_op *op)
     bool again = op->st == ST_OK && k->more;
     catalog_op_free(op);
     if (again || server->stopping || !server->session->timed) {
-        keeper_rest(k, again);
+        keeper_rest(k, again ? 0 : CLEAR_EVERY_MS);
         return;
     }
     k->sweep.done = keeper_swept;

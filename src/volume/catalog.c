@@ -29,7 +29,7 @@
 #define SUGGESTION_DISTANCE_MAX 3
 
 /* How often an asker looks although nothing woke it: the owner may have died. */
-#define ASK_TICK_MS 500u
+#define ASK_TICK_MS SESSION_LOOK_MS
 /* A request of somebody else that lay in the mailbox for so long was left by a command
  * that died: one that lives withdraws its own. */
 #define MAIL_STALE_MS 15000u
@@ -67,7 +67,7 @@ struct ask {
     enum status outcome; /* of a request that is being withdrawn, or was answered */
     bool fence;
     char here[HOST_BYTES_MAX + 1];
-    struct session_sight sight; /* of the owner's session, where it needs heartbeats */
+    struct session_sight *sight, own_sight; /* of the owner's session, where it needs heartbeats */
 };
 
 struct job {
@@ -1273,8 +1273,8 @@ static void ask_fence(struct job *job, bool still_there)
 {
     struct ask *ask = job->ask;
     uint8_t bytes[RECORD_BYTES_MAX];
-    add_check_value(job, &ask->sight.key, ask->sight.bytes, ask->sight.len);
-    add_set(job, &ask->sight.key, bytes, session_fenced_bytes(&ask->sight, bytes));
+    add_check_value(job, &ask->sight->key, ask->sight->bytes, ask->sight->len);
+    add_set(job, &ask->sight->key, bytes, session_fenced_bytes(ask->sight, bytes));
     if (still_there) {
         add_check_value(job, &ask->mailbox, ask->mine, ask->mine_len);
         add_clear(job, &ask->mailbox);
@@ -1352,11 +1352,11 @@ static void ask_seen(struct job *job, enum status st)
                 memcmp(owner_rec.session, nobody, sizeof nobody) == 0;
     if (!gone && timed) {
         enum session_verdict verdict =
-            session_judge(&ask->sight, &job->gets[3], job->op->env, ask->here);
+            session_judge(ask->sight, &job->gets[3], job->op->env, ask->here);
         gone = verdict == SESSION_ENDED;
         silent = verdict == SESSION_GONE || verdict == SESSION_SILENT;
         /* Whether it lives is not known yet. */
-        if (ask->fence && !ask->sight.n_changes)
+        if (ask->fence && !ask->sight->n_changes)
             late = false;
     } else if (!gone) {
         gone = store_session_probe(store, owner_rec.session) == STORE_SESSION_DEAD;
@@ -1408,13 +1408,13 @@ static void ask_look(struct job *job)
     add_get(job, &ask->answer);
     add_get(job, &ask->owner);
     if (job->op->store->limits.needs_heartbeat)
-        add_get(job, &ask->sight.key);
+        add_get(job, &ask->sight->key);
     start_read(job, ask_seen);
 }
 
 void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
                        const struct catalog_entry *entry, const struct mail_record *mail,
-                       uint32_t wait_ms, bool fence)
+                       uint32_t wait_ms, struct session_sight *sight, bool fence)
 {
     struct job *job = job_new(op, store, env);
     struct ask *ask = job->ask = mem_zalloc(sizeof *ask);
@@ -1423,7 +1423,8 @@ void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *e
     ask->mail = *mail;
     ask->wait_ms = wait_ms;
     ask->fence = fence;
-    session_sight_begin(&ask->sight, entry->owner.session);
+    ask->sight = sight ? sight : &ask->own_sight;
+    session_sight_begin(ask->sight, entry->owner.session);
     session_host_name(ask->here);
     ask->deadline_ns = env_now_ns(env) + wait_ms * 1000000ull;
     ask->timer.fire = ask_tick;

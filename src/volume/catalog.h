@@ -14,6 +14,8 @@
 #include "store/store.h"
 #include "volume/records.h"
 
+struct session_sight;
+
 struct catalog_entry {
     char name[NAME_BYTES_MAX + 1];
     uint64_t branch;
@@ -91,10 +93,14 @@ void catalog_clear_removed(struct catalog_op *op, struct store *store, struct en
  * it, its owner is dead, or it gave the volume up without an answer). mail->id is chosen
  * here.
  *
+ * `sight`: where the owner's session needs heartbeats, what is seen of it while asking goes in
+ * there, every SESSION_LOOK_MS at least. The caller's, as long as the operation; NULL: not
+ * wanted.
+ *
  * `fence`: on a store that knows dead owners only by their silence, waits for as long as that
  * takes where the owner gives no sign of life, and then fences its session: ST_NOTFOUND. */
 void catalog_ask_owner(struct catalog_op *op, struct store *store, struct env *env,
                        const struct catalog_entry *entry, const struct mail_record *mail,
-                       uint32_t wait_ms, bool fence);
+                       uint32_t wait_ms, struct session_sight *sight, bool fence);
 
 #endif

@@ -7,8 +7,8 @@
  * session that lives is asked for first; a session that is dead, or that did not
  * answer for a lease and was ended, is replaced and its log replayed.
  *
- * Where the store can't tell the dead, the owner's session record is watched while its
- * mailbox is asked. One that stood still for its lease and a margin is fenced by the
+ * Where the store can't tell the dead, the owner's session record is looked at all the time while
+ * its mailbox is asked. One that stood still for its lease and a margin is fenced by the
  * very commit that takes the volume, which checks that it still stands as it did.
  */
 #include <stdio.h>
@@ -51,6 +51,7 @@ struct acquire {
     enum status kill_st;
     struct err kill_err;
     unsigned times_slow, times_deaf;
+    unsigned signs_seen; /* of life, before the last question */
     /* The owner's session, where it has to be watched. */
     struct session_sight sight;
     bool fence; /* taken together with it */
@@ -500,6 +501,8 @@ static void acquire_asked(struct catalog_op *op)
     a->inflight = false;
     catalog_op_free(op);
     if (st == ST_BUSY) {
+        a->times_deaf = 0;
+        a->signs_seen = a->sight.n_changes;
         if (list_empty(&vol->parked))
             acquire_drop(a);
         else if (has_waited(a))
@@ -510,8 +513,10 @@ static void acquire_asked(struct catalog_op *op)
     }
     if (s->session->timed) {
         /* Gone, or given back, or no answer: the next look says whether it lives. */
-        bool waited = env_now_ns(s->env) - a->sight.since_ns >= session_silence_ns(&a->sight);
-        acquire_retry(a, st == ST_OK || st == ST_NOTFOUND || waited ? 1 : ASK_AGAIN_MS);
+        if (st == ST_OK || st == ST_NOTFOUND)
+            acquire_retry(a, 1);
+        else
+            acquire_later(a, session_silence_left_ns(&a->sight) ? ASK_AGAIN_MS : 1);
         return;
     }
     if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==
@@ -536,7 +541,7 @@ static void acquire_ask(struct acquire *a, uint32_t wait_ms)
     a->entry.branch = a->vol->branch;
     a->ask = (struct catalog_op){.done = acquire_asked};
     a->inflight = true;
-    catalog_ask_owner(&a->ask, s->store, s->env, &a->entry, &mail, wait_ms, false);
+    catalog_ask_owner(&a->ask, s->store, s->env, &a->entry, &mail, wait_ms, &a->sight, false);
 }
 
 /* What the owner's session record says, on stores that can't tell by themselves. */
@@ -545,7 +550,6 @@ static void acquire_looked(struct store_read *read, enum status st)
     struct acquire *a = container_of(read, struct acquire, read);
     struct shard *s = a->vol->shard;
     struct session_sight *sight = &a->sight;
-    unsigned changes = sight->n_changes;
     a->inflight = false;
     if (st == ST_OK && a->gets[0].st != ST_NOTFOUND)
         st = a->gets[0].st;
@@ -569,8 +573,9 @@ static void acquire_looked(struct store_read *read, enum status st)
         acquire_take(a);
         return;
     }
-    if (sight->n_changes != changes)
+    if (sight->n_changes > a->signs_seen)
         a->times_deaf++;
+    a->signs_seen = sight->n_changes;
     if (a->times_deaf >= TIMES_DEAF_MAX && has_waited(a)) {
         const struct owner_record *o = &a->entry.owner;
         char who[2 * HOST_BYTES_MAX + 100];
@@ -580,8 +585,7 @@ static void acquire_looked(struct store_read *read, enum status st)
         acquire_refuse(a, who);
         return;
     }
-    uint64_t seen_ns = env_now_ns(s->env) - sight->since_ns;
-    acquire_ask(a, (uint32_t)((session_silence_ns(sight) - seen_ns) / 1000000 + 1));
+    acquire_ask(a, (uint32_t)(session_silence_left_ns(sight) / 1000000 + 1));
 }
 
 static void acquire_look(struct acquire *a)

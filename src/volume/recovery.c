@@ -259,6 +259,7 @@ static void sweep_read(struct store_read *read, enum status st)
     w->checks = mem_zalloc((n + 1) * sizeof *w->checks);
     w->clears = mem_zalloc((n + 1) * sizeof *w->clears);
     w->n_checks = w->n_clears = 0;
+    w->n_suspects = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint8_t id[SESSION_ID_BYTES];
         const struct store_pair *pair = &w->range.pairs[i];
@@ -271,6 +272,8 @@ static void sweep_read(struct store_read *read, enum status st)
             *sight = *before;
         session_sight_begin(sight, id);
         enum session_verdict verdict = session_judge(sight, &get, s->env, s->host);
+        if (verdict == SESSION_MAYBE)
+            w->n_suspects += session_is_suspect(sight);
         if (verdict == SESSION_MAYBE || w->n_clears == CLEARS_PER_SWEEP)
             continue;
         /* No record says the same as a fenced one: what it owned is free. */

@@ -28,10 +28,11 @@ void recover_dead_sessions(struct recovery *r, struct shard *shard);
 
 /* On a store with heartbeats: takes away the records of sessions that are over, so that they do
  * not pile up. Those that were fenced or whose process is known to have ended go at once,
- * others when they have stood still for long enough from one sweep to a later one. */
+ * others when they have stood still for long enough over several sweeps. */
 struct session_sweep {
     void (*done)(struct session_sweep *sweep); /* in */
     unsigned n_cleared;                        /* out, of the last sweep */
+    unsigned n_suspects; /* out: it is worth sweeping again in SESSION_LOOK_MS; session_is_suspect */
 
     struct session *session; /* the sweep's, from here on */
     struct session_sight *sights;

@@ -494,10 +494,26 @@ void session_sight_begin(struct session_sight *sight, const uint8_t id[SESSION_I
     sight->readable = false;
 }
 
+static uint64_t lease_ms_of(const struct session_sight *sight)
+{
+    return sight->readable ? sight->rec.lease_ms : LEASE_MS_UNKNOWN;
+}
+
 uint64_t session_silence_ns(const struct session_sight *sight)
 {
-    uint64_t lease_ms = sight->readable ? sight->rec.lease_ms : LEASE_MS_UNKNOWN;
+    uint64_t lease_ms = lease_ms_of(sight);
     return (lease_ms + lease_ms / MARGIN_PART + MARGIN_MS) * NS_PER_MS;
+}
+
+uint64_t session_silence_left_ns(const struct session_sight *sight)
+{
+    uint64_t all = session_silence_ns(sight);
+    return sight->silent_ns < all ? all - sight->silent_ns : 0;
+}
+
+bool session_is_suspect(const struct session_sight *sight)
+{
+    return sight->looked_ns - sight->since_ns >= lease_ms_of(sight) * NS_PER_MS;
 }
 
 enum session_verdict session_judge(struct session_sight *sight, const struct store_get *get,
@@ -515,14 +531,18 @@ enum session_verdict session_judge(struct session_sight *sight, const struct sto
         sight->len = get->head.len;
         memcpy(sight->bytes, get->head.data, sight->len);
         sight->since_ns = now;
+        sight->silent_ns = 0;
         sight->readable = session_decode(key_slice(&sight->key), get->head, &sight->rec);
+    } else if (now - sight->looked_ns <= lease_ms_of(sight) * NS_PER_MS / 2) {
+        sight->silent_ns += now - sight->looked_ns;
     }
+    sight->looked_ns = now;
     if (sight->readable && sight->rec.state == SESSION_FENCED)
         return SESSION_ENDED;
     /* (Copies of one virtual machine share a boot, but hardly a name.) */
     if (sight->readable && !strcmp(sight->rec.host, here) && process_ended(&sight->rec.process))
         return SESSION_GONE;
-    return now - sight->since_ns >= session_silence_ns(sight) ? SESSION_SILENT : SESSION_MAYBE;
+    return session_silence_left_ns(sight) ? SESSION_MAYBE : SESSION_SILENT;
 }
 
 size_t session_fenced_bytes(const struct session_sight *sight, uint8_t out[RECORD_BYTES_MAX])

@@ -129,12 +129,22 @@ void session_notice(struct session_member *m);
 /* Longer than any session record is. */
 #define SESSION_SEEN_BYTES_MAX 1024u
 
-/* What was last seen of another session's record, and since when it has been so. */
+/* Whoever waits for another session's silence looks at its record so often, at least. */
+#define SESSION_LOOK_MS 500u
+
+/* What was last seen of another session's record, and for how long it has been so.
+ *
+ * Only time between two looks counts that were answered and no more than half a lease apart: while
+ * the store is away nobody's heartbeats reach it. A session that lives has its record stand still
+ * for the third of a lease between two heartbeats and half of one at most for an outage that is
+ * counted: less than a whole one. */
 struct session_sight {
     struct key key;
     uint8_t bytes[SESSION_SEEN_BYTES_MAX];
     size_t len;
-    uint64_t since_ns;
+    uint64_t since_ns;  /* by the clock alone */
+    uint64_t silent_ns; /* what counts of it */
+    uint64_t looked_ns; /* the last look that was answered */
     unsigned n_changes; /* signs of life: how often it became another */
     struct session_record rec;
     bool readable; /* `rec` is what `bytes` say */
@@ -156,8 +166,13 @@ enum session_verdict session_judge(struct session_sight *sight, const struct sto
                                    struct env *env, const char *here);
 
 /* How long a record must stand still, on a clock of one's own, before its session is fenced:
- * longer than its lease, because clocks do not run alike. */
+ * longer than its lease, because clocks do not run alike. And how much of that is missing. */
 uint64_t session_silence_ns(const struct session_sight *sight);
+uint64_t session_silence_left_ns(const struct session_sight *sight);
+
+/* Whether it has stood still for a lease by the clock alone: then it is worth looking again every
+ * SESSION_LOOK_MS, so that the time counts. */
+bool session_is_suspect(const struct session_sight *sight);
 
 /* The record of a fenced session, in place of what was seen. */
 size_t session_fenced_bytes(const struct session_sight *sight, uint8_t out[RECORD_BYTES_MAX]);

@@ -428,12 +428,12 @@ static void asking(void **state)
     struct catalog_entry a = find(&m, "a");
     struct server s = {&m, a.branch, 0};
 
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, NULL, false);
     assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
     own(&m, a.branch, 1, 9);
     a = find(&m, "a");
     m.probe = STORE_SESSION_DEAD;
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, NULL, false);
     assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
     assert_mailbox_empty(&s);
     m.probe = STORE_SESSION_ALIVE;
@@ -443,7 +443,7 @@ static void asking(void **state)
     for (size_t i = 0; i < sizeof said / sizeof *said; i++) {
         answer(&s, 1234, ST_OK, "to somebody else");
         uint64_t began = m.now_ns;
-        catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, false);
+        catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, NULL, false);
         while (!take_mail(&s, &got))
             assert_true(memory_turn_once(&m));
         assert_int_equal(got.size, 4096);
@@ -460,20 +460,20 @@ static void asking(void **state)
 
     /* Nobody answers: the request is taken back. */
     uint64_t began = m.now_ns;
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, NULL, false);
     assert_int_equal(wait_for(&m, &w), ST_UNAVAIL);
     assert_true(m.now_ns - began >= 5000000000ull && m.now_ns - began < 7000000000ull);
     assert_mailbox_empty(&s);
 
     /* The owner dies, or gives the volume up, while we wait. */
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000, NULL, false);
     while (!take_mail(&s, &got))
         assert_true(memory_turn_once(&m));
     m.probe = STORE_SESSION_DEAD;
     assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
     assert_mailbox_empty(&s);
     m.probe = STORE_SESSION_ALIVE;
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 60000, NULL, false);
     while (!take_mail(&s, &got))
         assert_true(memory_turn_once(&m));
     own(&m, a.branch, 2, 0);
@@ -506,7 +506,7 @@ static void asking_at_the_limits(void **state)
     struct server s = {&m, a.branch, 0};
     m.probe = STORE_SESSION_ALIVE;
 
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 2000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 2000, NULL, false);
     while (!take_mail(&s, &got))
         assert_true(memory_turn_once(&m));
     for (int i = 0; i < 10; i++)
@@ -518,8 +518,8 @@ static void asking_at_the_limits(void **state)
     assert_mailbox_empty(&s);
 
     /* Two at once: one after the other. */
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 20000, false);
-    catalog_ask_owner(fresh(&w2), &m.store, &m.env, &a, &mail, 20000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 20000, NULL, false);
+    catalog_ask_owner(fresh(&w2), &m.store, &m.env, &a, &mail, 20000, NULL, false);
     uint64_t last = 0;
     while (!w.done || !w2.done) {
         assert_true(memory_turn_once(&m));
@@ -539,9 +539,9 @@ static void asking_at_the_limits(void **state)
     key_mailbox(&key, a.branch);
     size_t len = mail_encode(&left, key_slice(&key), bytes);
     memory_set(&m, key_slice(&key), (struct slice){bytes, len});
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 5000, NULL, false);
     assert_int_equal(wait_for(&m, &w), ST_BUSY);
-    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 30000, false);
+    catalog_ask_owner(fresh(&w), &m.store, &m.env, &a, &mail, 30000, NULL, false);
     while (!take_mail(&s, &got) || got.id == 1)
         assert_true(memory_turn_once(&m));
     answer(&s, got.id, ST_OK, "done");
