@@ -2,7 +2,7 @@
 
 BUILD = build
 
-.PHONY: all run check check-long mutants simulate-mutants clean
+.PHONY: all run check check-long simulate mutants simulate-mutants clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -32,6 +32,15 @@ check:
 check-long:
 	@scripts/install-deps.sh build test
 	@/usr/bin/python3 scripts/check.py --long
+
+# Runs the simulator: SEEDS of them, from FIRST on (without it: from the clock).
+SEEDS = 1000
+simulate:
+	@scripts/install-deps.sh build test
+	@$(MAKE) --no-print-directory $(BUILD)/build.ninja
+	@meson configure $(BUILD) -Dtests=enabled
+	@ninja -C $(BUILD) tests/simulate tests/fdb/libfdb_c.so
+	@$(BUILD)/tests/simulate --seeds $(SEEDS) $(if $(FIRST),--first $(FIRST))
 
 # Shows that the crash tests notice planted faults.
 mutants:
