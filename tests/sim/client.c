@@ -80,7 +80,11 @@ struct client {
     bool flush_wanted;
 };
 
+/* How a stream is left; END_GONE: it has ended by itself. */
+enum ending { END_CLOSE, END_KILL, END_VANISH, END_GONE };
+
 static void pump(struct client *c);
+static void conn_lost(struct conn *conn, enum ending how, const char *why);
 
 static struct sim *sim_of(const struct client *c)
 {
@@ -452,8 +456,12 @@ static void op_failed(struct client *c, struct op *op)
         op_give_up(c, op);
         return;
     }
+    struct conn *conn = &c->conns[op->conn];
     op->conn = NOWHERE;
     op->not_before_ns = now_ns(c) + (50 + below(c, 450)) * MS;
+    /* It may be this connection that is not let write any more. */
+    if (op->error == NBD_EPERM && below(c, 3) == 0)
+        conn_lost(conn, END_CLOSE, "is given up");
 }
 
 static void op_answered(struct client *c, struct op *op)
@@ -587,9 +595,6 @@ static size_t take_reply(struct conn *conn, const uint8_t *p, size_t len)
 }
 
 /* --- connections ---------------------------------------------------------------------- */
-
-/* How a stream is left; END_GONE: it has ended by itself. */
-enum ending { END_CLOSE, END_KILL, END_VANISH, END_GONE };
 
 static void conn_try(void *arg);
 

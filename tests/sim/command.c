@@ -1,37 +1,25 @@
 /*
  * Commands as processes of the simulated world; command.h says how they wait.
  *
- * A command's stack is switched to with swapcontext(). What it prints goes into memory.
+ * What a command prints goes into memory: it finds other streams where stdout and stderr are.
  */
 #include "command.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 #include "base/check.h"
 #include "base/mem.h"
 #include "cli/cli.h"
 #include "command_names.h"
+#include "fiber.h"
 #include "trace.h"
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#define STACK_BYTES (256u << 10)
 #define WORDS_MAX 16
 #define FIRST_WORD 2 /* behind the program's name and the store */
 #define FIRST_PID 30000
-
-/* A stack and where it stands. */
-struct side {
-    ucontext_t context;
-    const void *stack;
-    size_t stack_bytes;
-    void *shadow; /* the sanitizer's */
-};
+#define CLOSE_MS 50u
 
 struct command {
     struct simstore *simstore;
@@ -41,7 +29,7 @@ struct command {
     pid_t pid;
     struct sim_env *env;
     struct store *store; /* from store_open to store_close */
-    struct side side;
+    struct fiber *fiber;
     bool waits, over;
     FILE *out;
     char *said;
@@ -49,32 +37,7 @@ struct command {
 };
 
 static unsigned n_commands;
-static struct command *current; /* on its stack just now; NULL: the world is */
-static struct side world;
-
-/* --- stacks ------------------------------------------------------------------------------- */
-
-/* On the stack of `side` after `from` was left. */
-static void arrived(struct side *side, struct side *from)
-{
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(side->shadow, &from->stack, &from->stack_bytes);
-#else
-    (void)side;
-    (void)from;
-#endif
-}
-
-static void change_sides(struct side *from, struct side *to, bool for_good)
-{
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(for_good ? NULL : &from->shadow, to->stack, to->stack_bytes);
-#else
-    (void)for_good;
-#endif
-    CHECK(swapcontext(&from->context, &to->context) == 0);
-    arrived(from, to);
-}
+static struct command *current; /* on its stack just now; NULL: none is */
 
 /* Lets a command run until it waits or ends. */
 static void go_on(struct command *c)
@@ -84,9 +47,7 @@ static void go_on(struct command *c)
     current = c;
     c->waits = false;
     stdout = stderr = c->out;
-    trace_who(c->name);
-    change_sides(&world, &c->side, false);
-    trace_who(NULL);
+    fiber_go_on(c->fiber);
     stdout = out;
     stderr = error;
     current = NULL;
@@ -96,14 +57,12 @@ static void go_on(struct command *c)
     sim_env_kill(c->env);
 }
 
-static void body(void)
+static void main_function(void *arg)
 {
-    struct command *c = current;
-    arrived(&c->side, &world);
+    struct command *c = arg;
     c->status = cli_main(c->n_words, c->words);
     fflush(c->out);
     c->over = true;
-    change_sides(&c->side, &world, true);
 }
 
 /* --- what a command has under it ------------------------------------------------------------ */
@@ -130,7 +89,7 @@ void command_reactor_run_once(struct env *env)
     struct command *c = current;
     CHECK(c && env == &c->env->base);
     c->waits = true;
-    change_sides(&c->side, &world, false);
+    fiber_wait();
 }
 
 enum status command_store_open(const char *uri, const struct store_options *options,
@@ -144,9 +103,25 @@ enum status command_store_open(const char *uri, const struct store_options *opti
     return ST_OK;
 }
 
+struct pause {
+    struct env_timer timer;
+    bool over;
+};
+
+static void pause_over(struct env_timer *timer)
+{
+    container_of(timer, struct pause, timer)->over = true;
+}
+
+/* What was stopped just now still has a word from the engine's own thread to come. The real close
+ * waits for that; the simulated one has to be given the time. */
 void command_store_close(struct store *store)
 {
     struct command *c = current;
+    struct pause pause = {.timer = {.fire = pause_over}};
+    env_timer_start(&c->env->base, &pause.timer, CLOSE_MS);
+    while (!pause.over)
+        command_reactor_run_once(&c->env->base);
     c->store = NULL;
     simstore_detach(c->simstore, store);
 }
@@ -199,13 +174,8 @@ struct command *command_start(struct sim *sim, struct simstore *store, const cha
     c->env->user = c;
     c->env->after = event_over;
     c->out = open_memstream(&c->said, &c->said_len);
-    CHECK(c->out && getcontext(&c->side.context) == 0);
-    void *stack = mem_alloc(STACK_BYTES);
-    c->side.stack = stack;
-    c->side.stack_bytes = STACK_BYTES;
-    c->side.context.uc_stack.ss_sp = stack;
-    c->side.context.uc_stack.ss_size = STACK_BYTES;
-    makecontext(&c->side.context, body, 0);
+    CHECK(c->out);
+    c->fiber = fiber_new(main_function, c);
     sim_at(c->env, 0, begin, c);
     return c;
 }

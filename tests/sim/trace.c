@@ -9,6 +9,7 @@
 bool trace_on;
 static struct sim *world;
 static const char *who_runs;
+static FILE *out; /* (where stdout is for a command is another matter) */
 
 /* The world does not begin at zero. */
 #define BEGIN_NS 1000000000u
@@ -18,6 +19,7 @@ void trace_begin(struct sim *sim, bool on)
     world = sim;
     trace_on = on;
     who_runs = NULL;
+    out = stdout;
 }
 
 void trace_who(const char *name)
@@ -28,10 +30,10 @@ void trace_who(const char *name)
 static void put(const char *who, const char *format, va_list args)
 {
     uint64_t us = (sim_now_ns(world) - BEGIN_NS) / 1000;
-    printf("%5u.%03u %03u s  %-12s ", (unsigned)(us / 1000000), (unsigned)(us / 1000 % 1000),
+    fprintf(out, "%5u.%03u %03u s  %-12s ", (unsigned)(us / 1000000), (unsigned)(us / 1000 % 1000),
            (unsigned)(us % 1000), who ? who : "");
-    vprintf(format, args);
-    putchar('\n');
+    vfprintf(out, format, args);
+    fputc('\n', out);
 }
 
 void trace_line(const char *who, const char *format, ...)
