@@ -50,26 +50,6 @@ static int show(struct run *run, const struct catalog_entry *entry)
     return CLI_DONE;
 }
 
-/* An owner that lives and does not answer. */
-static int evict_silent(struct run *run, const struct catalog_entry *entry)
-{
-    struct err e = {0};
-    if (store_session_kill(run->store, entry->owner.session, &e) != ST_OK) {
-        cli_error("the server that has volume \"%s\" in use (pid %u on %s) %s, and cannot be ended "
-                  "from here: %s",
-                  entry->name, entry->owner.pid, entry->owner.host,
-                  run->store->limits.needs_heartbeat ? "gives signs of life but no answer"
-                                                     : "does not answer",
-                  run->store->limits.needs_heartbeat ? "stop it on its host"
-                  : e.text[0]                        ? e.text
-                                                     : status_text(e.st));
-        return CLI_FAILED;
-    }
-    printf("ended the server that had volume \"%s\" in use (pid %u on %s): it did not answer\n",
-           entry->name, entry->owner.pid, entry->owner.host);
-    return CLI_DONE;
-}
-
 static int evict(struct run *run, const struct catalog_entry *entry, bool yes)
 {
     enum run_owner state = run_owner_state(run, &entry->owner);
@@ -83,17 +63,13 @@ static int evict(struct run *run, const struct catalog_entry *entry, bool yes)
              entry->owner.host, entry->owner.pid);
     if (!cli_confirm(yes, what))
         return CLI_FAILED;
-    switch (run_ask(run, entry, MAIL_EVICT, 0, false)) {
-    case ST_OK:
-    case ST_NOTFOUND:
-        printf("volume \"%s\" in %s is free\n", entry->name, run->cli->store_uri);
-        return CLI_DONE;
-    case ST_UNAVAIL:
-        return evict_silent(run, entry);
-    default:
+    enum status st = run_evict(run, entry);
+    if (st != ST_OK && st != ST_NOTFOUND) {
         cli_failed(&run->op.err);
         return CLI_FAILED;
     }
+    printf("volume \"%s\" in %s is free\n", entry->name, run->cli->store_uri);
+    return CLI_DONE;
 }
 
 static int run_owner(struct cli *cli, int argc, char **argv)

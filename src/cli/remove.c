@@ -3,10 +3,11 @@
  *
  * A volume that a living server owns has a client, idle or not: a mounted file system may
  * be idle for hours. So its owner is not asked to let go (it would, of an idle one), the
- * command is refused. Taking the name away is one commit; giving the space back comes
+ * command is refused, or with --force the clients are cut off. Taking the name away is one commit; giving the space back comes
  * afterwards, in batches; if it is interrupted, a server or the next remove goes on with it.
  */
 #include <stdio.h>
+#include <string.h>
 
 #include "cli/run.h"
 
@@ -14,19 +15,28 @@
 #define LEAVING_MS_MAX 5000u
 #define LOOK_AGAIN_MS 100u
 
-enum { YES = 1 };
+/* A client that was cut off may be back before the volume is gone. So often that is tried; each
+ * time the volume is free for a commit of ours, and the client needs several. */
+#define EVICTS_MAX 20u
+
+enum { FORCE = 1, YES };
 
 static const struct cli_option options[] = {
+    {FORCE, "force", NULL, "cut off the clients that use it"},
     {YES, "yes", NULL, "do not ask (needed where there is no terminal)"},
     {0, NULL, NULL, NULL},
 };
 
+struct remove_options {
+    bool force, yes;
+};
+
 static enum status take(void *arg, int code, const char *value, struct err *e)
 {
-    (void)code;
+    struct remove_options *o = arg;
     (void)value;
     (void)e;
-    *(bool *)arg = true;
+    *(code == FORCE ? &o->force : &o->yes) = true;
     return ST_OK;
 }
 
@@ -42,25 +52,46 @@ static int clear_removed(struct run *run)
     return CLI_DONE;
 }
 
-static int remove_volume(struct run *run, const char *name, bool yes)
+static bool confirm(const struct catalog_entry *entry, bool force)
+{
+    char what[NAME_BYTES_MAX + 128], size[24], used[24];
+    snprintf(what, sizeof what, "%sremoves volume \"%s\" (%s, %s of data) for good",
+             force ? "cuts off whoever uses, and " : "", entry->name,
+             cli_size(entry->header.size, size),
+             cli_size(entry->state.data_blocks * entry->header.block_size, used));
+    return cli_confirm(false, what);
+}
+
+static int remove_volume(struct run *run, const char *name, const struct remove_options *o)
 {
     struct catalog_entry entry;
     uint64_t asked_about = 0, waited_ms = 0;
+    unsigned evicts = 0;
     bool called = false;
     for (;;) {
         int status = run_find(run, name, &entry);
         if (status != CLI_DONE)
             return status;
-        if (!yes && asked_about != entry.branch) {
-            char what[NAME_BYTES_MAX + 128], size[24], used[24];
-            snprintf(what, sizeof what, "removes volume \"%s\" (%s, %s of data) for good", name,
-                     cli_size(entry.header.size, size),
-                     cli_size(entry.state.data_blocks * entry.header.block_size, used));
-            if (!cli_confirm(false, what))
+        if (!o->yes && asked_about != entry.branch) {
+            if (!confirm(&entry, o->force))
                 return CLI_FAILED;
             asked_about = entry.branch;
         }
         enum run_owner state = run_owner_state(run, &entry.owner);
+        if (o->force && state != OWNER_NONE && state != OWNER_DEAD && evicts++ < EVICTS_MAX) {
+            enum status st = run_evict(run, &entry);
+            if (st == ST_NOTFOUND) {
+                run_pause(run, LOOK_AGAIN_MS);
+                continue;
+            }
+            if (st != ST_OK) {
+                cli_failed(&run->op.err);
+                return CLI_FAILED;
+            }
+            /* No look-up in between: that is time to come back in. */
+            memset(entry.owner.session, 0, sizeof entry.owner.session);
+            state = OWNER_NONE;
+        }
         if (state == OWNER_NONE || state == OWNER_DEAD) {
             catalog_remove(run_op(run), run->store, run->env, &entry);
             enum status st = run_wait(run);
@@ -71,6 +102,8 @@ static int remove_volume(struct run *run, const char *name, bool yes)
             }
             if (st != ST_BUSY)
                 return cli_failed(&run->op.err);
+            if (o->force && evicts < EVICTS_MAX)
+                continue;
         }
         if (state == OWNER_UNKNOWN && !called) {
             /* Nothing is asked of it that its clients would feel, only whether it is there. */
@@ -80,7 +113,7 @@ static int remove_volume(struct run *run, const char *name, bool yes)
         }
         if (waited_ms >= LEAVING_MS_MAX) {
             cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on "
-                      "%s): disconnect it first, or see fdb-nbd owner evict",
+                      "%s): disconnect it first, or use --force",
                       name, run->cli->store_uri, entry.owner.address, entry.owner.pid,
                       entry.owner.host);
             return CLI_FAILED;
@@ -92,14 +125,14 @@ static int remove_volume(struct run *run, const char *name, bool yes)
 
 static int run_remove(struct cli *cli, int argc, char **argv)
 {
-    bool yes = false;
-    int first = cli_parse(cli, argc, argv, take, &yes);
+    struct remove_options o = {false, false};
+    int first = cli_parse(cli, argc, argv, take, &o);
     if (first < 0)
         return cli->status;
     struct run run;
     int status = run_begin(&run, cli, RUN_WRITE);
     if (status == CLI_DONE)
-        status = remove_volume(&run, argv[first], yes);
+        status = remove_volume(&run, argv[first], &o);
     run_end(&run);
     return status;
 }
@@ -108,7 +141,9 @@ const struct cli_command remove_command = {
     .name = "remove",
     .args = "NAME",
     .summary = "remove a volume and its data",
-    .details = "Refused while a client uses the volume.",
+    .details =
+        "Refused while a client uses the volume. With --force its server is made to let go first,\n"
+        "as by owner evict, which cuts off its clients.",
     .options = options,
     .args_min = 1,
     .args_max = 1,

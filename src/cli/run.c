@@ -191,6 +191,30 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
     return run_wait(run);
 }
 
+enum status run_evict(struct run *run, const struct catalog_entry *entry)
+{
+    const struct owner_record *o = &entry->owner;
+    struct err e = {0};
+    enum status st = run_ask(run, entry, MAIL_EVICT, 0, false);
+    if (st != ST_UNAVAIL)
+        return st;
+    /* It lives and does not answer. */
+    st = store_session_kill(run->store, o->session, &e);
+    if (st != ST_OK)
+        return fail(&run->op.err, st,
+                    "the server that has volume \"%s\" in use (pid %u on %s) %s, and cannot be ended "
+                    "from here: %s",
+                    entry->name, o->pid, o->host,
+                    run->store->limits.needs_heartbeat ? "gives signs of life but no answer"
+                                                       : "does not answer",
+                    run->store->limits.needs_heartbeat ? "stop it on its host"
+                    : e.text[0]                        ? e.text
+                                                       : status_text(e.st));
+    printf("ended the server that had volume \"%s\" in use (pid %u on %s): it did not answer\n",
+           entry->name, o->pid, o->host);
+    return ST_NOTFOUND;
+}
+
 struct opening {
     struct volume_open open;
     bool done;

@@ -67,6 +67,12 @@ enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner)
 enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
                     uint64_t size, bool shrink);
 
+/* Has the owner of a volume, which may live, cut its clients off and let go. ST_OK: it did, and the
+ * volume is free unless somebody took it meanwhile. ST_NOTFOUND: the owner is dead, fenced or
+ * gone, or it gave no answer and was ended, which is printed; whose the volume is has to be looked
+ * up again. Else run->op.err says why not. */
+enum status run_evict(struct run *run, const struct catalog_entry *entry);
+
 /* A command that changes volumes itself: a session, a shard without a log, and the volume
  * that is open on it, or NULL. */
 struct run_owned {

@@ -135,6 +135,53 @@ def test_commands_on_both_sides_at_once(two):
     assert [v["name"] for v in first.json("list")["volumes"]] == ["v"]
 
 
+def test_commands_from_another_host_while_a_client_writes(two):
+    """resize, rename and remove of a volume that a gateway on another machine serves."""
+    first, second = two
+    a = rawnbd.connect(first, "v", timeout_s=30 * SLOW)
+    stop, ended = threading.Event(), []
+
+    def busy():
+        try:
+            while not stop.is_set():
+                a.write(0, b"w" * 4096)
+        except (rawnbd.Closed, rawnbd.NbdError, OSError) as e:
+            ended.append(e)
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        second.cli("resize", "v", "80M")
+        second.cli("resize", "v", "48M", "--shrink", "--yes")
+        second.cli("rename", "v", "u")
+        assert [(v["name"], v["size_bytes"]) for v in second.json("list")["volumes"]] == [
+            ("u", 48 * MIB)]
+        assert owner(second, "u")["pid"] == first.pid and not ended
+        done = second.cli("remove", "u", "--yes", check=False)
+        assert done.returncode == 1 and str(first.pid) in done.stderr, done
+        assert not ended
+        second.cli("remove", "u", "--force", "--yes")
+        wait_until(lambda: ended, 10 * SLOW, "the client is cut off")
+    finally:
+        stop.set()
+        thread.join()
+    assert isinstance(ended[0], (rawnbd.Closed, OSError)), ended
+    assert second.json("list")["volumes"] == []
+    first.check_alive()
+    first.volumes = {}
+
+
+def test_remove_with_force_after_kill_9(two):
+    first, second = two
+    connect(first).pwrite(b"1" * 4096, 0)
+    first.kill()
+    began = time.monotonic()
+    second.cli("remove", "v", "--force", "--yes", limit_s=60 * SLOW)
+    assert LEASE_MS / 1000 * 0.5 < time.monotonic() - began < TAKEN_S
+    assert second.json("list")["volumes"] == []
+    first.volumes = {}
+    first.start()
+
+
 def test_new_size_is_seen_by_the_other_gateway(two):
     first, second = two
     a = connect(first)

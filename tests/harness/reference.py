@@ -540,7 +540,7 @@ def serve(store, words):
             options.default = next(it)
         elif w == "--read-only":
             options.read_only = True
-        elif w in ("--cache-size", "--threads", "--lease-ms"):
+        elif w in ("--cache-size", "--threads", "--lease-ms", "--owner-wait"):
             next(it)
         elif w != "--shared":
             sys.exit(f"unknown: {w}")

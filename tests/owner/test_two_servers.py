@@ -252,3 +252,52 @@ def test_G4_evict_takes_the_volume_from_a_busy_server(two):
     assert b.pread(512, 0) == b"x" * 512
     b.pwrite(b"y" * 512, 0)
     b.shutdown()
+
+
+class Persistent:
+    """A client that writes all the time and connects again at once when it is cut off, for as
+    long as the volume is there."""
+
+    def __init__(self, server, name="v"):
+        self.server, self.name = server, name
+        self.writes = self.connections = 0
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        while True:
+            h = nbd.NBD()
+            try:
+                h.connect_uri(self.server.uri(self.name))
+            except nbd.Error:
+                return
+            self.connections += 1
+            try:
+                while True:
+                    h.pwrite(b"p" * 4096, 4096)
+                    self.writes += 1
+            except nbd.Error:
+                pass
+
+
+def test_remove_with_force_cuts_off_a_client_that_keeps_coming_back(two):
+    first, second = two
+    client = Persistent(first)
+    wait_until(lambda: client.writes > 10, 10 * SLOW, "it writes")
+    # Without force nothing happens to it.
+    done = second.cli("remove", "v", "--yes", check=False)
+    assert done.returncode == 1 and f"pid {first.pid}" in done.stderr and "--force" in done.stderr
+    assert client.connections == 1
+    second.cli("remove", "v", "--force", "--yes")
+    client.thread.join(10 * SLOW)
+    assert not client.thread.is_alive()
+    assert second.json("list")["volumes"] == []
+    # The name is free, and nothing of the old volume or its client is in the new one.
+    second.cli("create", "v", "32M")
+    h = connect(first)
+    assert h.pread(1 << 20, 0) == bytes(1 << 20)
+    h.pwrite(b"new" + bytes(509), 0)
+    h.shutdown()
+    # Where nobody uses it, force is no different.
+    second.cli("remove", "v", "--force", "--yes")
+    assert first.json("list")["volumes"] == []
