@@ -812,9 +812,10 @@ static void watch_fires(struct event *e)
 
 static void watch_look(struct watch *w)
 {
+    int64_t version = version_now(); /* (forgets what is too old) */
     const struct node *n = map_seek(w->key->data, w->key->len);
     struct blob *value =
-        n && blob_compare(map_key(n), w->key) == 0 ? map_value(n, version_now()) : NULL;
+        n && blob_compare(map_key(n), w->key) == 0 ? map_value(n, version) : NULL;
     if (w->changed || is_value(value, w->value))
         return;
     w->changed = true; /* the news is on its way */
