@@ -806,9 +806,11 @@ static void on_data(void *arg, const uint8_t *bytes, size_t len)
     }
     size_t used = take_messages(conn, bytes, len);
     if (conn->no == no && conn->state != CONN_CLOSED) {
-        mem_grow(&conn->in, &conn->in_cap, len - used, 1);
-        memmove(conn->in, bytes + used, len - used);
         conn->in_len = len - used;
+        if (conn->in_len) {
+            mem_grow(&conn->in, &conn->in_cap, conn->in_len, 1);
+            memmove(conn->in, bytes + used, conn->in_len);
+        }
     }
     pump(c);
 }
