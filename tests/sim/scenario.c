@@ -89,7 +89,7 @@ struct run {
     struct place places[PLACES_MAX];
     unsigned weights[FAULT_KINDS];
     unsigned n_faults; /* left */
-    bool healing, stopping;
+    bool healing, finishing, stopping;
 
     /* All there ever were. */
     struct gateway *gateways[GATEWAYS_MAX];
@@ -337,7 +337,7 @@ static unsigned other_vm_host(struct run *r)
 static void vm_returns(void *arg)
 {
     struct run *r = arg;
-    if (lives(r->vm) || lives(r->vm_next) || r->n_clients >= CLIENTS_MAX - 8)
+    if (r->finishing || lives(r->vm) || lives(r->vm_next) || r->n_clients >= CLIENTS_MAX - 8)
         return;
     if (percent(r, 25))
         r->vm_host = other_vm_host(r);
@@ -946,6 +946,7 @@ static bool all_clients_idle(struct run *r)
 /* Everybody reads everything back and leaves. */
 static void finish_clients(struct run *r)
 {
+    r->finishing = true;
     for (unsigned i = 0; i < r->n_clients; i++)
         if (lives(r->all_clients[i])) {
             client_stop(r->all_clients[i]);
