@@ -149,7 +149,7 @@ mkdir /tmp/notes
         """Ends the writers; then the file system is clean and all they synced is in it."""
         said = self.guest.run("""
 touch /tmp/notes/stop
-for i in $(seq 1500); do test $(ls /tmp/notes | grep -c '^[0-9]*$') = 4 && break; sleep 0.02; done
+for i in $(seq 1500); do test $(ls /tmp/notes | grep -c '^[0-9]*$') = WRITERS && break; sleep 0.02; done
 cat /tmp/notes/*.said
 grep ' /tmp/mnt ext4 rw' /proc/mounts >&2
 umount /tmp/mnt
@@ -164,7 +164,7 @@ for i in $(seq 500); do test -e /sys/block/nbd0/pid || break; sleep 0.02; done
 kill $(cat /tmp/helper)
 cat /tmp/checked
 rm -r /tmp/notes /tmp/helper
-""", limit_s=60)
+""".replace("WRITERS", str(WRITERS)), limit_s=60)
         return int(said.split()[-1])
 
     def drop(self):
@@ -214,6 +214,7 @@ def test_G1_gateway_is_killed(net, gateways, mounted):
 
 
 @pytest.mark.limit(90)
+@pytest.mark.parametrize("mounted", ["proxy"], indirect=True)
 def test_G1_gateway_vanishes(net, gateways, mounted):
     """Its machine loses power: nobody is told that the connection is gone."""
     began = time.monotonic()

@@ -35,6 +35,13 @@ def run(folder, notes, number):
             os.rename(place / "new", place / name)
             os.fsync(directory)
             synced[f"{number}/{name}"] = [len(data), hashlib.sha256(data).hexdigest()]
+            # A file that stays as it is: what was lost of it nobody writes again.
+            data, name = rng.randbytes(rng.choice((4096, 30000))), f"once{turn}"
+            with open(place / name, "wb", buffering=0) as f:
+                f.write(data)
+                os.fsync(f.fileno())
+            os.fsync(directory)
+            synced[f"{number}/{name}"] = [len(data), hashlib.sha256(data).hexdigest()]
             # And a log that only grows.
             line = f"{turn} {name} {len(data)}\n".encode()
             log.write(line)
