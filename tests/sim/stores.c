@@ -169,7 +169,8 @@ struct store *simstore_attach(struct simstore *ss, struct sim_env *env)
     struct err e = {0};
     struct store *store;
     ss->d->instant(true);
-    enum status st = store_open(ss->uri, &(struct store_options){.flags = STORE_CREATE}, &store, &e);
+    struct store_options options = {.flags = STORE_CREATE};
+    enum status st = store_open(ss->uri, &options, &store, &e);
     ss->d->instant(false);
     if (st != ST_OK)
         fprintf(stderr, "the simulated store can't be opened: %s\n", e.text);

@@ -26,7 +26,7 @@ struct simstore_faults {
     uint32_t commit_slow;     /* takes up to slow_ms */
     uint32_t slow_ms;
     uint32_t commit_fails;    /* log: ST_IO, nothing happened. fdb: retryable errors */
-    uint32_t commit_unknown;  /* fdb: 1021, 1031, 1039, 1101; some happen, some do not, some later */
+    uint32_t commit_unknown;  /* fdb: 1021, 1031, 1039, 1101; happened, did not, or does so later */
     uint32_t late_ms_max;     /* ... by this much */
     uint32_t read_fails;      /* fdb: 1007, 1009, 1037, and what goes wrong with watches */
 };
@@ -38,7 +38,7 @@ struct simstore_counts {
     uint64_t unknown_outcomes; /* commits whose sender was told that nobody knows */
     uint64_t late_commits;     /* ... and that happened after that */
     uint64_t late_refused;     /* ... or were refused then */
-    uint64_t away_commits;     /* happened while their process was dead, stood still or was cut off */
+    uint64_t away_commits; /* happened while their process was dead, stood still or was cut off */
     uint64_t batched;          /* commits that came into a batch behind another one */
     uint64_t violations; /* the layers above did what they must not do: text on stderr */
 };

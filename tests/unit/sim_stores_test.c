@@ -1,6 +1,6 @@
 /*
- * The stores of the simulator: what store.h promises holds on both kinds while processes on them are
- * cut off, stand still and die, everything is answered in the end, and a seed replays exactly.
+ * The stores of the simulator: what store.h promises holds on both kinds while processes on them
+ * are cut off, stand still and die, everything is answered in the end, and a seed replays exactly.
  *
  * Every seed runs in a process of its own, and twice. Processes of its world have two reactors with
  * a few workers each, which go on asking until the end:
@@ -616,8 +616,8 @@ static void seeds(const char *what, enum simstore_kind kind)
                   (unsigned long long)sum.ops, (unsigned long long)sum.fired,
                   (unsigned long long)sum.owners_seen, (unsigned long long)sum.counts.commits,
                   (unsigned long long)sum.counts.conflicts, (unsigned long long)sum.counts.reads);
-    print_message("# unknown outcomes %llu, late commits %llu (refused %llu), of those away %llu, in "
-                  "others' batches %llu\n",
+    print_message("# unknown outcomes %llu, late commits %llu (refused %llu), of those away "
+                  "%llu, in others' batches %llu\n",
                   (unsigned long long)sum.counts.unknown_outcomes,
                   (unsigned long long)sum.counts.late_commits,
                   (unsigned long long)sum.counts.late_refused,
