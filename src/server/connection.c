@@ -133,6 +133,8 @@ void conn_die(struct conn *c, const char *why)
     list_remove(&c->flush_link);
     if (serving) {
         env_timer_stop(c->lane->env, &c->claim_timer);
+        env_timer_stop(c->lane->env, &c->leftover.timer);
+        leftover_drop(c);
         transmission_abandon(c);
         volume_unwatch_loss(&c->watcher);
         out_drop(c);
@@ -498,6 +500,7 @@ static void take_no_more(struct conn *c)
     c->at_end = true;
     transmission_abort_receive(c);
     stash_keep(c, NULL, 0);
+    leftover_drop(c);
 }
 
 /* One read from the socket and all it brings. False: the socket has no more, or the connection
@@ -518,7 +521,7 @@ static bool serve_once(struct conn *c)
     size_t asked = 0;
     for (size_t i = 0; i < n_iov; i++)
         asked += iov[i].iov_len;
-    ssize_t got = wire_receive(c->wire, iov, n_iov);
+    ssize_t got = leftover_receive(c, iov, n_iov);
     if (got < 0) {
         if (errno != EAGAIN)
             conn_die(c, strerror(errno));
@@ -556,13 +559,9 @@ static void serve_events(struct conn *c)
         continue;
 }
 
-/* Goes on with what was put aside. */
-static void resume(struct conn *c)
+static void parse_stash(struct conn *c)
 {
     struct lane *lane = c->lane;
-    transmission_go_on(c);
-    if (c->phase != CONN_SERVING || !c->stash_len || c->at_end || c->stopping)
-        return;
     shard_may_answer(lane->shard);
     /* Payloads are used where they lie until the submit, so the old stash stays until then. */
     uint8_t *data = c->stash;
@@ -576,12 +575,25 @@ static void resume(struct conn *c)
     free(data);
 }
 
+/* Goes on with what was put aside. */
+static void resume(struct conn *c)
+{
+    transmission_go_on(c);
+    if (c->phase == CONN_SERVING && c->stash_len && !c->at_end && !c->stopping)
+        parse_stash(c);
+    /* (No event of the socket tells of these.) */
+    while (c->phase == CONN_SERVING && leftover_has_bytes(c) && may_read(c))
+        serve_once(c);
+}
+
 /* Whether the client announced its end: all that it sent and nobody read yet ends with
  * NBD_CMD_DISC. Only what fits the receive buffer is looked at. */
 static bool said_goodbye(struct conn *c)
 {
     struct lane *lane = c->lane;
     size_t head_bytes = nbd_request_bytes(&c->session);
+    if (leftover_has_bytes(c))
+        return false;
     ssize_t n = wire_peek(c->wire, lane->receive, LANE_RECEIVE_BYTES);
     if (n < (ssize_t)head_bytes || n == LANE_RECEIVE_BYTES)
         return false;
@@ -691,7 +703,8 @@ static void lane_turn(struct reactor_hook *hook)
                 conn_die(c, "its replies could not be sent");
                 continue;
             }
-            if (!c->blocked && (c->stash_len || !list_empty(&c->stalled)) &&
+            if (!c->blocked &&
+                (c->stash_len || leftover_has_bytes(c) || !list_empty(&c->stalled)) &&
                 (transmission_may_take(c) || !list_empty(&c->stalled)))
                 conn_wake(c);
             settle(c);

@@ -105,6 +105,19 @@ enum receive_state {
     RECEIVE_BUFFERS, /* into block buffers */
 };
 
+/* What was read ahead of its turn, and the question whether its client is still there: see
+ * leftover.c. */
+struct leftover {
+    uint64_t checked;    /* volume_times_taken() when it was answered last ... */
+    uint64_t looked;     /* ... and asked */
+    uint64_t since_ms;   /* a change waits for the volume; 0: none does */
+    bool waits;          /* nothing is taken until it is answered */
+    enum status refused; /* the volume can't be had */
+    uint8_t *bytes;      /* [at, len) are unused */
+    size_t at, len, cap;
+    struct env_timer timer;
+};
+
 enum conn_phase {
     CONN_HANDSHAKE,
     CONN_MOVING, /* between two reactors */
@@ -143,9 +156,10 @@ struct conn {
     uint8_t context_kinds[HANDSHAKE_CONTEXTS_MAX]; /* enum context_kind */
     struct volume *vol;
     struct export_client client; /* client.export NULL: not there yet */
+    struct vol_writer writer;
+    struct leftover leftover;
     /* A request that changes the volume waits for the writing role (exports.h); nothing of the
      * connection is taken meanwhile. */
-    struct vol_writer writer;
     bool claim_waits, claim_over, claim_told;
     uint64_t claim_since_ms;
     struct env_timer claim_timer;
@@ -314,7 +328,8 @@ static inline bool transmission_may_take(const struct conn *c)
 {
     uint64_t pending = c->out_bytes + c->reading_bytes;
     bool room = c->n_requests < CONN_REQUESTS_MAX || c->lane->n_requests < LANE_REQUESTS_MAX;
-    return c->receive != RECEIVE_WAITS && !c->alone && !c->claim_waits && room &&
+    return c->receive != RECEIVE_WAITS && !c->alone && !c->claim_waits &&
+           !c->leftover.waits && room &&
            (lane_is_short(c->lane) ? pending == 0 : pending < CONN_REPLY_BYTES_MAX);
 }
 
@@ -331,6 +346,9 @@ void transmission_received(struct conn *c, size_t n);
 /* Goes on with reads that waited for replies to leave. */
 void transmission_go_on(struct conn *c);
 
+/* Asks for the ownership of the volume for the connection; leftover_own_answered() hears. */
+void transmission_own(struct conn *c);
+
 /* Undoes a write that is being received, or forgets a refused one whose payload is. */
 void transmission_abort_receive(struct conn *c);
 
@@ -338,6 +356,33 @@ void transmission_abort_receive(struct conn *c);
 void transmission_abandon(struct conn *c);
 
 void transmission_free_kept(struct lane *lane);
+
+/* --- leftover.c --------------------------------------------------------------------------- */
+
+enum leftover_verdict {
+    LEFTOVER_NONE,    /* a change may be taken */
+    LEFTOVER_WAIT,    /* not yet: the connection waits, or is dead */
+    LEFTOVER_REFUSED, /* no: *refused says why */
+};
+
+/* To be asked, before a change is taken, where leftover_is_checked() says no. */
+enum leftover_verdict leftover_check(struct conn *c, enum status *refused);
+
+static inline bool leftover_is_checked(const struct conn *c)
+{
+    return c->leftover.checked == volume_times_taken(c->vol) && volume_is_owned(c->vol);
+}
+
+/* What transmission_own() asked for is answered. */
+void leftover_own_answered(struct conn *c, enum status st);
+
+/* As wire_receive; first what was read ahead. */
+ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n);
+static inline bool leftover_has_bytes(const struct conn *c)
+{
+    return c->leftover.at < c->leftover.len;
+}
+void leftover_drop(struct conn *c);
 
 /* --- lanes.c ----------------------------------------------------------------------------- */
 

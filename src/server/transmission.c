@@ -508,6 +508,39 @@ static enum export_claim claim_role(struct conn *c)
     return claim == CLAIM_YES ? CLAIM_YES : CLAIM_NO;
 }
 
+/* Clients that coordinate their writes know what others write. */
+static struct vol_writer *writer_of(struct conn *c)
+{
+    return c->client.export->shared ? NULL : &c->writer;
+}
+
+static void owned(struct vol_io *io)
+{
+    struct piece *p = container_of(io, struct piece, io);
+    struct request *q = p->request;
+    struct conn *c = q->conn;
+    enum status st = io->st;
+    piece_over(p);
+    leftover_own_answered(c, st);
+    request_over(q);
+}
+
+void transmission_own(struct conn *c)
+{
+    const struct nbd_request none = {0};
+    struct request *q = request_new(c, &none);
+    piece_init(&q->piece, q, 0, 0, owned);
+    q->piece.io.writer = writer_of(c);
+    volume_own(c->vol, &q->piece.io);
+}
+
+/* Whether a change may be taken as far as its connection and volume are concerned. */
+static enum leftover_verdict may_change(struct conn *c, const struct nbd_request *r,
+                                        enum status *refused)
+{
+    return !is_change(r) || leftover_is_checked(c) ? LEFTOVER_NONE : leftover_check(c, refused);
+}
+
 /* Clients of several hosts share the volume, and their requests matter to the role. */
 static void tell_export(struct conn *c, const struct nbd_request *r)
 {
@@ -517,12 +550,6 @@ static void tell_export(struct conn *c, const struct nbd_request *r)
                                : fua                       ? EXPORT_CHANGE_FUA
                                                            : EXPORT_CHANGE;
     export_took(&c->client, kind, c->n_requests == 0);
-}
-
-/* Clients that coordinate their writes know what others write. */
-static struct vol_writer *writer_of(struct conn *c)
-{
-    return c->client.export->shared ? NULL : &c->writer;
 }
 
 static void change_done(struct vol_io *io)
@@ -838,6 +865,16 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
             /* A short write whose end is still to come is worth waiting for. */
             if (have < r.payload_len && r.payload_len <= CONN_IN_PLACE_BYTES_MAX)
                 break;
+        }
+        enum status refused = ST_OK;
+        enum leftover_verdict verdict = may_change(c, &r, &refused);
+        if (verdict == LEFTOVER_WAIT)
+            break;
+        if (verdict == LEFTOVER_REFUSED) {
+            at += head_bytes;
+            refuse(c, &r, nbd_error_of(refused), r.payload_len,
+                   refused == ST_PERM ? volume_refusal(c->vol) : "");
+            continue;
         }
         enum export_claim claim = is_change(&r) ? claim_role(c) : CLAIM_YES;
         if (claim == CLAIM_WAIT)

@@ -510,6 +510,14 @@ void volume_prefetch(struct volume *vol, struct vol_io *io)
         fetch_resume(vol, io);
 }
 
+void volume_own(struct volume *vol, struct vol_io *io)
+{
+    io->kind = IO_OWN;
+    volume_begin_io(vol, io);
+    if (owner_ready(vol, io))
+        fetch_resume(vol, io);
+}
+
 /* --- block status -------------------------------------------------------------------- */
 
 struct status_walk {
@@ -636,6 +644,9 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
     switch (io->kind) {
     case IO_READ:
         read_begin(vol, io);
+        break;
+    case IO_OWN:
+        io_finish_soon(vol, io, owner_lets_write(vol, io) ? ST_OK : ST_PERM);
         break;
     case IO_PREFETCH:
         ahead_start(vol, io->offset, min_u64(io->length, AHEAD_MAX));

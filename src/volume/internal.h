@@ -50,6 +50,7 @@ enum io_kind {
     IO_RESIZE,
     IO_STATUS,
     IO_PREFETCH,
+    IO_OWN,
 };
 enum io_stage {
     IO_IDLE,
@@ -239,6 +240,8 @@ struct volume {
     uint64_t changed;          /* state.changed when it was last known here, if `changed_known` */
     bool changed_known;
     char changed_by[384];
+    uint64_t times_taken;
+    bool changed_before_taken; /* between the first request that wanted it, and its being taken */
     struct list parked;        /* requests that wait for ownership */
     char refusal[768];         /* see volume_refusal() */
     struct list watchers;

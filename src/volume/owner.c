@@ -45,6 +45,8 @@ struct acquire {
     struct env_timer timer;
     struct vol_io sync;
     uint64_t since_ns; /* the first request waits */
+    uint64_t changed_first; /* the state's, when it was looked at first ... */
+    bool looked;            /* ... */
     unsigned tries;
     bool inflight;
     struct env_work kill;
@@ -122,7 +124,8 @@ static void note_changes(struct volume *vol, const struct state_record *state,
 
 static bool is_outdated(const struct volume *vol, const struct vol_io *io)
 {
-    bool change = io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM;
+    bool change = io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM ||
+                  io->kind == IO_OWN;
     return change && io->writer && io->writer->lineage && io->writer->lineage != vol->lineage;
 }
 
@@ -262,6 +265,8 @@ static void owned(struct volume *vol)
 {
     struct acquire *a = vol->acquire;
     note_changes(vol, &vol->state, &a->entry.owner);
+    vol->times_taken++;
+    vol->changed_before_taken = vol->state.changed != a->changed_first;
     acquire_end(a);
     vol->ownership = VOL_OWNED;
     mailbox_start(vol);
@@ -638,6 +643,9 @@ static void acquire_got(struct store_read *read, enum status st)
         return;
     }
     a->fence = a->by_force = false;
+    if (!a->looked)
+        a->changed_first = entry->state.changed;
+    a->looked = true;
     note_changes(vol, &entry->state, &entry->owner);
     refuse_outdated(vol);
     if (list_empty(&vol->parked)) {

@@ -367,6 +367,16 @@ bool volume_is_owned(const struct volume *vol)
     return vol->ownership == VOL_OWNED && !vol->shard->in_doubt;
 }
 
+uint64_t volume_times_taken(const struct volume *vol)
+{
+    return vol->times_taken;
+}
+
+bool volume_changed_before_taken(const struct volume *vol)
+{
+    return vol->changed_before_taken;
+}
+
 const char *volume_refusal(const struct volume *vol)
 {
     return vol->refusal;

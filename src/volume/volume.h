@@ -176,6 +176,11 @@ const char *volume_description(const struct volume *vol);
 /* Whether this process owns it just now. While it does not, requests wait for the ownership. */
 bool volume_is_owned(const struct volume *vol);
 
+/* How often this process took it; and whether somebody changed its data between the first request
+ * that asked for it to be taken, and its being taken. */
+uint64_t volume_times_taken(const struct volume *vol);
+bool volume_changed_before_taken(const struct volume *vol);
+
 /* A sentence about the last request that was answered ST_PERM, for whoever sent it: who has the
  * volume, since when, or why else. Empty where there was none; holds until the loop turns. */
 const char *volume_refusal(const struct volume *vol);
@@ -223,6 +228,9 @@ void volume_trim(struct volume *vol, struct vol_io *io);
 
 /* Answers when every write answered before this call would survive the machine. */
 void volume_flush(struct volume *vol, struct vol_io *io);
+
+/* Answers when this process owns the volume and io->writer may write, or ST_PERM. */
+void volume_own(struct volume *vol, struct vol_io *io);
 
 /* Loads `length` bytes into the cache (at most a part of it); answers at once. */
 void volume_prefetch(struct volume *vol, struct vol_io *io);

@@ -1,0 +1,148 @@
+/*
+ * What a client left behind that is gone (G8).
+ *
+ * Requests that change a volume wait while it is at another server. A client that gives the
+ * connection up meanwhile sends them again elsewhere, is answered, writes something newer, and is
+ * answered; then the volume comes here. What still lies on the old connection must not be applied
+ * now. The end of the connection tells, but over TCP it comes behind the data: as long as more is
+ * unread than its window holds, nobody sees it, and what is lost on the way comes later.
+ *
+ * So changes wait unparsed, where there is nothing to take back. Each time the volume was taken,
+ * before the first change of a connection is let in, all that its client has sent is read ahead,
+ * which opens the window; if that was much, or others changed the volume while it was waited for,
+ * the end gets a moment to arrive. Where others changed it and the client waited for seconds, or
+ * there is too much to read, the connection is closed: a client that lives sends it all again.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "server/connection.h"
+
+#define AHEAD_BYTES_MAX (1u << 20)
+#define AHEAD_BYTES_EACH (64u << 10)
+/* With no more unread than this the window is open: no system has a smaller one by default. */
+#define WINDOW_OPEN_BYTES (16u << 10)
+/* A round trip, and the other side's resuming; and where something is lost on the way. */
+#define MOMENT_MS 50u
+#define MOMENT_LOST_MS 1000u
+/* A client, or whoever takes a dead one's place, may have gone elsewhere after so long. */
+#define WAITED_MS_MAX 5000u
+
+static void go_on(struct env_timer *timer)
+{
+    struct conn *c = container_of(timer, struct conn, leftover.timer);
+    c->leftover.waits = false;
+    conn_wake(c);
+}
+
+static void wait_a_moment(struct conn *c, unsigned ms)
+{
+    c->leftover.waits = true;
+    c->leftover.timer.fire = go_on;
+    env_timer_start(c->lane->env, &c->leftover.timer, ms);
+}
+
+void leftover_own_answered(struct conn *c, enum status st)
+{
+    c->leftover.waits = false;
+    c->leftover.refused = st;
+}
+
+enum ahead { AHEAD_ALL, AHEAD_NEWS, AHEAD_END, AHEAD_TOO_MUCH };
+
+/* Reads all that has come. AHEAD_NEWS: there was something since the last look. */
+static enum ahead look_ahead(struct conn *c)
+{
+    struct leftover *l = &c->leftover;
+    size_t before = l->len;
+    for (;;) {
+        if (l->len - l->at >= AHEAD_BYTES_MAX)
+            return AHEAD_TOO_MUCH;
+        mem_grow(&l->bytes, &l->cap, l->len + AHEAD_BYTES_EACH, 1);
+        struct iovec iov = {l->bytes + l->len, AHEAD_BYTES_EACH};
+        ssize_t n = wire_receive(c->wire, &iov, 1);
+        if (n < 0 && errno == EAGAIN) {
+            bool news = l->len > before;
+            if (!leftover_has_bytes(c))
+                leftover_drop(c);
+            return news ? AHEAD_NEWS : AHEAD_ALL;
+        }
+        if (n <= 0)
+            return AHEAD_END;
+        l->len += (size_t)n;
+    }
+}
+
+enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
+{
+    struct leftover *l = &c->leftover;
+    if (l->refused != ST_OK) {
+        *refused = l->refused;
+        l->refused = ST_OK;
+        return LEFTOVER_REFUSED;
+    }
+    if (!volume_is_owned(c->vol)) {
+        if (!l->since_ms)
+            l->since_ms = lane_now_ms(c->lane);
+        l->waits = true;
+        transmission_own(c);
+        return LEFTOVER_WAIT;
+    }
+    uint64_t taken = volume_times_taken(c->vol);
+    if (!c->is_tcp) {
+        /* A Unix socket's end is always seen. */
+        l->checked = taken;
+        return LEFTOVER_NONE;
+    }
+    /* Others changed it while this client waited: it may have gone to them. */
+    bool changed = volume_changed_before_taken(c->vol);
+    bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >= WAITED_MS_MAX;
+    enum ahead ahead = look_ahead(c);
+    if (changed && (ahead == AHEAD_TOO_MUCH || (long_ago && l->looked != taken))) {
+        log_warning("client %s: closed: it waited while others changed its volume at another "
+                    "server, and can't be told from one that went there itself",
+                    c->address);
+        conn_die(c, "it waited for its volume too long");
+        return LEFTOVER_WAIT;
+    }
+    bool first = l->looked != taken;
+    l->looked = taken;
+    bool maybe = (changed && first) || (ahead == AHEAD_NEWS && l->len - l->at > WINDOW_OPEN_BYTES);
+    if (ahead == AHEAD_END || maybe) {
+        /* The end is seen by itself, and ends the connection. */
+        wait_a_moment(c, changed ? MOMENT_LOST_MS : MOMENT_MS);
+        return LEFTOVER_WAIT;
+    }
+    l->checked = taken;
+    l->since_ms = 0;
+    return LEFTOVER_NONE;
+}
+
+ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n)
+{
+    struct leftover *l = &c->leftover;
+    size_t got = 0;
+    if (!leftover_has_bytes(c))
+        return wire_receive(c->wire, iov, n);
+    for (size_t i = 0; i < n && l->at < l->len; i++) {
+        size_t part = min_u64(iov[i].iov_len, l->len - l->at);
+        memcpy(iov[i].iov_base, l->bytes + l->at, part);
+        l->at += part;
+        got += part;
+    }
+    if (l->at == l->len)
+        leftover_drop(c);
+    return (ssize_t)got;
+}
+
+void leftover_drop(struct conn *c)
+{
+    struct leftover *l = &c->leftover;
+    free(l->bytes);
+    l->bytes = NULL;
+    l->len = l->at = l->cap = 0;
+}
