@@ -521,6 +521,7 @@ static bool serve_once(struct conn *c)
     size_t asked = 0;
     for (size_t i = 0; i < n_iov; i++)
         asked += iov[i].iov_len;
+    bool was_ahead = leftover_has_bytes(c); /* then the socket may have more */
     ssize_t got = leftover_receive(c, iov, n_iov);
     if (got < 0) {
         if (errno != EAGAIN)
@@ -546,7 +547,7 @@ static bool serve_once(struct conn *c)
         stash_keep(c, lane->receive + used, len - used);
     }
     shard_submit(lane->shard);
-    return (size_t)got == asked && c->phase == CONN_SERVING && may_read(c);
+    return (was_ahead || (size_t)got == asked) && c->phase == CONN_SERVING && may_read(c);
 }
 
 /* Takes in what has come. Where other connections share the volume, all of it: what a client

@@ -598,13 +598,10 @@ static size_t take_reply(struct conn *conn, const uint8_t *p, size_t len)
 
 static void conn_try(void *arg);
 
-/* What its host has not sent yet must not follow: no server could tell it from the requests of a
- * client that lives. */
-static enum ending any_ending(struct client *c, const struct conn *conn)
+static enum ending any_ending(struct client *c)
 {
-    if (conn->stream && stream_unsent(conn->stream))
-        return END_KILL;
-    return below(c, 3) ? END_CLOSE : END_KILL;
+    static const enum ending endings[] = {END_CLOSE, END_CLOSE, END_KILL, END_VANISH};
+    return endings[below(c, 4)];
 }
 
 static void try_again(struct conn *conn, uint64_t delay_ns)
@@ -658,7 +655,7 @@ static void conn_lost(struct conn *conn, enum ending how, const char *why)
         for (unsigned i = 0; i < c->c.n_connections; i++) {
             struct conn *other = &c->conns[i];
             if (other->state != CONN_CLOSED && other->gateway != c->gateway) {
-                conn_end(other, any_ending(c, other));
+                conn_end(other, any_ending(c));
                 try_again(other, below(c, 100 * MS));
             }
         }
@@ -876,7 +873,7 @@ static void tick(void *arg)
         struct conn *conn = &c->conns[i];
         if (waits_too_long(c, conn)) {
             c->c.all->counts.timeouts++;
-            conn_lost(conn, any_ending(c, conn), "no answer for too long");
+            conn_lost(conn, any_ending(c), "no answer for too long");
         }
     }
     pump(c);
@@ -972,7 +969,7 @@ void client_lose_connection(struct client *c)
 {
     struct conn *conn = &c->conns[below(c, c->c.n_connections)];
     if (conn->state != CONN_CLOSED)
-        conn_lost(conn, any_ending(c, conn), "breaks");
+        conn_lost(conn, any_ending(c), "breaks");
 }
 
 void client_leave(struct client *c)

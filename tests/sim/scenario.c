@@ -37,9 +37,6 @@
 /* Longest time without any progress once everything is healed: dead connections are noticed after
  * 30 s, dead owners after the lease of a command (10 s) and a bit, and one may wait for another. */
 #define HANG_NS (120000 * MS)
-/* Where no end of a connection can be seen, nobody takes the client's place sooner: until then a
- * server may take what came from it for that of a client that lives (server/leftover.c). */
-#define GONE_UNHEARD_MS 6000u
 #define VOLUME_NAME "disk"
 #define OTHER_NAME "renamed"
 #define SPARE_NAME "spare"
@@ -92,7 +89,6 @@ struct run {
     struct place places[PLACES_MAX];
     unsigned weights[FAULT_KINDS];
     unsigned n_faults; /* left */
-    unsigned n_client_cuts; /* just now */
     bool healing, finishing, stopping;
 
     /* All there ever were. */
@@ -606,7 +602,6 @@ static void end_client_cut(void *arg)
     trace("simulator", "host %u and gateway %u reach each other again", s->host,
           s->place->index + 1);
     net_cut(s->r->net, s->place->host, s->host, false);
-    s->r->n_client_cuts--;
 }
 
 static void begin_client_cut(struct run *r, struct place *p)
@@ -617,7 +612,6 @@ static void begin_client_cut(struct run *r, struct place *p)
     trace("simulator", "host %u and gateway %u are cut off from each other for %llu ms", s->host,
           p->index + 1, (unsigned long long)(ns / MS));
     net_cut(r->net, p->host, s->host, true);
-    r->n_client_cuts++;
     r->result->counts.client_cuts++;
     sim_at(r->env, ns, end_client_cut, s);
 }
@@ -645,14 +639,9 @@ static void begin_client_death(struct run *r)
         return;
     static const enum client_death deaths[] = {CLIENT_KILLED, CLIENT_KILLED_HALF,
                                                CLIENT_KILLED_HALF, CLIENT_VANISHED};
-    enum client_death how = deaths[below(r, 4)];
-    client_die(c, how);
-    if (c != r->vm || r->vm_next)
-        return;
-    uint64_t ms = below(r, 2) ? below(r, 50) : below(r, 3000);
-    if (how == CLIENT_VANISHED || r->n_client_cuts)
-        ms += GONE_UNHEARD_MS;
-    sim_at(r->env, ms * MS, vm_returns, r);
+    client_die(c, deaths[below(r, 4)]);
+    if (c == r->vm && !r->vm_next)
+        sim_at(r->env, below(r, 2) ? below(r, 50 * MS) : below(r, 3000 * MS), vm_returns, r);
 }
 
 static void move_address(struct run *r)
@@ -898,7 +887,7 @@ static void draw_clients(struct run *r)
                 .large = (uint8_t)(percent(r, 50) ? below(r, 3) : 0),
                 .hot = (uint8_t)below(r, 80)},
         .burst_max = percent(r, 30) ? 1 : 1 + (uint32_t)below(r, 80),
-        .timeout_ms = GONE_UNHEARD_MS + (uint32_t)below(r, 6000),
+        .timeout_ms = 2000 + (uint32_t)below(r, 8000),
         .gives_up = (uint8_t)(percent(r, 50) ? below(r, 50) : 0),
     };
     /* So that about enough is asked for while the storm lasts. */
