@@ -498,7 +498,7 @@ static bool may_read(const struct conn *c)
 static void take_no_more(struct conn *c)
 {
     c->at_end = true;
-    transmission_abort_receive(c);
+    transmission_withdraw(c);
     stash_keep(c, NULL, 0);
     leftover_drop(c);
 }

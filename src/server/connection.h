@@ -138,6 +138,7 @@ struct conn {
     bool is_tcp;
     bool hung_up;  /* the peer closed its side: seen by the wire */
     bool at_end;   /* nothing more comes: end of the stream, or DISC */
+    bool withdraws; /* inside transmission_withdraw() */
     bool stopping; /* finish what is under way, then close */
     bool blocked;  /* the socket takes no more */
     enum conn_phase phase;
@@ -352,7 +353,12 @@ void transmission_own(struct conn *c);
 /* Undoes a write that is being received, or forgets a refused one whose payload is. */
 void transmission_abort_receive(struct conn *c);
 
-/* The connection is dead: ends the requests that the volume does not know of. */
+/* The client is gone, or will have to connect again: the same, and takes back unanswered what
+ * waits for the volume to become ours. Its client may send it again elsewhere, and by the time the
+ * volume is ours, newer requests may have been answered there (G8). */
+void transmission_withdraw(struct conn *c);
+
+/* The connection is dead: the same, and ends the requests that the volume does not know of. */
 void transmission_abandon(struct conn *c);
 
 void transmission_free_kept(struct lane *lane);

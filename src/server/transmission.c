@@ -180,11 +180,17 @@ static void succeed(struct conn *c, const struct nbd_request *r)
     out_head_done(c, nbd_put_success(out_head(c), &to, r->command == NBD_CMD_READ));
 }
 
+/* Whether what became of a request is told. */
+static bool tells(const struct conn *c)
+{
+    return c->phase == CONN_SERVING && !c->withdraws;
+}
+
 /* The request's last piece was answered. */
 static void reply_outcome(struct request *q)
 {
     struct conn *c = q->conn;
-    if (c->phase == CONN_SERVING) {
+    if (tells(c)) {
         if (c->client.export->mixed)
             export_answered(&c->client, q->st == ST_OK, lane_now_ms(c->lane));
         if (q->st == ST_OK)
@@ -265,7 +271,7 @@ static bool read_answered(struct request *q)
     struct piece *p = &q->piece;
     enum status st = p->io.st;
     bool over = true;
-    if (c->phase != CONN_SERVING) {
+    if (!tells(c)) {
         volume_release_segs(&p->io);
     } else if (st != ST_OK) {
         reply_read_error(q, st);
@@ -725,9 +731,24 @@ void transmission_abort_receive(struct conn *c)
     give_up_unsent(q);
 }
 
-void transmission_abandon(struct conn *c)
+static bool is_of(struct vol_io *io, const void *arg)
+{
+    if (io->done != change_done && io->done != read_done && io->done != status_done)
+        return false;
+    return container_of(io, struct piece, io)->request->conn == arg;
+}
+
+void transmission_withdraw(struct conn *c)
 {
     transmission_abort_receive(c);
+    c->withdraws = true;
+    volume_withdraw(c->vol, is_of, c);
+    c->withdraws = false;
+}
+
+void transmission_abandon(struct conn *c)
+{
+    transmission_withdraw(c);
     for (struct list *l; (l = list_pop(&c->stalled));)
         request_free(container_of(l, struct request, stalled));
 }

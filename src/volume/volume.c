@@ -218,6 +218,23 @@ void volume_fail_waiting(struct volume *vol)
     fail_waiting(vol, &vol->shard->read_waiters);
 }
 
+void volume_withdraw(struct volume *vol, bool (*is_meant)(struct vol_io *io, const void *arg),
+                     const void *arg)
+{
+    struct list withdrawn = LIST_INIT(withdrawn);
+    list_for_each_safe(l, next, &vol->parked)
+    {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        if (io->kind != IO_WRITE && is_meant(io, arg)) {
+            list_remove(&io->link);
+            list_add_tail(&withdrawn, &io->link);
+        }
+    }
+    struct list *l;
+    while ((l = list_pop(&withdrawn)))
+        volume_end_io(vol, container_of(l, struct vol_io, link), ST_SHUTDOWN);
+}
+
 static void fail_parked(struct env_task *task)
 {
     struct volume *vol = container_of(task, struct volume, fail_task);

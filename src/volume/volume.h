@@ -222,6 +222,12 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
  * that is still waiting; `granted` is not called then. */
 void volume_write_abort(struct volume *vol, struct vol_io *io);
 
+/* Takes back what waits for the volume to become ours, of the requests that `is_meant` names: it
+ * has not begun and never will. Their `done` is called from inside, with ST_SHUTDOWN. (Writes that
+ * wait for their grant: volume_write_abort.) */
+void volume_withdraw(struct volume *vol, bool (*is_meant)(struct vol_io *io, const void *arg),
+                     const void *arg);
+
 /* Make `length` (any) bytes zero; trim also gives their space back. Answered as writes. */
 void volume_zero(struct volume *vol, struct vol_io *io);
 void volume_trim(struct volume *vol, struct vol_io *io);
