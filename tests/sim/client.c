@@ -82,6 +82,7 @@ struct client {
 
 /* How a stream is left; END_GONE: it has ended by itself. */
 enum ending { END_CLOSE, END_KILL, END_VANISH, END_GONE };
+static const char *const ending_names[] = {"closed", "killed", "vanished", "gone"};
 
 static void pump(struct client *c);
 static void conn_lost(struct conn *conn, enum ending how, const char *why);
@@ -643,7 +644,8 @@ static void conn_lost(struct conn *conn, enum ending how, const char *why)
 {
     struct client *c = conn->client;
     bool was_ready = conn->state == CONN_READY;
-    trace(c->c.name, "connection %u to gateway %u: %s", conn->no, conn->gateway + 1, why);
+    trace(c->c.name, "connection %u to gateway %u: %s; %s", conn->no, conn->gateway + 1, why,
+          ending_names[how]);
     note(c->c.all, conn->no, how);
     if (was_ready)
         c->c.all->counts.connections_lost++;
@@ -655,7 +657,10 @@ static void conn_lost(struct conn *conn, enum ending how, const char *why)
         for (unsigned i = 0; i < c->c.n_connections; i++) {
             struct conn *other = &c->conns[i];
             if (other->state != CONN_CLOSED && other->gateway != c->gateway) {
-                conn_end(other, any_ending(c));
+                enum ending end = any_ending(c);
+                trace(c->c.name, "connection %u to gateway %u: left as well; %s", other->no,
+                      other->gateway + 1, ending_names[end]);
+                conn_end(other, end);
                 try_again(other, below(c, 100 * MS));
             }
         }

@@ -213,6 +213,9 @@ static void look(struct run *r)
         wrong(r, "the store was asked for what must not be asked for");
     if (r->clients.violation[0])
         wrong(r, "%s", r->clients.violation);
+    const char *impossible = history_violation(r->history);
+    if (impossible)
+        wrong(r, "%s", impossible);
     r->result->hash = hash_mix(r->result->hash, sim_now_ns(r->sim));
     if (++r->result->counts.events > EVENTS_MAX)
         wrong(r, "it runs in a circle: %u events", EVENTS_MAX);

@@ -76,7 +76,7 @@ struct scenario_counts {
 
 struct scenario_result {
     bool failed;
-    char what[600];  /* what was wrong */
+    char what[1500]; /* what was wrong */
     uint64_t hash;   /* of all that happened */
     struct scenario_counts counts;
 };
