@@ -324,7 +324,9 @@ struct gateway *gateway_start(const struct gateway_config *config, const char *n
                                               .cache_bytes = config->cache_bytes,
                                               .threads = config->lanes,
                                               .lease_ms = config->lease_ms,
-                                              .store_timeout_ms = config->store_timeout_ms};
+                                              .store_timeout_ms = config->store_timeout_ms,
+                                              .owner_wait_ms = config->owner_wait_ms,
+                                              .pause_close_ms = config->pause_close_ms};
     struct server *s = &g->server;
     s->config = &g->server_config;
     s->store = g->store;

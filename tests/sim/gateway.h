@@ -23,6 +23,7 @@ struct gateway_config {
     unsigned lanes;         /* 1 .. 3 */
     uint32_t lease_ms;
     uint32_t store_timeout_ms; /* 0: requests wait for the store */
+    uint32_t owner_wait_ms, pause_close_ms; /* as in struct server_config */
     uint64_t cache_bytes;
     bool shared;
     int clock_ppm;          /* its clock runs so much faster (slower: negative) than the world's */
