@@ -599,11 +599,30 @@ static size_t take_reply(struct conn *conn, const uint8_t *p, size_t len)
 
 static void conn_try(void *arg);
 
-static enum ending any_ending(struct client *c)
+static bool is_cut(const struct conn *conn)
 {
-    static const enum ending endings[] = {END_CLOSE, END_CLOSE, END_KILL, END_VANISH};
-    return endings[below(c, 4)];
+    const struct client *c = conn->client;
+    return c->c.all->cut[conn->gateway][c->c.host];
 }
+
+/* How it is left while its gateway would see that. */
+static enum ending loud_ending(struct client *c)
+{
+    return below(c, 2) ? END_CLOSE : END_KILL;
+}
+
+/* How long the oldest request has been waiting on it. */
+static uint64_t waits_ns(const struct conn *conn)
+{
+    const struct client *c = conn->client;
+    uint64_t since = now_ns(c);
+    for (const struct op *op = c->ops; op < c->ops + SLOTS; op++)
+        if (op->used && op->conn == conn->index && op->sent_ns < since)
+            since = op->sent_ns;
+    return now_ns(c) - since;
+}
+
+static void conn_try(void *arg);
 
 static void try_again(struct conn *conn, uint64_t delay_ns)
 {
@@ -628,15 +647,34 @@ static void conn_end(struct conn *conn, enum ending how)
     conn->stream = NULL;
     conn->state = CONN_CLOSED;
     conn->in_len = 0;
-    for (struct op *op = c->ops; op < c->ops + SLOTS; op++)
-        if (op->used && op->conn == conn->index)
-            op->conn = NOWHERE;
+    for (struct op *op = c->ops; op < c->ops + SLOTS; op++) {
+        if (!op->used || op->conn != conn->index)
+            continue;
+        op->conn = NOWHERE;
+        if (c->c.all->refusals && is_change(op))
+            history_failed(c->c.all->history, now_ns(c), op->no);
+    }
 }
 
 static void next_gateway(struct client *c)
 {
     if (!c->c.stays)
         c->gateway = (c->gateway + 1) % c->c.all->n_gateways;
+}
+
+/* All connections go to one gateway; but what could not be heard has to take its time. */
+static void leave_others(struct client *c)
+{
+    for (unsigned i = 0; i < c->c.n_connections; i++) {
+        struct conn *other = &c->conns[i];
+        if (other->state == CONN_CLOSED || other->gateway == c->gateway || is_cut(other))
+            continue;
+        enum ending end = loud_ending(c);
+        trace(c->c.name, "connection %u to gateway %u: left as well; %s", other->no,
+              other->gateway + 1, ending_names[end]);
+        conn_end(other, end);
+        try_again(other, below(c, 100 * MS));
+    }
 }
 
 /* Ended by whatever: goes on here or elsewhere. */
@@ -654,16 +692,7 @@ static void conn_lost(struct conn *conn, enum ending how, const char *why)
         next_gateway(c);
     conn_end(conn, how);
     if (!c->c.mixes_gateways)
-        for (unsigned i = 0; i < c->c.n_connections; i++) {
-            struct conn *other = &c->conns[i];
-            if (other->state != CONN_CLOSED && other->gateway != c->gateway) {
-                enum ending end = any_ending(c);
-                trace(c->c.name, "connection %u to gateway %u: left as well; %s", other->no,
-                      other->gateway + 1, ending_names[end]);
-                conn_end(other, end);
-                try_again(other, below(c, 100 * MS));
-            }
-        }
+        leave_others(c);
     try_again(conn, below(c, 4) ? below(c, 20 * MS) : below(c, 500 * MS));
     pump(c);
 }
@@ -858,15 +887,11 @@ static void conn_try(void *arg)
 
 static bool waits_too_long(const struct client *c, const struct conn *conn)
 {
-    uint64_t now = now_ns(c);
     if (conn->state == CONN_CLOSED)
         return false;
     if (conn->state != CONN_READY)
-        return now - conn->since_ns > CONNECT_NS_MAX;
-    for (const struct op *op = c->ops; op < c->ops + SLOTS; op++)
-        if (op->used && op->conn == conn->index && now - op->sent_ns > c->c.timeout_ms * MS)
-            return true;
-    return false;
+        return now_ns(c) - conn->since_ns > CONNECT_NS_MAX;
+    return waits_ns(conn) > c->c.timeout_ms * MS;
 }
 
 static void tick(void *arg)
@@ -877,8 +902,9 @@ static void tick(void *arg)
     for (unsigned i = 0; i < c->c.n_connections && !c->leaving; i++) {
         struct conn *conn = &c->conns[i];
         if (waits_too_long(c, conn)) {
+            bool vanishes = is_cut(conn) || below(c, 3) == 0;
             c->c.all->counts.timeouts++;
-            conn_lost(conn, any_ending(c), "no answer for too long");
+            conn_lost(conn, vanishes ? END_VANISH : loud_ending(c), "no answer for too long");
         }
     }
     pump(c);
@@ -973,8 +999,8 @@ void client_turn_to(struct client *c, unsigned gateway)
 void client_lose_connection(struct client *c)
 {
     struct conn *conn = &c->conns[below(c, c->c.n_connections)];
-    if (conn->state != CONN_CLOSED)
-        conn_lost(conn, any_ending(c), "breaks");
+    if (conn->state != CONN_CLOSED && !is_cut(conn))
+        conn_lost(conn, loud_ending(c), "breaks");
 }
 
 void client_leave(struct client *c)
@@ -1015,10 +1041,13 @@ static void send_half(struct client *c)
     all->counts.half_sent++;
 }
 
-void client_die(struct client *c, enum client_death how)
+uint32_t client_die(struct client *c, enum client_death how)
 {
     if (how == CLIENT_KILLED_HALF)
         send_half(c);
+    for (unsigned i = 0; i < c->c.n_connections; i++)
+        if (c->conns[i].state != CONN_CLOSED && is_cut(&c->conns[i]))
+            how = CLIENT_VANISHED;
     trace(c->c.name, how == CLIENT_VANISHED ? "is gone with its host" : "is killed");
     note(c->c.all, c->c.host, how);
     c->c.all->counts.deaths++;
@@ -1028,6 +1057,7 @@ void client_die(struct client *c, enum client_death how)
     for (struct op *op = c->ops; op < c->ops + SLOTS; op++)
         if (op->used)
             op_give_up(c, op);
+    return how == CLIENT_VANISHED ? c->c.all->stale_ms : 0;
 }
 
 bool client_is_gone(const struct client *c)

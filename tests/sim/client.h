@@ -53,6 +53,13 @@ struct clients {
     /* The volume is called one of these; clients try the other one where one is unknown. */
     const char *names[2];
     unsigned name;
+    bool cut[CLIENT_GATEWAYS_MAX][NET_HOSTS_MAX]; /* no way between this gateway and that host */
+    /* A gateway that does not see the end of a connection ends it by itself when it had to leave
+     * it waiting for so long and a bit: whoever goes elsewhere earlier has to say so. */
+    uint32_t stale_ms;
+    /* Gateways may refuse changes and take later ones of the same connection, and the answer that
+     * says so may be lost: that something was sent before something else says nothing then. */
+    bool refusals;
     uint32_t last_connection;
     uint8_t *changing; /* per sector: a change that was not given up is under way */
     struct client_counts counts;
@@ -114,7 +121,7 @@ void client_flush(struct client *c);
 
 /* The service address moved: connections it makes from now on go there. */
 void client_turn_to(struct client *c, unsigned gateway);
-/* Ends one of its connections, any way; it goes on elsewhere. */
+/* Ends one of its connections, as far as that can be heard; it goes on elsewhere. */
 void client_lose_connection(struct client *c);
 
 /* Says goodbye and closes: it is idle. */
@@ -122,9 +129,10 @@ void client_leave(struct client *c);
 enum client_death {
     CLIENT_KILLED,      /* its process */
     CLIENT_KILLED_HALF, /* ... in the middle of sending a write */
-    CLIENT_VANISHED,    /* its host */
+    CLIENT_VANISHED,    /* its host; where that can't be heard, the other two come to this, too */
 };
-void client_die(struct client *c, enum client_death how);
+/* How long its successor has to wait at least, because nobody may know yet: ms. */
+uint32_t client_die(struct client *c, enum client_death how);
 bool client_is_gone(const struct client *c);
 
 /* What it waits for, for messages. */

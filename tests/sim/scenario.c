@@ -33,10 +33,15 @@
 #define WORDS_MAX 8u
 #define NAME_BYTES 24u
 #define REQUESTS 1000u
+/* Gateways look so often (500 ms) for connections that they had to leave waiting for too long, and
+ * their clocks differ. */
+#define STALE_MORE_MS 700u
 #define EVENTS_MAX 5000000u
 /* Longest time without any progress once everything is healed: dead connections are noticed after
  * 30 s, dead owners after the lease of a command (10 s) and a bit, and one may wait for another. */
 #define HANG_NS (120000 * MS)
+/* Longer than a connection without a peer lasts. */
+#define LEFT_OVER_MS 35000u
 #define VOLUME_NAME "disk"
 #define OTHER_NAME "renamed"
 #define SPARE_NAME "spare"
@@ -82,7 +87,7 @@ struct run {
     struct clients clients;
 
     enum simstore_kind kind;
-    uint32_t lease_ms, block_size, requests;
+    uint32_t lease_ms, owner_wait_ms, pause_close_ms, block_size, requests;
     uint64_t data_bytes, tail_bytes, branch;
     uint64_t storm_ns;
     unsigned n_places;
@@ -101,7 +106,9 @@ struct run {
     struct client_config vm_config, reader_config;
     struct client *vm;     /* who writes; NULL or gone: nobody just now */
     struct client *vm_next; /* who is about to */
+    bool vm_flushes;
     unsigned vm_host;
+    uint64_t vm_waits_until_ns; /* its last one may not be known to be gone before */
     struct client *readers[2];
     unsigned n_readers;
     struct running_command commands[COMMANDS_MAX];
@@ -281,6 +288,8 @@ static void start_gateway(struct run *r, struct place *p)
                                     .host = p->host,
                                     .lanes = p->lanes,
                                     .lease_ms = r->lease_ms,
+                                    .owner_wait_ms = r->owner_wait_ms,
+                                    .pause_close_ms = r->pause_close_ms,
                                     .cache_bytes = (uint64_t)p->lanes * VOLUME_CACHE_BYTES_MIN,
                                     .clock_ppm = p->clock_ppm};
     p->gateway = r->gateways[r->n_gateways++] = gateway_start(&config, name);
@@ -356,11 +365,13 @@ static void source_leaves(void *arg)
         client_leave(source);
 }
 
-/* The source stops and has its answers; then the destination goes on, and the source leaves. */
+/* The source stops and has its answers, flushes, and has that answered; then the destination goes
+ * on, which was there before the flush, and the source leaves. */
 static void migration_step(void *arg)
 {
     struct run *r = arg;
     struct client *from = r->vm, *to = r->vm_next;
+    uint64_t now = sim_now_ns(r->sim);
     if (!to)
         return;
     if (!lives(to)) {
@@ -371,7 +382,14 @@ static void migration_step(void *arg)
             vm_returns(r);
         return;
     }
-    if (lives(from) && !client_is_idle(from)) {
+    bool ready = lives(from) ? client_is_idle(from) : now >= r->vm_waits_until_ns;
+    if (ready && lives(from) && !r->vm_flushes) {
+        ready = false;
+        r->vm_flushes = client_is_connected(to);
+        if (r->vm_flushes)
+            client_flush(from);
+    }
+    if (!ready) {
         sim_at(r->env, 5 * MS, migration_step, r);
         return;
     }
@@ -389,10 +407,8 @@ static void migration_step(void *arg)
 static void source_stops(void *arg)
 {
     struct run *r = arg;
-    if (lives(r->vm)) {
+    if (lives(r->vm))
         client_stop(r->vm);
-        client_flush(r->vm);
-    }
     migration_step(r);
 }
 
@@ -401,6 +417,7 @@ static void begin_migration(struct run *r)
     if (!lives(r->vm) || r->vm_next || r->n_clients >= CLIENTS_MAX - 8)
         return;
     trace("simulator", "a migration from %s begins", client_name(r->vm));
+    r->vm_flushes = false;
     r->vm_next = start_vm(r, other_vm_host(r), true);
     sim_at(r->env, below(r, 300 * MS), source_stops, r);
 }
@@ -599,12 +616,18 @@ static void begin_store_down(struct run *r)
     sim_at(r->env, ns, end_store_down, r);
 }
 
+static void cut_client(struct run *r, const struct place *p, unsigned host, bool cut)
+{
+    net_cut(r->net, p->host, host, cut);
+    r->clients.cut[p->index][host] = cut;
+}
+
 static void end_client_cut(void *arg)
 {
     struct spell *s = arg;
     trace("simulator", "host %u and gateway %u reach each other again", s->host,
           s->place->index + 1);
-    net_cut(s->r->net, s->place->host, s->host, false);
+    cut_client(s->r, s->place, s->host, false);
 }
 
 static void begin_client_cut(struct run *r, struct place *p)
@@ -614,7 +637,7 @@ static void begin_client_cut(struct run *r, struct place *p)
     s->host = r->n_readers && percent(r, 25) ? client_host(r->readers[0]) : r->vm_host;
     trace("simulator", "host %u and gateway %u are cut off from each other for %llu ms", s->host,
           p->index + 1, (unsigned long long)(ns / MS));
-    net_cut(r->net, p->host, s->host, true);
+    cut_client(r, p, s->host, true);
     r->result->counts.client_cuts++;
     sim_at(r->env, ns, end_client_cut, s);
 }
@@ -642,9 +665,12 @@ static void begin_client_death(struct run *r)
         return;
     static const enum client_death deaths[] = {CLIENT_KILLED, CLIENT_KILLED_HALF,
                                                CLIENT_KILLED_HALF, CLIENT_VANISHED};
-    client_die(c, deaths[below(r, 4)]);
-    if (c == r->vm && !r->vm_next)
-        sim_at(r->env, below(r, 2) ? below(r, 50 * MS) : below(r, 3000 * MS), vm_returns, r);
+    uint64_t ns = client_die(c, deaths[below(r, 4)]) * MS;
+    ns += below(r, 2) ? below(r, 50 * MS) : below(r, 3000 * MS);
+    if (c == r->vm && r->vm_next)
+        r->vm_waits_until_ns = sim_now_ns(r->sim) + ns;
+    else if (c == r->vm)
+        sim_at(r->env, ns, vm_returns, r);
 }
 
 static void move_address(struct run *r)
@@ -748,7 +774,7 @@ static void heal(struct run *r)
     simstore_down(r->store, false);
     for (unsigned host = HOST_VMS; host < HOST_LAST; host++)
         for (unsigned i = 0; i < r->n_places; i++)
-            net_cut(r->net, r->places[i].host, host, false);
+            cut_client(r, &r->places[i], host, false);
     for (unsigned i = 0; i < r->n_gateways; i++) {
         struct gateway *g = r->gateways[i];
         enum gateway_state st = gateway_state(g);
@@ -890,7 +916,7 @@ static void draw_clients(struct run *r)
                 .large = (uint8_t)(percent(r, 50) ? below(r, 3) : 0),
                 .hot = (uint8_t)below(r, 80)},
         .burst_max = percent(r, 30) ? 1 : 1 + (uint32_t)below(r, 80),
-        .timeout_ms = 2000 + (uint32_t)below(r, 8000),
+        .timeout_ms = r->clients.stale_ms + (uint32_t)below(r, 8000),
         .gives_up = (uint8_t)(percent(r, 50) ? below(r, 50) : 0),
     };
     /* So that about enough is asked for while the storm lasts. */
@@ -902,6 +928,9 @@ static void draw_clients(struct run *r)
     r->reader_config.burst_max = 4;
     r->reader_config.pause_ms_max = 100 + (uint32_t)below(r, 2000);
     r->n_readers = percent(r, 40) ? 1 + (unsigned)below(r, 2) : 0;
+    /* Where several want the volume at once, or may be taken for several. */
+    r->clients.refusals = r->n_readers || c->mixes_gateways || r->weights[FAULT_MIGRATION] ||
+                          r->weights[FAULT_CLIENT_DEATH] || r->weights[FAULT_ADDRESS];
 }
 
 static void draw(struct run *r)
@@ -912,6 +941,8 @@ static void draw(struct run *r)
                                             : SIMSTORE_LOG;
     r->requests = r->o.requests ? r->o.requests : REQUESTS;
     r->lease_ms = SESSION_LEASE_MS_MIN;
+    r->pause_close_ms = 1000 + (uint32_t)below(r, 2000);
+    r->owner_wait_ms = percent(r, 30) ? 0 : 500 + (uint32_t)below(r, 10000);
     r->block_size = percent(r, 75) ? 4096 : 8192u << below(r, 2);
     r->data_bytes = r->block_size * (16ull + below(r, percent(r, 50) ? 48 : 1000));
     if (r->data_bytes > 4 << 20)
@@ -928,7 +959,6 @@ static void draw(struct run *r)
             .clock_ppm = (int)below(r, (uint64_t)(2 * ppm + 1)) - ppm,
         };
     draw_weights(r);
-    draw_clients(r);
 }
 
 /* --- the end ----------------------------------------------------------------------------------- */
@@ -1066,6 +1096,8 @@ static void play(struct run *r)
     if (!must_come(r, enough, "the clients go on"))
         return;
     finish_clients(r);
+    /* Whatever is left over somewhere has its chance to do harm. */
+    run_until(r, NULL, sim_now_ns(r->sim) + LEFT_OVER_MS * MS);
     unsigned first = (unsigned)below(r, r->n_places);
     for (unsigned i = 0; i < 2 && !r->result->failed; i++)
         read_through(r, (first + i) % r->n_places);
@@ -1093,11 +1125,13 @@ void scenario_run(const struct scenario_options *options, struct scenario_result
     r->history = history_new(r->data_bytes / HISTORY_SECTOR);
     clients_init(&r->clients, r->sim, r->net, r->history,
                  (uint32_t)(r->data_bytes / HISTORY_SECTOR));
+    r->clients.stale_ms = r->pause_close_ms + STALE_MORE_MS;
     r->clients.names[0] = VOLUME_NAME;
     r->clients.names[1] = OTHER_NAME;
     r->clients.n_gateways = r->n_places;
     for (unsigned i = 0; i < r->n_places; i++)
         r->clients.gateways[i] = r->places[i].host;
+    draw_clients(r);
     tell(r);
     play(r);
     const char *impossible = result->failed ? NULL : history_check(r->history);
