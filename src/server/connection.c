@@ -579,10 +579,14 @@ static void parse_stash(struct conn *c)
 /* Goes on with what was put aside. */
 static void resume(struct conn *c)
 {
+    bool was_paused = c->since_ms;
     transmission_go_on(c);
     if (c->phase == CONN_SERVING && c->stash_len && !c->at_end && !c->stopping)
         parse_stash(c);
-    /* (No event of the socket tells of these.) */
+    /* What came while it was paused is older than what comes on another connection next. (And no
+     * event of the socket tells of what was read ahead.) */
+    if (was_paused && c->phase == CONN_SERVING && may_read(c))
+        serve_events(c);
     while (c->phase == CONN_SERVING && leftover_has_bytes(c) && may_read(c))
         serve_once(c);
 }

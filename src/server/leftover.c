@@ -7,11 +7,11 @@
  * now. The end of the connection tells, but over TCP it comes behind the data: as long as more is
  * unread than its window holds, nobody sees it, and what is lost on the way comes later.
  *
- * So changes wait unparsed, where there is nothing to take back. Each time the volume was taken,
- * before the first change of a connection is let in, all that its client has sent is read ahead,
- * which opens the window; if that was much, or others changed the volume while it was waited for,
- * the end gets a moment to arrive. Where others changed it and the client waited for seconds, or
- * there is too much to read, the connection is closed: a client that lives sends it all again.
+ * So changes wait unparsed, where there is nothing to take back. When the volume was taken, and others
+ * had changed it while it was waited for, then before the first change of a connection is let in all
+ * that its client has sent is read ahead, which opens the window, and the end gets a moment to
+ * arrive. Where the client waited for seconds, or there is too much to read, the connection is
+ * closed: a client that lives sends it all again.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -24,11 +24,8 @@
 
 #define AHEAD_BYTES_MAX (1u << 20)
 #define AHEAD_BYTES_EACH (64u << 10)
-/* With no more unread than this the window is open: no system has a smaller one by default. */
-#define WINDOW_OPEN_BYTES (16u << 10)
-/* A round trip, and the other side's resuming; and where something is lost on the way. */
-#define MOMENT_MS 50u
-#define MOMENT_LOST_MS 1000u
+/* Longer than what is lost on the way takes to come again. */
+#define MOMENT_MS 1000u
 /* A client, or whoever takes a dead one's place, may have gone elsewhere after so long. */
 #define WAITED_MS_MAX 5000u
 
@@ -39,11 +36,11 @@ static void go_on(struct env_timer *timer)
     conn_wake(c);
 }
 
-static void wait_a_moment(struct conn *c, unsigned ms)
+static void wait_a_moment(struct conn *c)
 {
     c->leftover.waits = true;
     c->leftover.timer.fire = go_on;
-    env_timer_start(c->lane->env, &c->leftover.timer, ms);
+    env_timer_start(c->lane->env, &c->leftover.timer, MOMENT_MS);
 }
 
 void leftover_own_answered(struct conn *c, enum status st)
@@ -93,29 +90,24 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         return LEFTOVER_WAIT;
     }
     uint64_t taken = volume_times_taken(c->vol);
-    if (!c->is_tcp) {
-        /* A Unix socket's end is always seen. */
-        l->checked = taken;
-        return LEFTOVER_NONE;
-    }
-    /* Others changed it while this client waited: it may have gone to them. */
-    bool changed = volume_changed_before_taken(c->vol);
-    bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >= WAITED_MS_MAX;
-    enum ahead ahead = look_ahead(c);
-    if (changed && (ahead == AHEAD_TOO_MUCH || (long_ago && l->looked != taken))) {
-        log_warning("client %s: closed: it waited while others changed its volume at another "
-                    "server, and can't be told from one that went there itself",
-                    c->address);
-        conn_die(c, "it waited for its volume too long");
-        return LEFTOVER_WAIT;
-    }
-    bool first = l->looked != taken;
-    l->looked = taken;
-    bool maybe = (changed && first) || (ahead == AHEAD_NEWS && l->len - l->at > WINDOW_OPEN_BYTES);
-    if (ahead == AHEAD_END || maybe) {
-        /* The end is seen by itself, and ends the connection. */
-        wait_a_moment(c, changed ? MOMENT_LOST_MS : MOMENT_MS);
-        return LEFTOVER_WAIT;
+    /* (A Unix socket's end is always seen.) */
+    if (c->is_tcp && volume_changed_before_taken(c->vol)) {
+        bool first = l->looked != taken;
+        bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >= WAITED_MS_MAX;
+        enum ahead ahead = look_ahead(c);
+        l->looked = taken;
+        if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {
+            log_warning("client %s: closed: it waited while others changed its volume at another "
+                        "server, and can't be told from one that went there itself",
+                        c->address);
+            conn_die(c, "it waited for its volume too long");
+            return LEFTOVER_WAIT;
+        }
+        if (first || ahead != AHEAD_ALL) {
+            /* An end is seen by itself, and ends the connection. */
+            wait_a_moment(c);
+            return LEFTOVER_WAIT;
+        }
     }
     l->checked = taken;
     l->since_ms = 0;

@@ -733,7 +733,8 @@ void transmission_abort_receive(struct conn *c)
 
 static bool is_of(struct vol_io *io, const void *arg)
 {
-    if (io->done != change_done && io->done != read_done && io->done != status_done)
+    if (io->done != change_done && io->done != read_done && io->done != status_done &&
+        io->done != owned)
         return false;
     return container_of(io, struct piece, io)->request->conn == arg;
 }
