@@ -74,6 +74,7 @@ struct client {
     uint64_t next_cookie, answered;
     unsigned gateway;
     bool stopped, leaving, gone, resting;
+    uint64_t reads_at_ns;    /* takes no answers until then */
     uint32_t burst;          /* requests left in this one */
     uint64_t read_all_at;    /* next sector; n_sectors: none */
     unsigned n_reading_all;
@@ -747,10 +748,10 @@ static void take_export_info(struct conn *conn, const uint8_t *p, size_t len)
     uint64_t needed = (uint64_t)c->c.all->n_sectors * HISTORY_SECTOR;
     uint16_t wanted = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
                       NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_CAN_MULTI_CONN;
-    if (len != 12 || get_be64(p + 2) < needed || (get_be16(p + 10) & wanted) != wanted)
-        violation(c, "an export of %llu bytes with flags %04x",
-                  len == 12 ? (unsigned long long)get_be64(p + 2) : 0,
-                  len == 12 ? get_be16(p + 10) : 0);
+    uint64_t size = len == 12 ? get_be64(p + 2) : 0;
+    if ((size != needed && size != needed + c->c.all->tail_bytes) || (get_be16(p + 10) & wanted) != wanted)
+        violation(c, "an export of %llu bytes with flags %04x", (unsigned long long)size,
+                  size ? get_be16(p + 10) : 0);
 }
 
 static void option_refused(struct conn *conn, uint32_t type)
@@ -881,6 +882,7 @@ static void conn_try(void *arg)
     trace(c->c.name, "connection %u: to gateway %u", conn->no, conn->gateway + 1);
     conn->stream = net_connect(all->net, c->env, c->c.host, all->gateways[conn->gateway], &events,
                                conn);
+    stream_read(conn->stream, now_ns(c) >= c->reads_at_ns);
 }
 
 /* --- time ----------------------------------------------------------------------------- */
@@ -989,6 +991,30 @@ void client_flush(struct client *c)
 {
     c->flush_wanted = true;
     pump(c);
+}
+
+static void set_reading(struct client *c, bool on)
+{
+    for (unsigned i = 0; i < c->c.n_connections; i++)
+        if (c->conns[i].state != CONN_CLOSED)
+            stream_read(c->conns[i].stream, on);
+}
+
+static void read_again(void *arg)
+{
+    struct client *c = arg;
+    if (!c->gone && now_ns(c) >= c->reads_at_ns) {
+        trace(c->c.name, "takes answers again");
+        set_reading(c, true);
+    }
+}
+
+void client_do_not_read(struct client *c, uint32_t ms)
+{
+    trace(c->c.name, "takes no answers for %u ms", ms);
+    c->reads_at_ns = now_ns(c) + ms * MS;
+    set_reading(c, false);
+    sim_at(c->env, ms * MS, read_again, c);
 }
 
 void client_turn_to(struct client *c, unsigned gateway)

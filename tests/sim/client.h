@@ -46,7 +46,8 @@ struct clients {
     struct sim *sim;
     struct net *net;
     struct history *history;
-    uint32_t n_sectors; /* of the volume, from its begin, that clients use */
+    uint32_t n_sectors; /* of the volume, from its begin, that clients use ... */
+    uint64_t tail_bytes; /* ... and behind them, where the volume has just these or none */
     unsigned n_gateways;
     unsigned gateways[CLIENT_GATEWAYS_MAX]; /* hosts; where clients are sent to one after another */
     uint64_t served[CLIENT_GATEWAYS_MAX];   /* requests answered from there */
@@ -118,6 +119,9 @@ unsigned client_host(const struct client *c);
 /* Reads all sectors once, besides what else it does; a flush, once. */
 void client_read_all(struct client *c);
 void client_flush(struct client *c);
+
+/* Takes no answers for so long. */
+void client_do_not_read(struct client *c, uint32_t ms);
 
 /* The service address moved: connections it makes from now on go there. */
 void client_turn_to(struct client *c, unsigned gateway);

@@ -64,6 +64,7 @@ enum fault {
     FAULT_REPLACE,
     FAULT_CLIENT_DEATH,
     FAULT_CONNECTION,
+    FAULT_DEAF,
     FAULT_ADDRESS,
     FAULT_MIGRATION,
     FAULT_COMMAND,
@@ -87,7 +88,7 @@ struct run {
     struct clients clients;
 
     enum simstore_kind kind;
-    uint32_t lease_ms, owner_wait_ms, pause_close_ms, block_size, requests;
+    uint32_t lease_ms, owner_wait_ms, pause_close_ms, store_timeout_ms, block_size, requests;
     uint64_t data_bytes, tail_bytes, branch;
     uint64_t storm_ns;
     unsigned n_places;
@@ -288,6 +289,7 @@ static void start_gateway(struct run *r, struct place *p)
                                     .host = p->host,
                                     .lanes = p->lanes,
                                     .lease_ms = r->lease_ms,
+                                    .store_timeout_ms = r->store_timeout_ms,
                                     .owner_wait_ms = r->owner_wait_ms,
                                     .pause_close_ms = r->pause_close_ms,
                                     .cache_bytes = (uint64_t)p->lanes * VOLUME_CACHE_BYTES_MIN,
@@ -486,7 +488,7 @@ static void begin_command(struct run *r)
     snprintf(c->name, sizeof c->name, "%s (%u)", words[0], r->n_commands);
     c->command = command_start(r->sim, r->store, c->name, words);
     if (percent(r, 10))
-        sim_at(r->env, below(r, 500 * MS), command_dies, c);
+        sim_at(r->env, below(r, 30 * MS), command_dies, c);
 }
 
 static bool commands_over(struct run *r)
@@ -723,6 +725,10 @@ static void begin_fault(struct run *r, enum fault fault)
         if (lives(r->vm))
             client_lose_connection(r->vm);
         break;
+    case FAULT_DEAF:
+        if (lives(r->vm))
+            client_do_not_read(r->vm, (uint32_t)(duration_ns(r) / MS));
+        break;
     case FAULT_ADDRESS:
         move_address(r);
         break;
@@ -929,7 +935,7 @@ static void draw_clients(struct run *r)
     r->reader_config.pause_ms_max = 100 + (uint32_t)below(r, 2000);
     r->n_readers = percent(r, 40) ? 1 + (unsigned)below(r, 2) : 0;
     /* Where several want the volume at once, or may be taken for several. */
-    r->clients.refusals = r->n_readers || c->mixes_gateways || r->weights[FAULT_MIGRATION] ||
+    r->clients.refusals = r->n_readers || c->mixes_gateways || r->store_timeout_ms || r->weights[FAULT_MIGRATION] ||
                           r->weights[FAULT_CLIENT_DEATH] || r->weights[FAULT_ADDRESS];
 }
 
@@ -942,6 +948,7 @@ static void draw(struct run *r)
     r->requests = r->o.requests ? r->o.requests : REQUESTS;
     r->lease_ms = SESSION_LEASE_MS_MIN;
     r->pause_close_ms = 1000 + (uint32_t)below(r, 2000);
+    r->store_timeout_ms = percent(r, 20) ? 500 + (uint32_t)below(r, 4000) : 0;
     r->owner_wait_ms = percent(r, 30) ? 0 : 500 + (uint32_t)below(r, 10000);
     r->block_size = percent(r, 75) ? 4096 : 8192u << below(r, 2);
     r->data_bytes = r->block_size * (16ull + below(r, percent(r, 50) ? 48 : 1000));
@@ -1121,6 +1128,7 @@ void scenario_run(const struct scenario_options *options, struct scenario_result
     trace_begin(r->sim, options->trace);
     draw(r);
     r->net = net_new(r->sim);
+    net_set_delays(r->net, 20000ull << below(r, 6), 0);
     r->store = simstore_new(r->sim, r->kind, sim_random(r->sim));
     r->history = history_new(r->data_bytes / HISTORY_SECTOR);
     clients_init(&r->clients, r->sim, r->net, r->history,
@@ -1129,6 +1137,7 @@ void scenario_run(const struct scenario_options *options, struct scenario_result
     r->clients.names[0] = VOLUME_NAME;
     r->clients.names[1] = OTHER_NAME;
     r->clients.n_gateways = r->n_places;
+    r->clients.tail_bytes = r->tail_bytes;
     for (unsigned i = 0; i < r->n_places; i++)
         r->clients.gateways[i] = r->places[i].host;
     draw_clients(r);

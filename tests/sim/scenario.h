@@ -39,7 +39,7 @@ enum scenario_needed { OPTIONAL, NEEDED, NEEDED_FDB /* ... where there were seed
     X(fenced, "sessions that were ended by others", OPTIONAL)                                      \
     X(crashes, "gateways that crashed", NEEDED)                                                    \
     X(host_deaths, "... with their hosts", OPTIONAL)                                               \
-    X(ended, "... ended by another gateway", OPTIONAL)                                             \
+    X(ended, "... ended by others, or for want of the store", OPTIONAL)                            \
     X(pauses, "gateways that stood still", NEEDED)                                                 \
     X(long_pauses, "... for longer than their lease", NEEDED)                                      \
     X(replacements, "gateways that were replaced in good order", OPTIONAL)                         \
