@@ -516,18 +516,47 @@ static struct spell *spell(struct run *r, struct place *p)
     return s;
 }
 
-/* Mostly short, often about as long as a lease, seldom up to three. */
+/* Short, or about as long as a lease, or long enough to be fenced meanwhile: others wait for an
+ * eighth more, from when they look for the first time. */
 static uint64_t duration_ns(struct run *r)
 {
     uint64_t lease_ns = r->lease_ms * MS;
-    switch (below(r, 4)) {
+    switch (below(r, 5)) {
     case 0:
         return lease_ns / 50 + below(r, lease_ns / 2);
     case 1:
         return below(r, 3 * lease_ns);
-    default:
+    case 2:
         return lease_ns * 7 / 8 + below(r, lease_ns / 2);
+    default:
+        return lease_ns * 9 / 8 + below(r, lease_ns);
     }
+}
+
+static void move_address(struct run *r, unsigned to)
+{
+    trace("simulator", "the service address moves to gateway %u", to + 1);
+    for (unsigned i = 0; i < r->n_clients; i++) {
+        if (client_is_gone(r->all_clients[i]))
+            continue;
+        client_turn_to(r->all_clients[i], to);
+        if (percent(r, 70))
+            client_lose_connection(r->all_clients[i]);
+    }
+}
+
+static void flee(void *arg)
+{
+    struct spell *s = arg;
+    if (!s->r->healing)
+        move_address(s->r, (s->place->index + 1) % s->r->n_places);
+}
+
+/* A gateway that does not serve may be seen, and its clients sent elsewhere. */
+static void may_flee(struct run *r, struct place *p)
+{
+    if (percent(r, 60))
+        sim_at(r->env, below(r, (below(r, 2) ? 100 : r->lease_ms / 2) * MS), flee, spell(r, p));
 }
 
 static void gateway_returns(void *arg)
@@ -581,6 +610,7 @@ static void begin_pause(struct run *r, struct place *p)
     r->result->counts.pauses++;
     r->result->counts.long_pauses += ns > r->lease_ms * MS;
     sim_at(r->env, ns, end_pause, spell(r, p));
+    may_flee(r, p);
 }
 
 static void end_store_cut(void *arg)
@@ -600,6 +630,7 @@ static void begin_store_cut(struct run *r, struct place *p)
     gateway_cut_store(p->gateway, true);
     r->result->counts.store_cuts++;
     sim_at(r->env, ns, end_store_cut, spell(r, p));
+    may_flee(r, p);
 }
 
 static void end_store_down(void *arg)
@@ -675,19 +706,6 @@ static void begin_client_death(struct run *r)
         sim_at(r->env, ns, vm_returns, r);
 }
 
-static void move_address(struct run *r)
-{
-    unsigned to = (unsigned)below(r, r->n_places);
-    trace("simulator", "the service address moves to gateway %u", to + 1);
-    for (unsigned i = 0; i < r->n_clients; i++) {
-        if (client_is_gone(r->all_clients[i]))
-            continue;
-        client_turn_to(r->all_clients[i], to);
-        if (percent(r, 70))
-            client_lose_connection(r->all_clients[i]);
-    }
-}
-
 static void begin_fault(struct run *r, enum fault fault)
 {
     struct place *p = &r->places[below(r, r->n_places)];
@@ -730,7 +748,7 @@ static void begin_fault(struct run *r, enum fault fault)
             client_do_not_read(r->vm, (uint32_t)(duration_ns(r) / MS));
         break;
     case FAULT_ADDRESS:
-        move_address(r);
+        move_address(r, (unsigned)below(r, r->n_places));
         break;
     case FAULT_MIGRATION:
         begin_migration(r);
