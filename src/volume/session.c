@@ -27,6 +27,9 @@
  * same rate only, and a moment for timers that come late. */
 #define MARGIN_PART 8u
 #define MARGIN_MS 100u
+/* Looks that lie this near to each other count, however short a lease is. (Shorter ones than twice
+ * this are for tests.) */
+#define LOOKS_APART_MS_MAX (2 * SESSION_LOOK_MS)
 /* A record that can't be read does not say its lease: the longest there is. */
 #define LEASE_MS_UNKNOWN 600000u
 
@@ -533,7 +536,8 @@ enum session_verdict session_judge(struct session_sight *sight, const struct sto
         sight->since_ns = now;
         sight->silent_ns = 0;
         sight->readable = session_decode(key_slice(&sight->key), get->head, &sight->rec);
-    } else if (now - sight->looked_ns <= lease_ms_of(sight) * NS_PER_MS / 2) {
+    } else if (now - sight->looked_ns <=
+               max_u64(lease_ms_of(sight) / 2, LOOKS_APART_MS_MAX) * NS_PER_MS) {
         sight->silent_ns += now - sight->looked_ns;
     }
     sight->looked_ns = now;
