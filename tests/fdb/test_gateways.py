@@ -172,7 +172,8 @@ def test_commands_from_another_host_while_a_client_writes(two):
 
 def test_remove_with_force_after_kill_9(two):
     first, second = two
-    connect(first).pwrite(b"1" * 4096, 0)
+    a = connect(first)
+    a.pwrite(b"1" * 4096, 0)
     first.kill()
     began = time.monotonic()
     second.cli("remove", "v", "--force", "--yes", limit_s=60 * SLOW)
