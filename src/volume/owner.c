@@ -880,12 +880,18 @@ static void mail_released(struct volume *vol, void *arg)
     mailbox_answer(m, vol->lost ? ST_IO : ST_OK, vol->lost ? "it was lost" : "given back");
 }
 
+/* Counts what clients ask for; what the cache answers too. */
+static uint64_t requests_of(const struct volume *vol)
+{
+    return vol->requests + vol->stats.cache_hits;
+}
+
 static void mail_idle_check(struct env_timer *timer)
 {
     struct mailbox *m = container_of(timer, struct mailbox, timer);
     struct volume *vol = m->vol;
     char text[512];
-    if (vol->ownership == VOL_OWNED && vol->busy == 0 && vol->requests == m->requests_then &&
+    if (vol->ownership == VOL_OWNED && vol->busy == 0 && requests_of(vol) == m->requests_then &&
         !vol->closing) {
         owner_release(vol, mail_released, m);
         return;
@@ -937,7 +943,7 @@ static void mailbox_handle(struct mailbox *m)
     m->handling = true;
     switch (m->mail.kind) {
     case MAIL_RELEASE:
-        m->requests_then = vol->requests;
+        m->requests_then = requests_of(vol);
         m->inflight++;
         m->timer.fire = mail_idle_check;
         env_timer_start(vol->shard->env, &m->timer, IDLE_MS);
