@@ -10,8 +10,8 @@
  * So changes wait unparsed, where there is nothing to take back. When the volume was taken, and others
  * had changed it while it was waited for, then before the first change of a connection is let in all
  * that its client has sent is read ahead, which opens the window, and the end gets a moment to
- * arrive. Where the client waited for seconds, or there is too much to read, the connection is
- * closed: a client that lives sends it all again.
+ * arrive. Where the client waited for longer than pause_close_ms, or there is too much to read, the
+ * connection is closed: a client that lives sends it all again.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -26,9 +26,6 @@
 #define AHEAD_BYTES_EACH (64u << 10)
 /* Longer than what is lost on the way takes to come again. */
 #define MOMENT_MS 1000u
-/* A client, or whoever takes a dead one's place, may have gone elsewhere after so long. */
-#define WAITED_MS_MAX 5000u
-
 static void go_on(struct env_timer *timer)
 {
     struct conn *c = container_of(timer, struct conn, leftover.timer);
@@ -93,7 +90,8 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
     /* (A Unix socket's end is always seen.) */
     if (c->is_tcp && volume_changed_before_taken(c->vol)) {
         bool first = l->looked != taken;
-        bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >= WAITED_MS_MAX;
+        bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
+                                           c->lane->server->limits.pause_close_ms;
         enum ahead ahead = look_ahead(c);
         l->looked = taken;
         if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {

@@ -353,6 +353,10 @@ static void vm_returns(void *arg)
     struct run *r = arg;
     if (r->finishing || lives(r->vm) || lives(r->vm_next) || r->n_clients >= CLIENTS_MAX - 8)
         return;
+    if (sim_now_ns(r->sim) < r->vm_waits_until_ns) {
+        sim_at(r->env, r->vm_waits_until_ns - sim_now_ns(r->sim), vm_returns, r);
+        return;
+    }
     if (percent(r, 25))
         r->vm_host = other_vm_host(r);
     r->vm = start_vm(r, r->vm_host, false);
@@ -699,10 +703,11 @@ static void begin_client_death(struct run *r)
     static const enum client_death deaths[] = {CLIENT_KILLED, CLIENT_KILLED_HALF,
                                                CLIENT_KILLED_HALF, CLIENT_VANISHED};
     uint64_t ns = client_die(c, deaths[below(r, 4)]) * MS;
+    if (c != r->vm)
+        return;
+    r->vm_waits_until_ns = sim_now_ns(r->sim) + ns;
     ns += below(r, 2) ? below(r, 50 * MS) : below(r, 3000 * MS);
-    if (c == r->vm && r->vm_next)
-        r->vm_waits_until_ns = sim_now_ns(r->sim) + ns;
-    else if (c == r->vm)
+    if (!r->vm_next)
         sim_at(r->env, ns, vm_returns, r);
 }
 
