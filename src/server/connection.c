@@ -533,6 +533,7 @@ static bool serve_once(struct conn *c)
         return false;
     }
     c->received += (uint64_t)got;
+    c->drained = !was_ahead && (size_t)got < asked;
     /* In doubt from here on: then these requests wait instead of their replies. */
     shard_may_answer(lane->shard);
     size_t n = (size_t)got, direct = min_u64(n, payload);
@@ -638,6 +639,8 @@ static void settle(struct conn *c)
         conn_die(c, c->stopping ? "the server is stopping" : "the client is done");
         return;
     }
+    if (c->leftover.since_ms && c->drained && !c->leftover.waits && !c->stash_len)
+        leftover_drained(c);
     bool reads = may_read(c);
     wire_watch(c->wire, (reads ? WIRE_READABLE : 0) | (c->blocked ? WIRE_WRITABLE : 0) |
                             (c->hung_up ? 0 : WIRE_HANG_UP));

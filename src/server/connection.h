@@ -110,7 +110,9 @@ enum receive_state {
 struct leftover {
     uint64_t checked;    /* volume_times_taken() when it was answered last ... */
     uint64_t looked;     /* ... and asked */
-    uint64_t since_ms;   /* a change waits for the volume; 0: none does */
+    /* A change waits for the volume since then, or was refused and there is more behind it; 0: none
+     * does; and the volume's, when that began. */
+    uint64_t since_ms, lineage;
     bool waits;          /* nothing is taken until it is answered */
     enum status refused; /* the volume can't be had */
     uint8_t *bytes;      /* [at, len) are unused */
@@ -141,6 +143,7 @@ struct conn {
     bool withdraws; /* inside transmission_withdraw() */
     bool stopping; /* finish what is under way, then close */
     bool blocked;  /* the socket takes no more */
+    bool drained;  /* the socket had no more when it was read last */
     enum conn_phase phase;
     char host[64], address[96];
     uint64_t since_ms; /* begin of the handshake, or of the pause (0: not paused) */
@@ -388,6 +391,8 @@ static inline bool leftover_has_bytes(const struct conn *c)
 {
     return c->leftover.at < c->leftover.len;
 }
+/* All that the client has sent was taken. */
+void leftover_drained(struct conn *c);
 void leftover_drop(struct conn *c);
 
 /* --- lanes.c ----------------------------------------------------------------------------- */

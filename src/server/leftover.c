@@ -42,8 +42,16 @@ static void wait_a_moment(struct conn *c)
 
 void leftover_own_answered(struct conn *c, enum status st)
 {
-    c->leftover.waits = false;
-    c->leftover.refused = st;
+    struct leftover *l = &c->leftover;
+    l->waits = false;
+    l->refused = st;
+    if (!l->lineage)
+        l->lineage = volume_lineage(c->vol);
+}
+
+void leftover_drained(struct conn *c)
+{
+    c->leftover.since_ms = c->leftover.lineage = 0;
 }
 
 enum ahead { AHEAD_ALL, AHEAD_NEWS, AHEAD_END, AHEAD_TOO_MUCH };
@@ -88,7 +96,9 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
     }
     uint64_t taken = volume_times_taken(c->vol);
     /* (A Unix socket's end is always seen.) */
-    if (c->is_tcp && volume_changed_before_taken(c->vol)) {
+    bool changed = volume_changed_before_taken(c->vol) ||
+                   (l->lineage && l->lineage != volume_lineage(c->vol));
+    if (c->is_tcp && changed) {
         bool first = l->looked != taken;
         bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
                                            c->lane->server->limits.pause_close_ms;
@@ -108,7 +118,7 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         }
     }
     l->checked = taken;
-    l->since_ms = 0;
+    leftover_drained(c);
     return LEFTOVER_NONE;
 }
 

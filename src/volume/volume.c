@@ -394,6 +394,11 @@ bool volume_changed_before_taken(const struct volume *vol)
     return vol->changed_before_taken;
 }
 
+uint64_t volume_lineage(const struct volume *vol)
+{
+    return vol->lineage;
+}
+
 const char *volume_refusal(const struct volume *vol)
 {
     return vol->refusal;

@@ -180,6 +180,8 @@ bool volume_is_owned(const struct volume *vol);
  * that asked for it to be taken, and its being taken. */
 uint64_t volume_times_taken(const struct volume *vol);
 bool volume_changed_before_taken(const struct volume *vol);
+/* Another number each time it was found that others changed its data. */
+uint64_t volume_lineage(const struct volume *vol);
 
 /* A sentence about the last request that was answered ST_PERM, for whoever sent it: who has the
  * volume, since when, or why else. Empty where there was none; holds until the loop turns. */
