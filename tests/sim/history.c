@@ -8,7 +8,7 @@
  * may show these or anything newer that was sent, and nothing else.
  *
  * A change has certainly taken effect when it was answered, when a read that was answered has shown
- * it in any of its sectors (G3), or when that holds of one that was sent behind it (G2). Then it
+ * it in any of its sectors (G3), or when one that was sent behind it was answered (G2). Then it
  * raises the floors of all its sectors. That is done once for each change, so the whole
  * judgement takes a few steps for each sector of each operation.
  *
@@ -43,11 +43,11 @@ struct op {
     uint64_t begun_ns, sent_ns, ended_ns; /* `sent_ns`: last */
     uint64_t sent, settled;               /* moments; 0: not */
     uint32_t copies, last_copy;           /* 0: none */
-    uint32_t by;                          /* WAS_SHOWN: the read, CAME_BEFORE: the change behind it */
-    uint32_t gone_by;                     /* the read that did not show it */
+    uint32_t by;      /* WAS_SHOWN: the read, CAME_BEFORE: the change behind it */
+    uint32_t gone_by; /* the read that did not show it */
     uint64_t by_sector, gone_sector, settled_sector;
     uint32_t settled_by;
-    uint32_t *floors;                     /* of a read under way */
+    uint32_t *floors; /* of a read under way */
 };
 
 /* One sending of a change. */
@@ -121,11 +121,11 @@ void history_free(struct history *h)
     free(h);
 }
 
-/* --- what is in a sector -------------------------------------------------------------------- */
+/* --- what is in a sector ----------------------------------------------------------------- */
 
 #define WORDS (HISTORY_SECTOR / 8)
 
-/* The first word names the operation and the sector, each other one follows from the place it has. */
+/* The first word names the operation and the sector; the others follow from it and their place. */
 static uint64_t name_word(uint32_t op, uint64_t sector)
 {
     return (uint64_t)op << 32 | (uint32_t)sector;
@@ -159,7 +159,7 @@ static bool is_of(const uint8_t *data, uint32_t op, uint64_t sector)
     return memcmp(data, bytes, HISTORY_SECTOR) == 0;
 }
 
-/* --- what to say ------------------------------------------------------------------------------ */
+/* --- what to say ------------------------------------------------------------------------- */
 
 static void say(struct history *h, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
@@ -234,8 +234,10 @@ static void say_possible(struct history *h, uint64_t sector, uint32_t floor)
 {
     say(h, "; possible:");
     unsigned n = 0;
-    for (uint32_t l = h->newest[sector]; l && h->links[l].op >= floor && n < 4; l = h->links[l].before) {
+    for (uint32_t l = h->newest[sector]; l && n < 4; l = h->links[l].before) {
         const struct op *op = &h->ops[h->links[l].op];
+        if (h->links[l].op < floor)
+            break;
         if (!op->sent || op->gone)
             continue;
         say(h, n++ ? ", or " : " ");
@@ -254,9 +256,7 @@ static bool violate(struct history *h)
     return true;
 }
 
-/* --- what is known to have taken effect -------------------------------------------------------- */
-
-static void taken_before(struct history *h, uint32_t no);
+/* --- what is known to have taken effect -------------------------------------------------- */
 
 static void establish(struct history *h, uint32_t no, enum why why, uint32_t by, uint64_t sector)
 {
@@ -272,17 +272,19 @@ static void establish(struct history *h, uint32_t no, enum why why, uint32_t by,
     if (op->gone && violate(h)) {
         say(h, "G8, G3: ");
         say_op(h, no);
-        say(h, " took effect after all: it is one");
         say_why(h, no);
-        say(h, "; but in sector %llu ", (unsigned long long)op->gone_sector);
+        say(h, ", took effect after ");
         say_op(h, op->settled_by);
-        say(h, " is newer and was answered, and sent after that ");
+        say(h, ", which is newer in sector %llu, was answered: a read sent after that, ",
+            (unsigned long long)op->settled_sector);
         say_op(h, op->gone_by);
-        say(h, " showed that it was not there in sector %llu", (unsigned long long)op->gone_sector);
+        say(h, ", showed that it was not there in sector %llu",
+            (unsigned long long)op->gone_sector);
     }
 }
 
-/* Of the changes sent before `place` on a connection, all were taken (G2). */
+/* Of the changes sent before `place` on a connection, all were taken (G2), because the one there
+ * was answered: had one of them been refused, that answer would have come before this one. */
 static void taken_to(struct history *h, struct connection *c, size_t place, uint32_t by)
 {
     for (; c->taken < place; c->taken++) {
@@ -300,38 +302,6 @@ static void taken_to(struct history *h, struct connection *c, size_t place, uint
     }
 }
 
-static bool sent_before(const struct history *h, const struct op *op, const struct copy *before)
-{
-    for (uint32_t i = op->copies; i; i = h->copies[i].next) {
-        const struct copy *c = &h->copies[i];
-        if (c->connection == before->connection && c->place < before->place && !c->failed)
-            return true;
-    }
-    return false;
-}
-
-/* What a change that took effect says of those before it. One that was sent twice and not answered
- * came on either connection, so only what was sent before it on all of them. */
-static void taken_before(struct history *h, uint32_t no)
-{
-    const struct op *op = &h->ops[no];
-    const struct copy *last = &h->copies[op->last_copy];
-    struct connection *connection = &h->connections[last->connection];
-    if (op->answered || op->copies == op->last_copy) {
-        taken_to(h, connection, last->place, no);
-        return;
-    }
-    for (size_t i = connection->taken; i < last->place; i++) {
-        const struct copy *copy = &h->copies[connection->copies[i]];
-        const struct op *other = &h->ops[copy->op];
-        bool all = !copy->failed && (other->answered || other->given_up);
-        for (uint32_t c = op->copies; all && c != op->last_copy; c = h->copies[c].next)
-            all = sent_before(h, other, &h->copies[c]);
-        if (all)
-            establish(h, copy->op, CAME_BEFORE, no, 0);
-    }
-}
-
 /* A copy whose answer will not come any more. */
 static void copy_over(struct history *h, const struct op *op)
 {
@@ -341,7 +311,7 @@ static void copy_over(struct history *h, const struct op *op)
     copy->due = false;
 }
 
-/* --- clients ------------------------------------------------------------------------------------ */
+/* --- clients ----------------------------------------------------------------------------- */
 
 static struct op *op_at(struct history *h, uint64_t now_ns, uint32_t no)
 {
@@ -455,7 +425,8 @@ static void change_answered(struct history *h, uint32_t no)
     const struct op *op = &h->ops[no];
     h->quiet = h->moment;
     establish(h, no, WAS_ANSWERED, 0, 0);
-    taken_before(h, no);
+    const struct copy *last = &h->copies[op->last_copy];
+    taken_to(h, &h->connections[last->connection], last->place, no);
     for (uint64_t s = op->first; s < op->first + op->n; s++) {
         for (uint32_t l = h->links[h->newest[s]].before; l; l = h->links[l].before) {
             struct op *older = &h->ops[h->links[l].op];
@@ -470,7 +441,7 @@ static void change_answered(struct history *h, uint32_t no)
     }
 }
 
-/* --- reads -------------------------------------------------------------------------------------- */
+/* --- reads ------------------------------------------------------------------------------- */
 
 static void say_read(struct history *h, uint64_t sector, uint32_t read)
 {
@@ -640,14 +611,6 @@ static void judge(struct history *h, uint32_t read, uint64_t sector, const uint8
     *seen = no;
 }
 
-static void see(struct history *h, uint32_t read, uint64_t sector, uint32_t no)
-{
-    if (h->ops[no].why == NOT_KNOWN) {
-        establish(h, no, WAS_SHOWN, read, sector);
-        taken_before(h, no);
-    }
-}
-
 static void read_answered(struct history *h, uint32_t no, const uint8_t *data)
 {
     const struct op *op = &h->ops[no];
@@ -656,7 +619,7 @@ static void read_answered(struct history *h, uint32_t no, const uint8_t *data)
     for (uint32_t i = 0; i < op->n && !h->violated; i++) {
         judge(h, no, op->first + i, data + (size_t)i * HISTORY_SECTOR, &seen);
         if (seen && seen != last && !h->violated)
-            see(h, no, op->first + i, seen);
+            establish(h, seen, WAS_SHOWN, no, op->first + i);
         last = seen;
     }
 }
@@ -679,7 +642,7 @@ void history_answered(struct history *h, uint64_t now_ns, uint32_t no, const uin
     }
 }
 
-/* --- the end --------------------------------------------------------------------------------------- */
+/* --- the end ----------------------------------------------------------------------------- */
 
 const char *history_violation(const struct history *h)
 {
@@ -701,7 +664,7 @@ static bool judge_last(struct history *h, uint64_t sector)
         old_violates(h, sector, shown->read, 0, true, floor);
     if (n != 1 || !oldest || h->ops[oldest].why != NOT_KNOWN)
         return false;
-    see(h, shown->read, sector, oldest);
+    establish(h, oldest, WAS_SHOWN, shown->read, sector);
     return true;
 }
 

@@ -17,8 +17,8 @@
  *   - G3: once any sector of a change was shown, or the change was answered, all of its sectors
  *     are there, or what changed them since. (Within one read, which may come in the middle of
  *     a change, each sector is judged by itself, unless that change can't have come then.)
- *   - G2: if a change was shown or answered, all that were sent before it on its connection are
- *     there;
+ *   - G2: if a change was answered, all that were sent before it on its connection are there.
+ *     (If it was only shown, one before it may have been refused, and that answer been lost.)
  *   - G8: a change that was given up does not appear after a newer change of one of its sectors
  *     was answered or shown; nor does a copy of a request that was sent on a connection that
  *     is gone.
