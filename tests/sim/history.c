@@ -501,13 +501,26 @@ static void bytes_violate(struct history *h, uint64_t sector, uint32_t read, con
                                                 : h->floor[sector]);
 }
 
-/* It shows `op` (0: zeros), which is older than `floor`. */
+/* The newest change before `floor` that may have come back as zeros, or 0. */
+static uint32_t old_zero(const struct history *h, uint64_t sector, uint32_t floor)
+{
+    for (uint32_t l = h->newest[sector]; l; l = h->links[l].before) {
+        const struct op *op = &h->ops[h->links[l].op];
+        if (h->links[l].op < floor && op->kind == HISTORY_ZERO && op->sent)
+            return h->links[l].op;
+    }
+    return 0;
+}
+
+/* It shows `op` (or zeros), which is older than `floor`. */
 static void old_violates(struct history *h, uint64_t sector, uint32_t read, uint32_t op,
                          bool is_zero, uint32_t floor)
 {
     if (!violate(h))
         return;
     const struct op *f = &h->ops[floor];
+    if (is_zero)
+        op = old_zero(h, sector, floor);
     bool back = op && (h->ops[op].given_up || h->ops[op].copies != h->ops[op].last_copy);
     say(h, "%s%s: ", f->why == CAME_BEFORE ? "G2"
                      : f->why == WAS_SHOWN && f->by_sector != sector ? "G3"
@@ -516,7 +529,9 @@ static void old_violates(struct history *h, uint64_t sector, uint32_t read, uint
     say_read(h, sector, read);
     if (is_zero)
         say(h, "zeros");
-    else
+    if (is_zero && op)
+        say(h, ", maybe of ");
+    if (op)
         say_op(h, op);
     say(h, ", but newer is ");
     say_op(h, floor);

@@ -661,6 +661,14 @@ static void zeros_are_anybodys(void **state)
     answered(&s, z);
     sector_shows(&s, 0, w);
     refused(&s, "G1, G4", "zero #2");
+    /* One that was given up came back. */
+    s = scene();
+    z = zeroes(&s, 0, 1, 1);
+    given_up(&s, z);
+    w = writes(&s, 0, 1, 2);
+    answered(&s, w);
+    sector_shows(&s, 0, 0);
+    refused(&s, "G1, G4, G8: sector 0", "shows zeros, maybe of zero #1");
     /* Two can have: nothing is known of either, but that it is no write of before. */
     s = scene();
     w = writes(&s, 0, 2, 1);
