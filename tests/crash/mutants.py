@@ -98,8 +98,9 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     print(f"seed: {args.seed}")
-    wrong = mutants.run(MUTANTS, ["fdb-nbd"], lambda tree, mutant: judge(tree, mutant, args.seed),
-                        args.only)
+    with mutants.tree() as tree:
+        wrong = mutants.run(tree, MUTANTS, ["fdb-nbd"],
+                            lambda mutant: judge(tree, mutant, args.seed), args.only)
     return 1 if wrong else 0
 
 

@@ -72,23 +72,28 @@ class Tree:
         return None
 
 
-def run(mutants, targets, judge, only=None, options=()):
-    """Plants each in turn and prints what came of it. `judge(tree, mutant)` gives (whether the
-    test failed, what happened), or None for the first where it did not run. Returns how many
-    are WRONG."""
-    wrong = 0
+@contextmanager
+def tree(options=()):
+    """A tree in a folder that goes away again."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Tree(folder, options)
-        for mutant in mutants:
-            if only and only not in mutant.name:
-                continue
-            with tree.planted(mutant.replacements) as problem:
-                problem = problem or tree.make(targets)
-                failed, what = (None, problem) if problem else judge(tree, mutant)
-            good = failed is mutant.must_fail
-            word = ("caught" if failed else "passed") if good else "WRONG"
-            wrong += not good
-            print(f"{word:8}  {mutant.name}: {what}", flush=True)
+        yield Tree(folder, options)
+
+
+def run(tree, mutants, targets, judge, only=None):
+    """Plants each in turn and prints what came of it. `judge(mutant)` gives (whether the test
+    failed, what happened), or None for the first where it did not run. Returns how many are
+    WRONG."""
+    wrong = 0
+    for mutant in mutants:
+        if only and only not in mutant.name:
+            continue
+        with tree.planted(mutant.replacements) as problem:
+            problem = problem or tree.make(targets)
+            failed, what = (None, problem) if problem else judge(mutant)
+        good = failed is mutant.must_fail
+        word = ("caught" if failed else "passed") if good else "WRONG"
+        wrong += not good
+        print(f"{word:8}  {mutant.name}: {what}", flush=True)
     return wrong
 
 

@@ -6,6 +6,7 @@ program (harness/mutants.py) and lets the simulator look for it, for 10,000 seed
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,22 +180,50 @@ MUTANTS = [
 ]
 
 
-def judge(tree, mutant, args):
-    """(whether a seed failed, after how many and why)"""
-    seeds = args.seeds if mutant.must_fail else args.control_seeds
-    done = subprocess.run([str(tree.build / "tests" / "simulate"), "--first", str(args.first),
-                           "--seeds", str(seeds), "--jobs", str(args.jobs), "--max-failures", "1",
-                           "--limit", str(SEED_LIMIT_S), *mutant.test],
+def simulate(program, first, seeds, jobs, engine):
+    """(the seed that failed or None, how many there were, what was wrong)"""
+    done = subprocess.run([str(program), "--first", str(first), "--seeds", str(seeds),
+                           "--jobs", str(jobs), "--max-failures", "1",
+                           "--limit", str(SEED_LIMIT_S), *engine],
                           env=mutants.environment(), capture_output=True, text=True,
                           errors="replace")
     total = re.search(r"^# (\d+) seeds, (\d+) failed$", done.stdout, re.M)
     if done.returncode not in (0, 1) or not total:
-        return None, f"the simulator ended with {done.returncode}: {done.stderr[-500:]}"
+        raise RuntimeError(f"the simulator ended with {done.returncode}: {done.stderr[-500:]}")
+    n = int(total.group(1))
     found = re.search(r"^# seed (\d+): (.*(?:\n#   (?!again:).*)*)", done.stdout, re.M)
     if not found:
-        return False, f"nothing in {total.group(1)} seeds"
+        return None, n, "nothing"
     what = " | ".join(line.lstrip("# ") for line in found.group(2).split("\n"))
-    return True, f"seed {found.group(1)}, after {total.group(1)}: {what}"
+    return int(found.group(1)), n, what
+
+
+def judge(tree, mutant, args):
+    """(whether a seed failed because of the mutant, after how many and why)"""
+    program = tree.build / "tests" / "simulate"
+    if not mutant.must_fail:
+        seed, n, what = simulate(program, args.first, args.control_seeds, args.jobs, mutant.test)
+        return seed is not None, f"{n} seeds: {what}" + (f" (seed {seed})" if seed else "")
+    seeds = 0
+    while seeds < args.seeds:
+        seed, n, what = simulate(program, args.first + seeds, args.seeds - seeds, args.jobs,
+                                 mutant.test)
+        if seed is None:
+            break
+        seeds = seed + 1 - args.first
+        # What fails without it, too, was not found because of it.
+        if simulate(args.unchanged, seed, 1, 1, mutant.test)[0] is None:
+            return True, f"seed {seed}, after {seeds}: {what}"
+        print(f"          (seed {seed} fails without a fault planted: {what[:200]})", flush=True)
+    return False, f"nothing in {args.seeds} seeds"
+
+
+def keep_unchanged(tree):
+    """Builds the program without a fault, beside the one that will have them."""
+    problem = tree.make(TARGETS)
+    if problem:
+        sys.exit(problem)
+    return shutil.copy2(tree.build / "tests" / "simulate", tree.build / "tests" / "unchanged")
 
 
 def main():
@@ -202,11 +231,14 @@ def main():
     parser.add_argument("--only", help="run mutants whose name contains this")
     parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--seeds", type=int, default=10000, help="at most so many")
-    parser.add_argument("--control-seeds", type=int, default=500)
+    parser.add_argument("--control-seeds", type=int, default=500,
+                        help="... without a fault")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    wrong = mutants.run(MUTANTS, TARGETS, lambda tree, mutant: judge(tree, mutant, args), args.only,
-                        ["-Dtests=enabled"])
+    with mutants.tree(["-Dtests=enabled"]) as tree:
+        args.unchanged = keep_unchanged(tree)
+        wrong = mutants.run(tree, MUTANTS, TARGETS, lambda mutant: judge(tree, mutant, args),
+                            args.only)
     return 1 if wrong else 0
 
 
