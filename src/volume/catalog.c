@@ -30,6 +30,7 @@
 
 /* How often an asker looks although nothing woke it: the owner may have died. */
 #define ASK_TICK_MS SESSION_LOOK_MS
+#define ASK_WATCHES 2u
 /* A request of somebody else that lay in the mailbox for so long was left by a command
  * that died: one that lives withdraws its own. */
 #define MAIL_STALE_MS 15000u
@@ -55,10 +56,13 @@ struct ask {
     uint64_t deadline_ns;
     uint32_t wait_ms;
     struct env_timer timer;
-    struct store_watch watch;
-    bool watching; /* the watch is armed and has not fired */
-    bool watched;  /* it was armed at least once */
-    bool idle;     /* nothing runs; the timer or the watch starts the next look */
+    struct ask_watch {
+        struct store_watch watch;
+        struct ask *ask;
+        bool armed; /* and has not fired */
+        bool used;  /* it was armed at least once */
+    } watches[ASK_WATCHES]; /* of the answer, and of the owner, who may let go without one */
+    bool idle;      /* nothing runs; the timer or a watch starts the next look */
     bool written;  /* the request lies in the mailbox */
     struct key mailbox, answer, owner;
     uint8_t mine[RECORD_BYTES_MAX], other[RECORD_BYTES_MAX];
@@ -141,8 +145,9 @@ static void job_finish(struct job *job, enum status st)
     job_reset(job);
     if (job->ask) {
         env_timer_stop(op->env, &job->ask->timer);
-        if (job->ask->watched)
-            store_watch_stop(&job->ask->watch);
+        for (size_t i = 0; i < ASK_WATCHES; i++)
+            if (job->ask->watches[i].used)
+                store_watch_stop(&job->ask->watches[i].watch);
     }
     free(job->ask);
     free(job->gets);
@@ -1162,9 +1167,11 @@ static void ask_wait(struct job *job)
     struct ask *ask = job->ask;
     job_reset(job);
     /* What woke us meanwhile may be newer than what was just read. */
-    if (!ask->watching) {
-        ask_look(job);
-        return;
+    for (size_t i = 0; i < ASK_WATCHES; i++) {
+        if (!ask->watches[i].armed) {
+            ask_look(job);
+            return;
+        }
     }
     uint64_t now = env_now_ns(job->op->env);
     /* (Past the deadline only where the silence of its session is waited for.) */
@@ -1191,9 +1198,9 @@ static void ask_tick(struct env_timer *timer)
 
 static void ask_woken(struct store_watch *watch)
 {
-    struct ask *ask = container_of(watch, struct ask, watch);
-    ask->watching = false;
-    ask_go_on(ask);
+    struct ask_watch *w = container_of(watch, struct ask_watch, watch);
+    w->armed = false;
+    ask_go_on(w->ask);
 }
 
 static void ask_finish(struct job *job, enum status st)
@@ -1399,10 +1406,15 @@ static void ask_look(struct job *job)
     struct ask *ask = job->ask;
     job_reset(job);
     /* Armed before reading: what comes after the read wakes us. */
-    if (!ask->watching) {
-        ask->watching = ask->watched = true;
-        ask->watch = (struct store_watch){.key = key_slice(&ask->answer), .fired = ask_woken};
-        store_watch(job->op->store, job->op->env, &ask->watch);
+    const struct key *const keys[ASK_WATCHES] = {&ask->answer, &ask->owner};
+    for (size_t i = 0; i < ASK_WATCHES; i++) {
+        struct ask_watch *w = &ask->watches[i];
+        if (w->armed)
+            continue;
+        w->ask = ask;
+        w->armed = w->used = true;
+        w->watch = (struct store_watch){.key = key_slice(keys[i]), .fired = ask_woken};
+        store_watch(job->op->store, job->op->env, &w->watch);
     }
     add_get(job, &ask->mailbox);
     add_get(job, &ask->answer);
