@@ -802,10 +802,22 @@ void lane_init(struct lane *lane)
     env_timer_start(lane->env, &lane->tick, TICK_MS);
 }
 
+/* Ends the connections whose requests wait for their volume to become ours: without an answer the
+ * client sends them again, to whoever serves it next, while "not permitted" would be final. */
+static void die_waiting(struct lane *lane)
+{
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase == CONN_SERVING && c->n_requests && !volume_is_owned(c->vol))
+            conn_die(c, "the server is stopping and has not got its volume");
+    }
+}
+
 void lane_stop(struct lane *lane)
 {
     if (!lane->stopping) {
         lane->stopping = true;
+        die_waiting(lane);
         shard_wait_no_more(lane->shard);
         lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
     }

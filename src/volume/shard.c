@@ -163,6 +163,11 @@ void shard_free(struct shard *s)
 void shard_wait_no_more(struct shard *s)
 {
     s->owner_wait_ms = 0;
+    list_for_each (l, &s->volumes) {
+        struct volume *vol = container_of(l, struct volume, link);
+        if (vol->ownership != VOL_OWNED)
+            volume_fail_parked_soon(vol);
+    }
 }
 
 void shard_log_gave_up(struct shard *s)

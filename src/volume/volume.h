@@ -55,7 +55,8 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
 /* Frees a shard whose volumes are all closed. */
 void shard_free(struct shard *shard);
 
-/* This process is about to end: requests wait no longer for the owners of volumes. */
+/* This process is about to end: requests wait no longer for the owners of volumes. Those that do
+ * are answered ST_PERM, without any effect. */
 void shard_wait_no_more(struct shard *shard);
 
 /* To be called once after each batch of requests (after parsing what one socket read
