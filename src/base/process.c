@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* Reads a file of /proc whole; false where it is not there or longer than `cap` - 1. */
@@ -100,23 +101,48 @@ void process_self(struct process_id *id)
         *id = self;
 }
 
-bool process_ended(const struct process_id *id)
+/* Whether its id and times mean here what they mean to itself. */
+static bool is_from_here(const struct process_id *id)
 {
     static const uint8_t unknown[PROCESS_BOOT_BYTES];
     struct process_id self;
-    char state = 0;
-    uint64_t start_ticks = 0;
     if (id->pid <= 1 || !id->start_ticks || !memcmp(id->boot, unknown, sizeof unknown))
         return false;
     process_self(&self);
-    if (memcmp(id->boot, self.boot, sizeof self.boot) != 0 ||
-        id->pid_namespace != self.pid_namespace || id->time_namespace != self.time_namespace)
+    return !memcmp(id->boot, self.boot, sizeof self.boot) &&
+           id->pid_namespace == self.pid_namespace && id->time_namespace == self.time_namespace;
+}
+
+/* Another one that got its id, or what is left of it until its parent looks: nothing of the
+ * program runs in a zombie. */
+static bool is_over(const struct process_id *id, char state, uint64_t start_ticks)
+{
+    return start_ticks != id->start_ticks || state == 'Z' || state == 'X';
+}
+
+bool process_ended(const struct process_id *id)
+{
+    char state = 0;
+    uint64_t start_ticks = 0;
+    if (!is_from_here(id))
         return false;
     if (kill((pid_t)id->pid, 0) != 0 && errno == ESRCH)
         return true;
-    if (!read_stat(id->pid, &state, &start_ticks))
-        return false;
-    /* Another one that got its id, or what is left of it until its parent looks: nothing of
-     * the program runs in a zombie. */
-    return start_ticks != id->start_ticks || state == 'Z' || state == 'X';
+    return read_stat(id->pid, &state, &start_ticks) && is_over(id, state, start_ticks);
+}
+
+int process_pidfd(const struct process_id *id)
+{
+    char state = 0;
+    uint64_t start_ticks = 0;
+    if (!is_from_here(id))
+        return -1;
+    int fd = (int)syscall(SYS_pidfd_open, (pid_t)id->pid, 0);
+    if (fd < 0)
+        return -1;
+    /* Looked at after the descriptor is had: from here on it can be no other process. */
+    if (read_stat(id->pid, &state, &start_ticks) && !is_over(id, state, start_ticks))
+        return fd;
+    close(fd);
+    return -1;
 }

@@ -28,4 +28,8 @@ void process_self(struct process_id *id);
  * told from here: another machine, another container, no /proc. Blocks for moments. */
 bool process_ended(const struct process_id *id);
 
+/* A pidfd of that very process, which lives; to be closed by the caller. -1 where it has ended,
+ * and where it can't be told from others here. */
+int process_pidfd(const struct process_id *id);
+
 #endif

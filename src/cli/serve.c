@@ -43,6 +43,7 @@ enum {
     SHARED,
     STORE_TIMEOUT,
     QUOTA,
+    REPLACE,
 };
 
 static const struct cli_option options[] = {
@@ -54,6 +55,8 @@ static const struct cli_option options[] = {
     {READ_ONLY, "read-only", NULL, "let nobody write (default: clients may)"},
     {CACHE_SIZE, "cache-size", "SIZE",
      "memory for blocks, at least 32M for each thread (default: 256M)"},
+    {REPLACE, "replace", NULL,
+     "take over from servers of this store at the same addresses (default: refuse)"},
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
     {LEASE_MS, "lease-ms", "N",
      "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
@@ -74,7 +77,7 @@ struct serve_options {
     struct volume_spec *creates;
     size_t n_creates, cap_creates;
     const char *default_export;
-    bool read_only, shared;
+    bool read_only, shared, replace;
     uint64_t cache_bytes, threads, lease_ms, owner_wait_ms, store_timeout_ms, quota_bytes;
 };
 
@@ -164,6 +167,9 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return parse_time(value, &o->owner_wait_ms, e);
     case QUOTA:
         return cli_parse_size(value, &o->quota_bytes, e);
+    case REPLACE:
+        o->replace = true;
+        return ST_OK;
     default:
         o->shared = true;
         return ST_OK;
@@ -308,6 +314,7 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .n_listen = o->n_listen,
                                    .default_export = o->default_export,
                                    .read_only = o->read_only,
+                                   .replace = o->replace,
                                    .shared = o->shared,
                                    .cache_bytes = o->cache_bytes,
                                    .threads = (unsigned)o->threads,

@@ -1,12 +1,20 @@
 /*
  * Listening sockets. All are non-blocking and watched by one loop; accepted sockets get
  * their options here, so that a connection need not know its family.
+ *
+ * A server that is to replace another one listens where that one still does. For TCP all our
+ * sockets allow it (SO_REUSEPORT) once they listen: not before, so that without being asked
+ * to replace anything the kernel refuses a second one as ever. It would deal new
+ * connections out to both; a filter gives them all to the newest. A Unix socket is
+ * bound under another name and moved over the old one.
  */
 #include "server/listener.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
+#include <linux/filter.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -38,7 +46,10 @@ struct listen_socket {
     struct listeners *owner;
     int fd;
     bool is_unix, watched;
+    bool listens;
+    bool taken; /* somebody listened there already */
     char path[108];
+    char new_path[108]; /* where it is until it is moved to `path`; "" when it is there */
     dev_t dev; /* of the socket file, to remove no other */
     ino_t ino;
     char address[LISTENER_ADDRESS_MAX];
@@ -72,56 +83,99 @@ static struct listen_socket *add_socket(struct listeners *l, int fd, bool is_uni
 
 /* --- Unix sockets ------------------------------------------------------------------- */
 
-/* Removes a socket file that nobody listens on any more. */
-static enum status remove_stale(const struct sockaddr_un *sa, struct err *e)
+static enum status cannot_listen(const char *text, struct err *e)
 {
-    struct stat st;
-    if (lstat(sa->sun_path, &st) != 0)
+    return fail(e, ST_UNAVAIL, "cannot listen on %s: %s", text, strerror(errno));
+}
+
+/* Who listens at a Unix socket: *pid, and the state of its file; 0: nobody, and a file that one
+ * left behind was removed. */
+static enum status find_unix_holder(const char *path, uint32_t *pid, struct stat *file,
+                                    struct err *e)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    memcpy(sa.sun_path, path, strlen(path) + 1);
+    *pid = 0;
+    if (lstat(path, file) != 0)
         return ST_OK; /* nothing there; other trouble shows at the bind */
-    if (!S_ISSOCK(st.st_mode))
+    if (!S_ISSOCK(file->st_mode))
         return fail(e, ST_UNAVAIL, "cannot listen on unix:%s: there is a file that is no socket",
-                    sa->sun_path);
+                    path);
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return fail(e, ST_UNAVAIL, "cannot make a socket: %s", strerror(errno));
-    int rc = connect(fd, (const struct sockaddr *)sa, sizeof *sa);
+    int rc = connect(fd, (const struct sockaddr *)&sa, sizeof sa);
     int why = errno;
+    struct ucred peer = {.pid = 0};
+    socklen_t len = sizeof peer;
+    if (rc == 0)
+        getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len);
     close(fd);
-    if (rc == 0 || why == EAGAIN)
-        return fail(e, ST_UNAVAIL, "cannot listen on unix:%s: the address is in use by another "
-                    "process", sa->sun_path);
-    if (why == ECONNREFUSED && unlink(sa->sun_path) != 0)
-        return fail(e, ST_UNAVAIL, "cannot remove the old socket %s: %s", sa->sun_path,
-                    strerror(errno));
+    if (rc == 0 && peer.pid > 0)
+        *pid = (uint32_t)peer.pid;
+    else if (rc == 0 || (why != ECONNREFUSED && why != ENOENT))
+        *pid = UINT32_MAX; /* somebody, who can't be made out */
+    else if (why == ECONNREFUSED && unlink(path) != 0)
+        return fail(e, ST_UNAVAIL, "cannot remove the old socket %s: %s", path, strerror(errno));
     return ST_OK;
 }
 
-static enum status open_unix(struct listeners *l, const char *path, struct err *e)
+/* Binds under a name of its own beside the socket it is to replace, and lets the same
+ * clients in. */
+static int bind_beside(struct listen_socket *s, struct sockaddr_un *sa, const struct stat *old)
+{
+    int len = snprintf(s->new_path, sizeof s->new_path, "%s.%d", s->path, (int)getpid());
+    if (len < 0 || (size_t)len >= sizeof s->new_path) {
+        s->new_path[0] = '\0';
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    unlink(s->new_path); /* of a process that had our id and died */
+    memcpy(sa->sun_path, s->new_path, (size_t)len + 1);
+    if (bind(s->fd, (struct sockaddr *)sa, sizeof *sa) != 0)
+        return -1;
+    /* Only root can give it away; anybody else has the right owner already, or is refused
+     * because he may not end the other server. */
+    if (chmod(s->new_path, old->st_mode & 07777) == 0 &&
+        (lchown(s->new_path, old->st_uid, old->st_gid) == 0 || errno == EPERM))
+        return 0;
+    int why = errno;
+    unlink(s->new_path);
+    errno = why;
+    return -1;
+}
+
+static enum status open_unix(struct listeners *l, const char *path, bool replace, struct err *e)
 {
     struct sockaddr_un sa = {.sun_family = AF_UNIX};
     size_t len = strlen(path);
     if (len == 0 || len >= sizeof sa.sun_path)
         return fail(e, ST_INVAL, "unix:%s: a socket's path has 1 to %zu bytes", path,
                     sizeof sa.sun_path - 1);
-    memcpy(sa.sun_path, path, len + 1);
-    enum status st = remove_stale(&sa, e);
+    uint32_t pid;
+    struct stat file;
+    enum status st = find_unix_holder(path, &pid, &file, e);
     if (st != ST_OK)
         return st;
+    if (pid && !replace)
+        return fail(e, ST_UNAVAIL, "cannot listen on unix:%s: the address is in use by another "
+                    "process", path);
 
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    struct stat file;
-    if (fd < 0 || bind(fd, (struct sockaddr *)&sa, sizeof sa) != 0 || listen(fd, BACKLOG) != 0 ||
-        lstat(path, &file) != 0) {
-        st = fail(e, ST_UNAVAIL, "cannot listen on unix:%s: %s", path, strerror(errno));
-        if (fd >= 0)
-            close(fd);
-        return st;
-    }
+    if (fd < 0)
+        return fail(e, ST_UNAVAIL, "cannot make a socket: %s", strerror(errno));
     struct listen_socket *s = add_socket(l, fd, true);
+    snprintf(s->address, sizeof s->address, "unix:%s", path);
     memcpy(s->path, path, len + 1);
+    s->taken = pid != 0;
+    memcpy(sa.sun_path, path, len + 1);
+    if ((pid ? bind_beside(s, &sa, &file) : bind(fd, (struct sockaddr *)&sa, sizeof sa)) != 0)
+        return cannot_listen(s->address, e);
+    if (lstat(sa.sun_path, &file) != 0 || listen(fd, BACKLOG) != 0)
+        return cannot_listen(s->address, e);
     s->dev = file.st_dev;
     s->ino = file.st_ino;
-    snprintf(s->address, sizeof s->address, "unix:%s", path);
+    s->listens = true;
     return ST_OK;
 }
 
@@ -135,7 +189,14 @@ static void format_address(const struct sockaddr *sa, socklen_t len, char *out, 
     snprintf(out, size, v6 ? "[%s]:%s" : "%s:%s", host, port);
 }
 
-static int open_tcp_socket(const struct addrinfo *ai)
+static void share_port(int fd)
+{
+    int on = 1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
+}
+
+/* A socket at that address, which listens unless it is to replace another; -1 and errno. */
+static int open_tcp_socket(const struct addrinfo *ai, bool replace, bool *taken)
 {
     int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
@@ -145,16 +206,25 @@ static int open_tcp_socket(const struct addrinfo *ai)
     /* Each family has its own socket, so that ":PORT" is not taken twice. */
     if (ai->ai_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
-    if (bind(fd, ai->ai_addr, ai->ai_addrlen) != 0 || listen(fd, BACKLOG) != 0) {
+    int rc = bind(fd, ai->ai_addr, ai->ai_addrlen);
+    *taken = rc != 0 && errno == EADDRINUSE && replace;
+    if (*taken) {
+        share_port(fd);
+        rc = bind(fd, ai->ai_addr, ai->ai_addrlen);
+    }
+    if (rc == 0 && !replace)
+        rc = listen(fd, BACKLOG);
+    if (rc != 0) {
         int why = errno;
         close(fd);
         errno = why;
         return -1;
     }
+    share_port(fd);
     return fd;
 }
 
-static enum status open_tcp(struct listeners *l, const char *text, struct err *e)
+static enum status open_tcp(struct listeners *l, const char *text, bool replace, struct err *e)
 {
     const char *colon = strrchr(text, ':');
     if (!colon || !colon[1])
@@ -187,9 +257,12 @@ static enum status open_tcp(struct listeners *l, const char *text, struct err *e
             st = fail(e, ST_INVAL, "more than %u addresses to listen on", LISTENER_SOCKETS_MAX);
             break;
         }
-        int fd = open_tcp_socket(ai);
+        bool taken = false;
+        int fd = open_tcp_socket(ai, replace, &taken);
         if (fd >= 0) {
             struct listen_socket *s = add_socket(l, fd, false);
+            s->taken = taken;
+            s->listens = !replace;
             struct sockaddr_storage sa = {0};
             socklen_t sa_len = sizeof sa;
             getsockname(fd, (struct sockaddr *)&sa, &sa_len);
@@ -198,7 +271,10 @@ static enum status open_tcp(struct listeners *l, const char *text, struct err *e
         }
         why = errno;
         /* A name may stand for addresses of a family that this machine does not have. */
-        if (why != EADDRNOTAVAIL && why != EAFNOSUPPORT)
+        if (taken)
+            st = fail(e, ST_UNAVAIL, "cannot listen on %s: %s: by another program, or by a server "
+                      "that another user runs", text, strerror(why));
+        else if (why != EADDRNOTAVAIL && why != EAFNOSUPPORT)
             st = fail(e, ST_UNAVAIL, "cannot listen on %s: %s", text, strerror(why));
     }
     freeaddrinfo(found);
@@ -207,13 +283,195 @@ static enum status open_tcp(struct listeners *l, const char *text, struct err *e
     return st;
 }
 
-enum status listeners_open(struct listeners *l, const char *text, struct err *e)
+enum status listeners_open(struct listeners *l, const char *text, bool replace, struct err *e)
 {
     if (l->n == LISTENER_SOCKETS_MAX)
         return fail(e, ST_INVAL, "more than %u addresses to listen on", LISTENER_SOCKETS_MAX);
     if (strncmp(text, "unix:", 5) == 0)
-        return open_unix(l, text + 5, e);
-    return open_tcp(l, text, e);
+        return open_unix(l, text + 5, replace, e);
+    return open_tcp(l, text, replace, e);
+}
+
+/* --- who else listens there ------------------------------------------------------------ */
+
+/* An address and port as /proc/net/tcp has them: the words of the address in hexadecimal as
+ * they lie in memory. */
+struct tcp_place {
+    uint32_t words[4];
+    size_t n_words; /* 1: IPv4, 4: IPv6 */
+    unsigned port;
+};
+
+static bool place_of(int fd, struct tcp_place *p)
+{
+    struct sockaddr_storage sa = {0};
+    socklen_t len = sizeof sa;
+    if (getsockname(fd, (struct sockaddr *)&sa, &len) != 0)
+        return false;
+    if (sa.ss_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)&sa;
+        p->n_words = 1;
+        p->words[0] = in->sin_addr.s_addr;
+        p->port = ntohs(in->sin_port);
+        return true;
+    }
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)&sa;
+    p->n_words = 4;
+    memcpy(p->words, &in6->sin6_addr, sizeof p->words);
+    p->port = ntohs(in6->sin6_port);
+    return sa.ss_family == AF_INET6;
+}
+
+/* A listening socket out of a line of /proc/net/tcp or tcp6; false where it is none. */
+static bool parse_listening(const char *line, size_t n_words, struct tcp_place *p, uint64_t *inode)
+{
+    int at = 0, used = 0;
+    unsigned state;
+    if (sscanf(line, " %*[0-9]: %n", &at) < 0 || !at)
+        return false;
+    line += at;
+    p->n_words = n_words;
+    for (size_t i = 0; i < n_words; i++) {
+        if (sscanf(line, "%8" SCNx32 "%n", &p->words[i], &used) != 1 || used != 8)
+            return false;
+        line += used;
+    }
+    return sscanf(line, ":%X %*[0-9A-F]:%*X %X %*s %*s %*s %*u %*u %" SCNu64, &p->port, &state,
+                  inode) == 3 &&
+           state == TCP_LISTEN;
+}
+
+static bool is_any(const struct tcp_place *p)
+{
+    for (size_t i = 0; i < p->n_words; i++)
+        if (p->words[i])
+            return false;
+    return true;
+}
+
+static bool is_same(const struct tcp_place *a, const struct tcp_place *b)
+{
+    return a->port == b->port && !memcmp(a->words, b->words, a->n_words * sizeof *a->words);
+}
+
+/* Gives the inodes of others' sockets that listen where `s` is bound, up to `max`; *n_same of
+ * them, counting those beyond `max` too, have exactly its address. */
+static size_t tcp_holders(const struct listen_socket *s, uint64_t *inodes, size_t max,
+                          size_t *n_same)
+{
+    struct tcp_place ours, theirs;
+    struct stat self;
+    uint64_t inode;
+    size_t n = 0;
+    *n_same = 0;
+    if (!place_of(s->fd, &ours) || fstat(s->fd, &self) != 0)
+        return 0;
+    FILE *f = fopen(ours.n_words == 1 ? "/proc/self/net/tcp" : "/proc/self/net/tcp6", "re");
+    if (!f)
+        return 0;
+    char *line = NULL;
+    size_t cap = 0;
+    while (getline(&line, &cap, f) > 0) {
+        if (!parse_listening(line, ours.n_words, &theirs, &inode) || inode == self.st_ino ||
+            theirs.port != ours.port)
+            continue;
+        bool same = is_same(&ours, &theirs);
+        if (!same && !is_any(&ours) && !is_any(&theirs))
+            continue;
+        *n_same += same;
+        if (n < max)
+            inodes[n++] = inode;
+    }
+    free(line);
+    fclose(f);
+    return n;
+}
+
+static enum status unknown_holder(const struct listen_socket *s, struct err *e)
+{
+    return fail(e, ST_UNAVAIL, "cannot listen on %s: the address is in use by a process that can't "
+                "be made out", s->address);
+}
+
+static enum status find_holders(const struct listen_socket *s, struct listen_holder *out,
+                                size_t max, size_t *n, struct err *e)
+{
+    uint64_t inodes[LISTENER_SOCKETS_MAX];
+    size_t n_same;
+    if (s->is_unix) {
+        struct stat file;
+        uint32_t pid;
+        /* Without a name of its own it is the one that listens there. */
+        if (!s->new_path[0])
+            return ST_OK;
+        enum status st = find_unix_holder(s->path, &pid, &file, e);
+        if (st != ST_OK || !pid)
+            return st;
+        if (pid == UINT32_MAX || *n == max)
+            return unknown_holder(s, e);
+        out[(*n)++] = (struct listen_holder){.address = s->address, .pid = pid};
+        return ST_OK;
+    }
+    size_t found = tcp_holders(s, inodes, LISTENER_SOCKETS_MAX, &n_same);
+    if (*n + found > max || (!found && s->taken && !s->listens))
+        return unknown_holder(s, e);
+    for (size_t i = 0; i < found; i++)
+        out[(*n)++] = (struct listen_holder){.address = s->address, .inode = inodes[i]};
+    return ST_OK;
+}
+
+enum status listeners_holders(const struct listeners *l, struct listen_holder *out, size_t max,
+                              size_t *n, struct err *e)
+{
+    enum status st = ST_OK;
+    *n = 0;
+    for (size_t i = 0; i < l->n && st == ST_OK; i++)
+        st = find_holders(l->sockets[i], out, max, n, e);
+    return st;
+}
+
+/* --- taking over ------------------------------------------------------------------------- */
+
+/* The kernel numbers the sockets of one address as they began to listen; a filter that says
+ * `no` gives all new connections to that one. When others have gone the number is none any
+ * more, and it goes back to dealing them out, to whoever is left. Where it can't be had, both
+ * get some. */
+static void draw_all(int fd, size_t no)
+{
+    struct sock_filter say_no = BPF_STMT(BPF_RET | BPF_K, (uint32_t)no);
+    struct sock_fprog program = {.len = 1, .filter = &say_no};
+    setsockopt(fd, SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, &program, sizeof program);
+}
+
+enum status listeners_listen(struct listeners *l, struct err *e)
+{
+    for (size_t i = 0; i < l->n; i++) {
+        struct listen_socket *s = l->sockets[i];
+        uint64_t inode;
+        size_t n_same;
+        if (s->listens)
+            continue;
+        tcp_holders(s, &inode, 1, &n_same);
+        if (listen(s->fd, BACKLOG) != 0)
+            return cannot_listen(s->address, e);
+        s->listens = true;
+        if (n_same)
+            draw_all(s->fd, n_same);
+    }
+    return ST_OK;
+}
+
+enum status listeners_take_names(struct listeners *l, struct err *e)
+{
+    for (size_t i = 0; i < l->n; i++) {
+        struct listen_socket *s = l->sockets[i];
+        if (!s->new_path[0])
+            continue;
+        if (rename(s->new_path, s->path) != 0)
+            return cannot_listen(s->address, e);
+        s->new_path[0] = '\0';
+    }
+    return ST_OK;
 }
 
 /* --- accepting ---------------------------------------------------------------------------- */
@@ -335,8 +593,9 @@ void listeners_close(struct listeners *l)
     for (size_t i = 0; i < l->n; i++) {
         struct listen_socket *s = l->sockets[i];
         struct stat st;
-        if (s->is_unix && lstat(s->path, &st) == 0 && st.st_dev == s->dev && st.st_ino == s->ino)
-            unlink(s->path);
+        const char *path = s->new_path[0] ? s->new_path : s->path;
+        if (s->is_unix && lstat(path, &st) == 0 && st.st_dev == s->dev && st.st_ino == s->ino)
+            unlink(path);
         if (s->watched) {
             uv_close((uv_handle_t *)&s->poll, on_closed);
         } else {

@@ -6,6 +6,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "base/status.h"
 
@@ -27,8 +28,30 @@ struct listeners *listeners_new(void);
 
 /* Opens what `text` names: "HOST:PORT" (all addresses HOST resolves to), "[V6]:PORT", ":PORT"
  * (any address), "unix:PATH". A socket file left by a server that died is replaced. Blocks
- * while a name is resolved. ST_INVAL: not an address; ST_UNAVAIL: can't listen there. */
-enum status listeners_open(struct listeners *l, const char *text, struct err *e);
+ * while a name is resolved. ST_INVAL: not an address; ST_UNAVAIL: can't listen there, because
+ * somebody else does for one.
+ *
+ * `replace`: an address where somebody listens already is taken as well, if the kernel allows
+ * that; no client comes to us before the two steps below. */
+enum status listeners_open(struct listeners *l, const char *text, bool replace, struct err *e);
+
+/* Somebody else who listens at an address of ours. */
+struct listen_holder {
+    const char *address; /* ours; valid until the close */
+    uint64_t inode;      /* TCP: of the socket */
+    uint32_t pid;        /* Unix: of the process that began to listen */
+};
+
+/* After listeners_open() with `replace`: who listens at these addresses now, *n of them, up to
+ * `max`. ST_UNAVAIL: there is one who can't be made out. */
+enum status listeners_holders(const struct listeners *l, struct listen_holder *out, size_t max,
+                              size_t *n, struct err *e);
+
+/* The two steps that take addresses over. From the first on new TCP connections come to us, and
+ * to nobody else who listens there (as far as the kernel can keep them apart; otherwise to
+ * both); from the second on those of Unix sockets. They wait until listeners_start(). */
+enum status listeners_listen(struct listeners *l, struct err *e);
+enum status listeners_take_names(struct listeners *l, struct err *e);
 
 /* Begins to hand connections to `take`, on the thread of `loop`. */
 void listeners_start(struct listeners *l, struct uv_loop_s *loop,

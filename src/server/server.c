@@ -1,6 +1,11 @@
 /*
  * The server as a process: its sockets, threads and signals, and its session in the store. All
  * lanes are made before the first connection is accepted; the end goes the other way round.
+ *
+ * One that replaces another (replace.h) first has all new connections come to it, and leaves
+ * them waiting while the other one takes in those it was given before; then it tells the
+ * other one to end and begins to accept. So no connection is lost between the two, and none is
+ * served here while the other one still means to keep its volumes.
  */
 #include "server/server.h"
 
@@ -16,13 +21,19 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "server/connection.h"
+#include "server/replace.h"
 #include "volume/session.h"
+
+/* For connections on their way to the server that is replaced, and their handshakes. */
+#define REPLACE_GRACE_MS 200u
 
 struct running {
     struct server server; /* first */
     struct listeners *listeners;
     uv_signal_t signals[2];
     unsigned n_signals;
+    struct rivals rivals;
+    struct env_timer replace_timer;
 };
 
 static struct running *running_of(struct server *s)
@@ -56,6 +67,7 @@ static void on_signal(uv_signal_t *handle, int signum)
     r->n_signals++;
     if (r->n_signals == 1) {
         log_info("%s: stopping", signum == SIGINT ? "interrupted" : "asked to end");
+        env_timer_stop(r->server.lanes[0].env, &r->replace_timer);
         listeners_close(r->listeners);
         r->listeners = NULL;
         lanes_stop(&r->server);
@@ -98,12 +110,29 @@ static void take_connection(void *arg, const struct accepted *a)
     conn_accept(&s->lanes[0], a);
 }
 
+static void accept_connections(struct running *r)
+{
+    struct server *s = &r->server;
+    listeners_start(r->listeners, reactor_loop(s->lanes[0].reactor), take_connection, s);
+}
+
+static void replace(struct env_timer *timer)
+{
+    struct running *r = container_of(timer, struct running, replace_timer);
+    rivals_tell(&r->rivals);
+    accept_connections(r);
+}
+
 static void run_lanes(struct running *r)
 {
     struct server *s = &r->server;
     size_t n;
     signals_begin(r);
-    listeners_start(r->listeners, reactor_loop(s->lanes[0].reactor), take_connection, s);
+    r->replace_timer.fire = replace;
+    if (r->rivals.n > 0)
+        env_timer_start(s->lanes[0].env, &r->replace_timer, REPLACE_GRACE_MS);
+    else
+        accept_connections(r);
     lanes_begin(s);
 
     const char *const *addresses = listeners_addresses(r->listeners, &n);
@@ -134,24 +163,45 @@ static enum status start_threads(struct server *s, struct err *e)
     return ST_OK;
 }
 
+static enum status find_rivals(struct running *r, struct err *e)
+{
+    struct server *s = &r->server;
+    return rivals_find(&r->rivals, r->listeners, s->store, reactor_env(s->lanes[0].reactor),
+                       reactor_run_once, e);
+}
+
+static enum status take_addresses(struct running *r, struct err *e)
+{
+    enum status st = listeners_listen(r->listeners, e);
+    /* Again: by now another one that replaces the same server would be seen. */
+    if (st == ST_OK)
+        st = find_rivals(r, e);
+    return st == ST_OK ? listeners_take_names(r->listeners, e) : st;
+}
+
 static enum status serve(struct running *r, struct err *e)
 {
     struct server *s = &r->server;
     struct session session;
     size_t n;
     for (size_t i = 0; i < s->config->n_listen; i++) {
-        enum status st = listeners_open(r->listeners, s->config->listen[i], e);
+        enum status st =
+            listeners_open(r->listeners, s->config->listen[i], s->config->replace, e);
         if (st != ST_OK)
             return st;
     }
     const char *address = listeners_addresses(r->listeners, &n)[0];
     struct env *env = reactor_env(s->lanes[0].reactor);
-    enum status st =
-        session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address, e);
+    enum status st = s->config->replace ? find_rivals(r, e) : ST_OK;
+    if (st == ST_OK)
+        st = session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address,
+                           e);
     if (st != ST_OK)
         return st;
     s->session = &session;
     st = lanes_open(s, e);
+    if (st == ST_OK && s->config->replace)
+        st = take_addresses(r, e);
     if (st == ST_OK)
         st = start_threads(s, e);
     if (st == ST_OK)
@@ -192,6 +242,7 @@ enum status server_run(const struct server_config *config, struct err *e)
     if (st == ST_OK)
         st = serve(r, e);
     listeners_close(r->listeners);
+    rivals_free(&r->rivals);
     for (unsigned i = 0; i < s->n_lanes; i++)
         reactor_join(s->lanes[i].reactor);
     /* Before the reactors: an engine may have timers on them, and tasks on their way. */

@@ -24,6 +24,7 @@ struct server_config {
     size_t n_listen;           /* 1 .. SERVER_LISTEN_MAX */
     const char *default_export; /* volume an empty name means; NULL: the only one, if it is */
     bool read_only;
+    bool replace;         /* the servers of this store that listen at these addresses end */
     bool shared;          /* writes from several client addresses are let through */
     uint64_t cache_bytes; /* all reactors together; at least VOLUME_CACHE_BYTES_MIN for each */
     unsigned threads;     /* reactors; 1 .. SERVER_THREADS_MAX */
@@ -47,7 +48,8 @@ struct server_config {
 /* Serves until SIGTERM or SIGINT, then commits everything, gives all volumes back and returns
  * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
  * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
- * ST_UNAVAIL: one that can't be listened on; what session_begin and shard_new give). */
+ * ST_UNAVAIL: one that can't be listened on, or where nobody may be replaced; what session_begin
+ * and shard_new give). */
 enum status server_run(const struct server_config *config, struct err *e);
 
 #endif

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -100,6 +101,10 @@ class Server:
         for attempt in range(3):
             if self._tcp and self._fixed_port is None:
                 self.port = free_port(self.host)
+            if self.socket_path and self.socket_path.exists():
+                # Only so that the wait below cannot meet a left-over of the last run; a
+                # server has to cope with it by itself, which has its own test.
+                self.socket_path.unlink()
             self._spawn()
             if not wait:
                 return self
@@ -113,17 +118,32 @@ class Server:
                     raise
         return self
 
-    def _spawn(self):
-        if self.socket_path and self.socket_path.exists():
-            # Only so that the wait below cannot meet a left-over of the last run; a
-            # server has to cope with it by itself, which has its own test.
-            self.socket_path.unlink()
+    def _spawn(self, more=()):
         env = dict(os.environ, **self.store_env, **self.env)
         # A server must not outlive the test that started it, however that one ends.
-        words = ["setpriv", "--pdeathsig", "KILL"] + self.prefix + self.command()
+        words = ["setpriv", "--pdeathsig", "KILL"] + self.prefix + self.command() + list(more)
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log,
                                             stderr=log, env=env, start_new_session=True)
+
+    def upgrade(self, more=()):
+        """A new process takes over from the one that runs (--replace) and ends it; gives how
+        long the old one lived on."""
+        self.check_alive()
+        old, began = self.process, time.monotonic()
+        self._spawn(["--replace", *more])
+        try:
+            wait_until(lambda: self.check_alive() or old.poll() is not None, STOP_LIMIT_S,
+                       "the replaced server ends")
+        except BaseException:
+            old.kill()
+            raise
+        finally:
+            old.wait()
+        assert old.returncode == 0, f"the old server ended with {old.returncode}\n{self.log_tail()}"
+        took_s = time.monotonic() - began
+        wait_until(self._ready, START_LIMIT_S, "the new server accepts connections")
+        return took_s
 
     def _ready(self):
         self.check_alive()
