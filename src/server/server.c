@@ -146,6 +146,9 @@ static void run_lanes(struct running *r)
         reactor_join(s->lanes[i].reactor);
     for (int i = 0; i < 2; i++)
         uv_close((uv_handle_t *)&r->signals[i], NULL);
+    /* What is left takes moments, and must not be cut off by one who asks once more. */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
 }
 
 static enum status start_threads(struct server *s, struct err *e)
