@@ -344,8 +344,6 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         free(o.creates);
         return cli->status;
     }
-    if (o.n_listen == 0)
-        o.listen[o.n_listen++] = "localhost:10809";
     if (o.cache_bytes / o.threads < VOLUME_CACHE_BYTES_MIN) {
         status = cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
                                  (unsigned long long)o.threads,
@@ -379,6 +377,10 @@ const struct cli_command serve_command = {
         "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
         "line); what the command line says comes before what the file says. The store is made\n"
         "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.\n\n"
+        "Sockets that a service manager hands over (LISTEN_FDS; a systemd .socket unit) are served\n"
+        "instead of the default address, and --listen adds others. With --replace servers of the\n"
+        "same store that listen at these addresses are told to end, once this one has taken their\n"
+        "place; clients that reconnect go on here.\n\n"
         "A store that can't be reached is waited for, at the start and later: requests wait, and\n"
         "nothing answered is lost. With --store-timeout a request that has waited so long is\n"
         "answered with an I/O error instead. What was written stays, in order, and reaches the\n"

@@ -24,6 +24,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <systemd/sd-daemon.h>
 #include <unistd.h>
 
 #include <uv.h>
@@ -290,6 +291,56 @@ enum status listeners_open(struct listeners *l, const char *text, bool replace, 
     if (strncmp(text, "unix:", 5) == 0)
         return open_unix(l, text + 5, replace, e);
     return open_tcp(l, text, replace, e);
+}
+
+/* --- sockets of a service manager ------------------------------------------------------- */
+
+static void name_unix(struct listen_socket *s, const struct sockaddr_un *sa, socklen_t len)
+{
+    size_t n = len > offsetof(struct sockaddr_un, sun_path)
+                   ? len - offsetof(struct sockaddr_un, sun_path)
+                   : 0;
+    bool abstract = n > 0 && !sa->sun_path[0];
+    snprintf(s->address, sizeof s->address, "unix:%s%.*s", abstract ? "@" : "",
+             (int)(n - abstract), sa->sun_path + abstract);
+}
+
+static enum status inherit(struct listeners *l, int fd, struct err *e)
+{
+    struct sockaddr_storage sa = {0};
+    socklen_t len = sizeof sa;
+    if (sd_is_socket(fd, AF_UNSPEC, SOCK_STREAM, 1) <= 0 ||
+        getsockname(fd, (struct sockaddr *)&sa, &len) != 0 ||
+        (sa.ss_family != AF_INET && sa.ss_family != AF_INET6 && sa.ss_family != AF_UNIX))
+        return fail(e, ST_INVAL, "LISTEN_FDS: descriptor %d is no TCP or Unix socket that listens "
+                    "(in a .socket unit: ListenStream=, Accept=no)", fd);
+    if (l->n == LISTENER_SOCKETS_MAX)
+        return fail(e, ST_INVAL, "LISTEN_FDS: more than %u sockets", LISTENER_SOCKETS_MAX);
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0)
+        return fail(e, ST_UNAVAIL, "LISTEN_FDS: descriptor %d can't be used: %s", fd,
+                    strerror(errno));
+    struct listen_socket *s = add_socket(l, fd, sa.ss_family == AF_UNIX);
+    s->listens = true;
+    if (s->is_unix)
+        name_unix(s, (const struct sockaddr_un *)(const void *)&sa, len);
+    else
+        format_address((const struct sockaddr *)&sa, len, s->address, sizeof s->address);
+    return ST_OK;
+}
+
+enum status listeners_inherit(struct listeners *l, size_t *n, struct err *e)
+{
+    enum status st = ST_OK;
+    /* Other threads may look at the environment just now, so it is left as it is; it names the
+     * process that is meant, and the descriptors are closed on exec. */
+    int found = sd_listen_fds(0);
+    *n = found > 0 ? (size_t)found : 0;
+    if (found < 0)
+        return fail(e, ST_INVAL, "LISTEN_PID and LISTEN_FDS make no sense: %s", strerror(-found));
+    for (int i = 0; i < found && st == ST_OK; i++)
+        st = inherit(l, SD_LISTEN_FDS_START + i, e);
+    return st;
 }
 
 /* --- who else listens there ------------------------------------------------------------ */
@@ -594,7 +645,7 @@ void listeners_close(struct listeners *l)
         struct listen_socket *s = l->sockets[i];
         struct stat st;
         const char *path = s->new_path[0] ? s->new_path : s->path;
-        if (s->is_unix && lstat(path, &st) == 0 && st.st_dev == s->dev && st.st_ino == s->ino)
+        if (path[0] && lstat(path, &st) == 0 && st.st_dev == s->dev && st.st_ino == s->ino)
             unlink(path);
         if (s->watched) {
             uv_close((uv_handle_t *)&s->poll, on_closed);

@@ -35,6 +35,11 @@ struct listeners *listeners_new(void);
  * that; no client comes to us before the two steps below. */
 enum status listeners_open(struct listeners *l, const char *text, bool replace, struct err *e);
 
+/* Takes the sockets that a service manager handed to this process (LISTEN_FDS), if it did: *n of
+ * them. They listen already, and stay with the manager when we end; so do their files. ST_INVAL:
+ * one of them is no listening stream socket. */
+enum status listeners_inherit(struct listeners *l, size_t *n, struct err *e);
+
 /* Somebody else who listens at an address of ours. */
 struct listen_holder {
     const char *address; /* ours; valid until the close */

@@ -166,6 +166,21 @@ static enum status start_threads(struct server *s, struct err *e)
     return ST_OK;
 }
 
+static enum status open_listeners(struct running *r, struct err *e)
+{
+    const struct server_config *config = r->server.config;
+    size_t n;
+    enum status st = listeners_inherit(r->listeners, &n, e);
+    if (st == ST_OK && n > 0 && config->replace)
+        return fail(e, ST_INVAL, "--replace is not for the sockets of a service manager: restart "
+                    "the service, they stay open meanwhile");
+    if (st == ST_OK && n == 0 && config->n_listen == 0)
+        return listeners_open(r->listeners, SERVER_LISTEN_DEFAULT, config->replace, e);
+    for (size_t i = 0; i < config->n_listen && st == ST_OK; i++)
+        st = listeners_open(r->listeners, config->listen[i], config->replace, e);
+    return st;
+}
+
 static enum status find_rivals(struct running *r, struct err *e)
 {
     struct server *s = &r->server;
@@ -187,15 +202,12 @@ static enum status serve(struct running *r, struct err *e)
     struct server *s = &r->server;
     struct session session;
     size_t n;
-    for (size_t i = 0; i < s->config->n_listen; i++) {
-        enum status st =
-            listeners_open(r->listeners, s->config->listen[i], s->config->replace, e);
-        if (st != ST_OK)
-            return st;
-    }
+    enum status st = open_listeners(r, e);
+    if (st != ST_OK)
+        return st;
     const char *address = listeners_addresses(r->listeners, &n)[0];
     struct env *env = reactor_env(s->lanes[0].reactor);
-    enum status st = s->config->replace ? find_rivals(r, e) : ST_OK;
+    st = s->config->replace ? find_rivals(r, e) : ST_OK;
     if (st == ST_OK)
         st = session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address,
                            e);
@@ -217,7 +229,7 @@ static enum status serve(struct running *r, struct err *e)
 
 enum status server_run(const struct server_config *config, struct err *e)
 {
-    CHECK(config->n_listen >= 1 && config->n_listen <= SERVER_LISTEN_MAX);
+    CHECK(config->n_listen <= SERVER_LISTEN_MAX);
     CHECK(config->threads >= 1 && config->threads <= SERVER_THREADS_MAX);
     raise_descriptor_limit();
     signal(SIGPIPE, SIG_IGN);

@@ -16,12 +16,15 @@
 #include "store/store.h"
 
 #define SERVER_LISTEN_MAX 16u
+#define SERVER_LISTEN_DEFAULT "localhost:10809"
 #define SERVER_THREADS_MAX 64u
 
 struct server_config {
     struct store *store;       /* open; server_run closes it */
     const char *const *listen; /* "HOST:PORT", "[V6]:PORT", ":PORT" (any address), "unix:PATH" */
-    size_t n_listen;           /* 1 .. SERVER_LISTEN_MAX */
+    /* Up to SERVER_LISTEN_MAX, besides the sockets of a service manager (LISTEN_FDS). Where there
+     * are neither: SERVER_LISTEN_DEFAULT. */
+    size_t n_listen;
     const char *default_export; /* volume an empty name means; NULL: the only one, if it is */
     bool read_only;
     bool replace;         /* the servers of this store that listen at these addresses end */

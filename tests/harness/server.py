@@ -82,6 +82,7 @@ class Server:
             raise ValueError(f"folder too long for a socket: {self.socket_path}")
         self.log_path = self.folder / "server.log"
         self.process = None
+        self.pass_fds = ()
 
     # -- the process -------------------------------------------------------
 
@@ -124,7 +125,8 @@ class Server:
         words = ["setpriv", "--pdeathsig", "KILL"] + self.prefix + self.command() + list(more)
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=log, env=env, start_new_session=True)
+                                            stderr=log, env=env, pass_fds=self.pass_fds,
+                                            start_new_session=True)
 
     def upgrade(self, more=()):
         """A new process takes over from the one that runs (--replace) and ends it; gives how

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from callers import Callers
 from harness import history, rawnbd
 from harness.load import Background, Reconnecting, Shape, longest_pause_s
 from harness.server import SLOW, wait_until
@@ -52,36 +53,6 @@ def test_G1_upgrades_under_load(servers, rng, way, threads):
             history.check_death(before, load.ops, reader.read_all())
         load.close()
     assert max(pauses_s) < 5 * SLOW
-
-
-class Callers:
-    """Keeps connecting and asks for the list of volumes; what goes wrong is kept."""
-
-    def __init__(self, address, count):
-        self.address, self.calls, self.problems = address, 0, []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
-
-    def _run(self):
-        while not self._stop.is_set():
-            try:
-                with rawnbd.Client(self.address, timeout_s=30 * SLOW) as c:
-                    c.handshake()
-                    assert ("v", "") in c.list()
-                    c.abort()
-                self.calls += 1
-            except (OSError, AssertionError, rawnbd.Closed, rawnbd.OptionError) as e:
-                self.problems.append(repr(e))
-
-    def __enter__(self):
-        for t in self._threads:
-            t.start()
-        return self
-
-    def __exit__(self, *unused):
-        self._stop.set()
-        for t in self._threads:
-            t.join()
 
 
 def test_no_connection_is_lost_between_the_two(servers):
