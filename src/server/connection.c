@@ -639,7 +639,8 @@ static void settle(struct conn *c)
         conn_die(c, c->stopping ? "the server is stopping" : "the client is done");
         return;
     }
-    if (c->leftover.since_ms && c->drained && !c->leftover.waits && !c->stash_len)
+    if ((c->leftover.since_ms || c->claim_refused) && c->drained && !c->leftover.waits &&
+        !c->stash_len)
         leftover_drained(c);
     bool reads = may_read(c);
     wire_watch(c->wire, (reads ? WIRE_READABLE : 0) | (c->blocked ? WIRE_WRITABLE : 0) |

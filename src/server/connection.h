@@ -114,7 +114,7 @@ struct leftover {
      * does; and the volume's, when that began. */
     uint64_t since_ms, lineage;
     bool waits;          /* nothing is taken until it is answered */
-    enum status refused; /* the volume can't be had */
+    enum status refused; /* the volume can't be had, and nothing is that was sent before that was said */
     uint8_t *bytes;      /* [at, len) are unused */
     size_t at, len, cap;
     struct env_timer timer;
@@ -165,6 +165,7 @@ struct conn {
     /* A request that changes the volume waits for the writing role (exports.h); nothing of the
      * connection is taken meanwhile. */
     bool claim_waits, claim_over, claim_told;
+    bool claim_refused; /* and so is all that was sent before that was said */
     uint64_t claim_since_ms;
     struct env_timer claim_timer;
     struct volume_watcher watcher;

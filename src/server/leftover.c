@@ -52,6 +52,8 @@ void leftover_own_answered(struct conn *c, enum status st)
 void leftover_drained(struct conn *c)
 {
     c->leftover.since_ms = c->leftover.lineage = 0;
+    c->leftover.refused = ST_OK;
+    c->claim_refused = false;
 }
 
 enum ahead { AHEAD_ALL, AHEAD_NEWS, AHEAD_END, AHEAD_TOO_MUCH };
@@ -84,7 +86,6 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
     struct leftover *l = &c->leftover;
     if (l->refused != ST_OK) {
         *refused = l->refused;
-        l->refused = ST_OK;
         return LEFTOVER_REFUSED;
     }
     if (!volume_is_owned(c->vol)) {

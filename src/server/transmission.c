@@ -493,6 +493,8 @@ static enum export_claim claim_role(struct conn *c)
 {
     if (c->client.writes)
         return CLAIM_YES;
+    if (c->claim_refused)
+        return CLAIM_NO;
     bool over = c->claim_over;
     enum export_claim claim = export_claim(&c->client, lane_now_ms(c->lane));
     c->claim_over = false;
@@ -511,6 +513,7 @@ static enum export_claim claim_role(struct conn *c)
         log_warning("client %s may not write volume %s: %s", c->address, volume_name(c->vol),
                     c->client.refusal);
     }
+    c->claim_refused = claim != CLAIM_YES;
     return claim == CLAIM_YES ? CLAIM_YES : CLAIM_NO;
 }
 
