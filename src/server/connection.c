@@ -21,7 +21,7 @@
 /* Part of a reactor's cache that replies to all its connections may hold back. */
 #define REPLY_CACHE_PART 8
 
-uint64_t lane_now_ms(struct lane *lane)
+uint64_t lane_now_ms(const struct lane *lane)
 {
     return env_now_ns(lane->env) / 1000000;
 }
@@ -503,11 +503,24 @@ static void take_no_more(struct conn *c)
     leftover_drop(c);
 }
 
+/* The lane did not turn for so long that clients may have gone elsewhere meanwhile: a process
+ * that was stopped, a machine that was paused. */
+static bool stood_still(const struct lane *lane)
+{
+    return lane_now_ms(lane) - lane->turned_ms >= lane->server->limits.pause_close_ms;
+}
+
 /* One read from the socket and all it brings. False: the socket has no more, or the connection
  * takes no more. */
 static bool serve_once(struct conn *c)
 {
     struct lane *lane = c->lane;
+    if (stood_still(lane)) {
+        lane->turned_ms = lane_now_ms(lane);
+        leftover_stood_still(lane);
+        if (c->phase != CONN_SERVING)
+            return false;
+    }
     struct iovec iov[RECEIVE_PIECES];
     size_t payload;
     size_t n_iov = (size_t)transmission_receive_iov(c, iov, RECEIVE_PIECES, &payload);
@@ -720,6 +733,7 @@ static void lane_turn(struct reactor_hook *hook)
         }
         list_splice_tail(&lane->flush, &kept);
     } while (!list_empty(&lane->ready) || (may && !list_empty(&lane->flush)));
+    lane->turned_ms = lane_now_ms(lane);
 }
 
 /* A client that stops in the middle of a payload keeps memory from others. So does one that
@@ -746,12 +760,7 @@ static bool is_stale(const struct conn *c, uint64_t now_ms, unsigned pause_close
     if (!c->is_tcp || c->claim_waits || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
         !volume_is_owned(c->vol))
         return false;
-    list_for_each (l, &c->lane->conns) {
-        const struct conn *other = container_of(l, struct conn, link);
-        if (other != c && other->phase == CONN_SERVING && other->vol == c->vol)
-            return true;
-    }
-    return false;
+    return export_has_several(c->client.export);
 }
 
 static void lane_tick(struct env_timer *timer)
@@ -799,6 +808,7 @@ void lane_init(struct lane *lane)
     list_init(&lane->exports);
     lane->hook.run = lane_turn;
     reactor_hook_add(lane->reactor, &lane->hook);
+    lane->turned_ms = lane_now_ms(lane);
     lane->tick.fire = lane_tick;
     env_timer_start(lane->env, &lane->tick, TICK_MS);
 }

@@ -220,6 +220,7 @@ struct lane {
     struct out *free_outs;
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
+    uint64_t turned_ms; /* when the last turn was over */
     /* Replies unsent and reads under way of all its connections. */
     uint64_t reply_bytes, reply_bytes_max;
 };
@@ -288,7 +289,7 @@ void conn_wake(struct conn *c);
 void conn_try_free(struct conn *c);
 
 /* Milliseconds of the environment's clock. */
-uint64_t lane_now_ms(struct lane *lane);
+uint64_t lane_now_ms(const struct lane *lane);
 
 /* --- output.c ----------------------------------------------------------------------------- */
 
@@ -385,6 +386,10 @@ static inline bool leftover_is_checked(const struct conn *c)
 
 /* What transmission_own() asked for is answered. */
 void leftover_own_answered(struct conn *c, enum status st);
+
+/* The lane stood still for longer than pause_close_ms: closes connections of which something lies
+ * unread since who knows when, and whose clients may have gone elsewhere. */
+void leftover_stood_still(struct lane *lane);
 
 /* As wire_receive; first what was read ahead. */
 ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n);

@@ -123,6 +123,21 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
     return LEFTOVER_NONE;
 }
 
+void leftover_stood_still(struct lane *lane)
+{
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        uint8_t byte;
+        if (c->phase != CONN_SERVING || !c->is_tcp || wire_peek(c->wire, &byte, 1) <= 0 ||
+            (volume_is_owned(c->vol) && !export_has_several(c->client.export)))
+            continue;
+        log_warning("client %s: closed: this server stood still, and the client may have sent "
+                    "elsewhere what lies here",
+                    c->address);
+        conn_die(c, "the server stood still");
+    }
+}
+
 ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n)
 {
     struct leftover *l = &c->leftover;
