@@ -54,7 +54,7 @@ def namespace():
 @pytest.fixture(scope="module")
 def server(namespace, module_servers):
     volumes = {f"{fs}-{c}": "512M" for fs in MAKE for c in (1, 2)}
-    volumes["killed"] = "512M"
+    volumes["killed"] = volumes["upgraded"] = "512M"
     return module_servers.start(volumes, host=uml.HOST_ADDRESS, port=PORT,
                                 prefix=namespace.enter, reachable=False)
 
@@ -218,3 +218,51 @@ umount /tmp/mnt
 fsck.ext4 -f -n /dev/nbd0
 """)
     detach(guest)
+
+
+@pytest.mark.limit(240)
+def test_upgrades_under_a_mounted_file_system(guest, server):
+    """D1, D12: the server is replaced by a new process, several times, with Debian's own programs
+    as clients: nbd-client, and between it and the server a qemu-nbd, which reconnects."""
+    guest.run(f"""
+qemu-nbd --socket=/tmp/v.sock --export-name=upgraded --persistent --shared=0 --discard=unmap \\
+    --fork --pid-file=/tmp/proxy --image-opts driver=nbd,server.type=inet,\\
+server.host={uml.HOST_ADDRESS},server.port={PORT},export=upgraded,reconnect-delay=3600
+nbd-client -unix /tmp/v.sock -N upgraded /dev/nbd0
+for i in $(seq 500); do test "$(cat /sys/block/nbd0/size)" = 1048576 && break; sleep 0.02; done
+dmesg --clear
+mkfs.ext4 -F -q /dev/nbd0
+mount /dev/nbd0 /tmp/mnt
+rm -f /tmp/over /tmp/stop /tmp/sums
+(set -e
+ i=0
+ until test -e /tmp/stop; do
+    i=$((i + 1))
+    dd if=/dev/urandom of=/tmp/mnt/$i bs=64k count=4 conv=fsync status=none
+    sha256sum /tmp/mnt/$i >>/tmp/sums
+ done; echo over >/tmp/over) >/tmp/said 2>&1 &
+""", limit_s=120)
+
+    def files():
+        return int(guest.run("cat /tmp/said; cat /tmp/sums 2>/dev/null | wc -l"))
+    for _ in range(3):
+        aim = files() + 5
+        wait_until(lambda: files() >= aim, 60 * SLOW, "files are written")
+        server.upgrade()
+    aim = files() + 5
+    wait_until(lambda: files() >= aim, 60 * SLOW, "files are written")
+    print(guest.run("""
+touch /tmp/stop
+for i in $(seq 2000); do test -e /tmp/over && break; sleep 0.02; done
+cat /tmp/said
+grep -q ' /tmp/mnt ext4 rw' /proc/mounts
+umount /tmp/mnt
+fsck.ext4 -f -n /dev/nbd0
+mount -o ro /dev/nbd0 /tmp/mnt
+sha256sum --quiet -c /tmp/sums
+umount /tmp/mnt
+dmesg | grep -i -e 'I/O error' -e 'abort' && exit 1
+wc -l </tmp/sums
+""", limit_s=90))
+    detach(guest)
+    guest.run("kill $(cat /tmp/proxy)")
