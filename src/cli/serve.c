@@ -21,10 +21,11 @@
 #define LEASE_MS_MIN 1000u
 #define LEASE_MS_MAX 600000u
 /* (With heartbeats it is at least SESSION_LEASE_MS_MIN.) */
-/* Longer than hosts need that hand a volume over (a migration is silent for a fraction of a
- * second, an unmount here and a mount there take some), and well below the 30 s after which
- * Linux gives a request up. */
-#define OWNER_WAIT_MS_DEFAULT 10000u
+/* Longer than hosts need that hand a volume over: a migration is silent for a fraction of a second.
+ * Not much longer, because programs stand still meanwhile that only look: qemu reads a
+ * sector of each disk when it starts, and the destination of a migration does so while the
+ * source is busy. */
+#define OWNER_WAIT_MS_DEFAULT 3000u
 #define VOLUMES_SHOWN_MAX 10u
 /* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error; nor
  * does any owner answer sooner. */
@@ -61,7 +62,7 @@ static const struct cli_option options[] = {
     {LEASE_MS, "lease-ms", "N",
      "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
     {OWNER_WAIT, "owner-wait", "TIME",
-     "how long a client waits for one elsewhere to fall idle; 0: not at all (default: 10)"},
+     "how long a client waits for one elsewhere to fall idle; 0: not at all (default: 3)"},
     {SHARED, "shared", NULL,
      "let clients at several addresses write one volume (default: the first)"},
     {STORE_TIMEOUT, "store-timeout", "TIME",

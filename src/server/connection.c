@@ -845,7 +845,8 @@ void lane_stop(struct lane *lane)
 
 void lane_destroy(struct lane *lane)
 {
-    CHECK(list_empty(&lane->conns) && list_empty(&lane->exports) && lane->reply_bytes == 0);
+    CHECK(list_empty(&lane->conns) && list_empty(&lane->exports) && lane->reply_bytes == 0 &&
+          lane->ahead_bytes == 0);
     env_timer_stop(lane->env, &lane->tick);
     reactor_hook_remove(&lane->hook);
     transmission_free_kept(lane);

@@ -221,6 +221,7 @@ struct lane {
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
     uint64_t turned_ms; /* when the last turn was over */
+    uint64_t ahead_bytes; /* held by leftover.c */
     /* Replies unsent and reads under way of all its connections. */
     uint64_t reply_bytes, reply_bytes_max;
 };

@@ -23,6 +23,8 @@
 #include "server/connection.h"
 
 #define AHEAD_BYTES_MAX (1u << 20)
+/* All connections of a reactor together (G6). */
+#define AHEAD_BYTES_LANE_MAX (16u << 20)
 #define AHEAD_BYTES_EACH (64u << 10)
 /* Longer than what is lost on the way takes to come again. */
 #define MOMENT_MS 1000u
@@ -64,7 +66,7 @@ static enum ahead look_ahead(struct conn *c)
     struct leftover *l = &c->leftover;
     size_t before = l->len;
     for (;;) {
-        if (l->len - l->at >= AHEAD_BYTES_MAX)
+        if (l->len - l->at >= AHEAD_BYTES_MAX || c->lane->ahead_bytes >= AHEAD_BYTES_LANE_MAX)
             return AHEAD_TOO_MUCH;
         mem_grow(&l->bytes, &l->cap, l->len + AHEAD_BYTES_EACH, 1);
         struct iovec iov = {l->bytes + l->len, AHEAD_BYTES_EACH};
@@ -78,6 +80,7 @@ static enum ahead look_ahead(struct conn *c)
         if (n <= 0)
             return AHEAD_END;
         l->len += (size_t)n;
+        c->lane->ahead_bytes += (uint64_t)n;
     }
 }
 
@@ -158,6 +161,7 @@ ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n)
 void leftover_drop(struct conn *c)
 {
     struct leftover *l = &c->leftover;
+    c->lane->ahead_bytes -= l->len;
     free(l->bytes);
     l->bytes = NULL;
     l->len = l->at = l->cap = 0;
