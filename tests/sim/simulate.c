@@ -24,6 +24,8 @@
 #define JOBS_MAX 64u
 #define SEED_LIMIT_S 60
 #define SEEDS 1000u
+#define TAP_SEEDS 300u
+#define TAP_SEEDS_LONG 20000u
 #define SAID_BYTES_MAX 1000u
 
 struct options {
@@ -290,8 +292,8 @@ static void usage(void)
            "  --replay-check     each seed twice, which has to be the same\n"
            "  --max-failures N   stop after so many (default: 5)\n"
            "  --limit SECONDS    a seed that takes longer has failed (default: %u)\n"
-           "  --tap              as a test of the test run\n",
-           program, SEEDS, SEED_LIMIT_S);
+           "  --tap              as a test of the test run (default: %u seeds; with LONG=1 %u)\n",
+           program, SEEDS, SEED_LIMIT_S, TAP_SEEDS, TAP_SEEDS_LONG);
 }
 
 static uint64_t number(const char *text)
@@ -387,8 +389,11 @@ int main(int argc, char **argv)
                         .scenario = {.requests = (uint32_t)seeds.steps}};
     program = argv[0];
     parse(argc, argv, &o);
-    if (o.tap)
+    if (o.tap) {
+        if (o.seeds == SEEDS)
+            o.seeds = seeds_env("LONG", 0) ? TAP_SEEDS_LONG : TAP_SEEDS;
         return tap(&o);
+    }
     struct totals totals = {.seeds = 0};
     printf("# --first %llu --seeds %llu\n", (unsigned long long)o.first,
            (unsigned long long)o.seeds);
