@@ -919,7 +919,7 @@ static void set_store_faults(struct run *r)
         .commit_slow = rate(r, 40, 5, 200),
         .slow_ms = 1 + (uint32_t)below(r, percent(r, 20) ? 4000 : 200),
         .commit_fails = rate(r, 30, 5, 200),
-        .commit_unknown = fdb ? rate(r, 50, 3, 100) : 0,
+        .commit_unknown = fdb ? rate(r, 70, 2, 50) : 0,
         .late_ms_max = 1 + (uint32_t)below(r, percent(r, 50) ? 6000 : 100),
         .read_fails = fdb ? rate(r, 30, 5, 200) : 0,
     };
