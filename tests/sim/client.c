@@ -57,7 +57,6 @@ struct conn {
     uint32_t no; /* among all connections of all clients */
     unsigned gateway;
     bool structured, wants_structured, trying;
-    bool has_changed; /* a change was answered on it */
     uint64_t since_ns;
     unsigned n_options; /* unanswered */
     uint32_t options[3];
@@ -88,7 +87,6 @@ static const char *const ending_names[] = {"closed", "killed", "vanished", "gone
 
 static void pump(struct client *c);
 static void conn_lost(struct conn *conn, enum ending how, const char *why);
-static bool may_leave(const struct conn *conn);
 
 static struct sim *sim_of(const struct client *c)
 {
@@ -432,8 +430,6 @@ static void op_succeeded(struct client *c, struct op *op)
     all->counts.answered++;
     all->served[c->conns[op->conn].gateway]++;
     c->answered++;
-    if (is_change(op))
-        c->conns[op->conn].has_changed = true;
     op_over(c, op);
 }
 
@@ -466,7 +462,7 @@ static void op_failed(struct client *c, struct op *op)
     op->conn = NOWHERE;
     op->not_before_ns = now_ns(c) + (50 + below(c, 450)) * MS;
     /* It may be this connection that is not let write any more. */
-    if (op->error == NBD_EPERM && below(c, 3) == 0 && may_leave(conn))
+    if (op->error == NBD_EPERM && below(c, 3) == 0)
         conn_lost(conn, END_CLOSE, "is given up");
 }
 
@@ -610,18 +606,6 @@ static bool is_cut(const struct conn *conn)
     return c->c.all->cut[conn->gateway][c->c.host];
 }
 
-/* Whether it may be left, or the client go (see struct clients, lingering). */
-static bool may_leave(const struct conn *conn)
-{
-    const struct client *c = conn->client;
-    if (c->c.all->lingering || conn->has_changed)
-        return true;
-    for (const struct op *op = c->ops; op < c->ops + SLOTS; op++)
-        if (op->used && op->conn == conn->index && is_change(op))
-            return false;
-    return true;
-}
-
 /* How it is left while its gateway would see that. */
 static enum ending loud_ending(struct client *c)
 {
@@ -684,8 +668,7 @@ static void leave_others(struct client *c)
 {
     for (unsigned i = 0; i < c->c.n_connections; i++) {
         struct conn *other = &c->conns[i];
-        if (other->state == CONN_CLOSED || other->gateway == c->gateway || is_cut(other) ||
-            !may_leave(other))
+        if (other->state == CONN_CLOSED || other->gateway == c->gateway || is_cut(other))
             continue;
         enum ending end = loud_ending(c);
         trace(c->c.name, "connection %u to gateway %u: left as well; %s", other->no,
@@ -893,7 +876,7 @@ static void conn_try(void *arg)
     conn->gateway = c->gateway;
     conn->state = CONN_CONNECTING;
     conn->since_ns = now_ns(c);
-    conn->structured = conn->has_context = conn->has_changed = false;
+    conn->structured = conn->has_context = false;
     conn->in_len = 0;
     all->counts.connections++;
     trace(c->c.name, "connection %u: to gateway %u", conn->no, conn->gateway + 1);
@@ -910,7 +893,7 @@ static bool waits_too_long(const struct client *c, const struct conn *conn)
         return false;
     if (conn->state != CONN_READY)
         return now_ns(c) - conn->since_ns > CONNECT_NS_MAX;
-    return waits_ns(conn) > c->c.timeout_ms * MS && may_leave(conn);
+    return waits_ns(conn) > c->c.timeout_ms * MS;
 }
 
 static void tick(void *arg)
@@ -1042,7 +1025,7 @@ void client_turn_to(struct client *c, unsigned gateway)
 void client_lose_connection(struct client *c)
 {
     struct conn *conn = &c->conns[below(c, c->c.n_connections)];
-    if (conn->state != CONN_CLOSED && !is_cut(conn) && may_leave(conn))
+    if (conn->state != CONN_CLOSED && !is_cut(conn))
         conn_lost(conn, loud_ending(c), "breaks");
 }
 
@@ -1082,14 +1065,6 @@ static void send_half(struct client *c)
     stream_send(conn->stream, bytes, part);
     free(bytes);
     all->counts.half_sent++;
-}
-
-bool client_may_die(const struct client *c)
-{
-    for (unsigned i = 0; i < c->c.n_connections; i++)
-        if (c->conns[i].state == CONN_READY && !may_leave(&c->conns[i]))
-            return false;
-    return true;
 }
 
 uint32_t client_die(struct client *c, enum client_death how)

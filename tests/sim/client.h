@@ -61,10 +61,6 @@ struct clients {
     /* Gateways may refuse changes and take later ones of the same connection, and the answer that
      * says so may be lost: that something was sent before something else says nothing then. */
     bool refusals;
-    /* Clients also go away from a connection on which changes are unanswered and none was answered
-     * yet. A gateway that waits for the volume can't tell these changes, when it gets it at last,
-     * from the first ones of a machine that has migrated. */
-    bool lingering;
     uint32_t last_connection;
     uint8_t *changing; /* per sector: a change that was not given up is under way */
     struct client_counts counts;
@@ -139,8 +135,6 @@ enum client_death {
     CLIENT_KILLED_HALF, /* ... in the middle of sending a write */
     CLIENT_VANISHED,    /* its host; where that can't be heard, the other two come to this, too */
 };
-/* Whether it may die just now (see struct clients, lingering). */
-bool client_may_die(const struct client *c);
 /* How long its successor has to wait at least, because nobody may know yet: ms. */
 uint32_t client_die(struct client *c, enum client_death how);
 bool client_is_gone(const struct client *c);

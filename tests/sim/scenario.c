@@ -698,7 +698,7 @@ static void begin_client_death(struct run *r)
     struct client *c = r->vm;
     if (r->vm_next && percent(r, 50))
         c = r->vm_next;
-    if (!lives(c) || !client_may_die(c))
+    if (!lives(c))
         return;
     static const enum client_death deaths[] = {CLIENT_KILLED, CLIENT_KILLED_HALF,
                                                CLIENT_KILLED_HALF, CLIENT_VANISHED};
@@ -1162,7 +1162,6 @@ void scenario_run(const struct scenario_options *options, struct scenario_result
     r->clients.names[1] = OTHER_NAME;
     r->clients.n_gateways = r->n_places;
     r->clients.tail_bytes = r->tail_bytes;
-    r->clients.lingering = options->lingering;
     for (unsigned i = 0; i < r->n_places; i++)
         r->clients.gateways[i] = r->places[i].host;
     draw_clients(r);

@@ -23,7 +23,6 @@ struct scenario_options {
     enum scenario_engine engine; /* ANY: the seed says which */
     uint32_t requests;           /* at least; 0: 1000 */
     bool trace;
-    bool lingering; /* struct clients in client.h says what that is */
 };
 
 /* Whether a run without any fails: it would prove less than it says. */

@@ -158,8 +158,8 @@ static void report(const struct options *o, const struct job *j,
         for (char *line = strtok(said, "\n"); line; line = strtok(NULL, "\n"))
             printf("#   %s\n", line);
     }
-    printf("#   again: %s --first %llu --trace%s%s%s\n", program, (unsigned long long)j->seed, engine,
-           o->scenario.lingering ? " --lingering" : "", requests);
+    printf("#   again: %s --first %llu --trace%s%s\n", program, (unsigned long long)j->seed, engine,
+           requests);
 }
 
 /* --- many --------------------------------------------------------------------------------- */
@@ -288,7 +288,6 @@ static void usage(void)
            "  --trace            one seed, and what happened in it, in words\n"
            "  --log-only, --fdb-only  one kind of store (default: each seed chooses)\n"
            "  --requests N       of clients in a seed, at least (default: 1000)\n"
-           "  --lingering        clients also leave before their first change was answered\n"
            "  --replay-check     each seed twice, which has to be the same\n"
            "  --max-failures N   stop after so many (default: 5)\n"
            "  --limit SECONDS    a seed that takes longer has failed (default: %u)\n"
@@ -309,8 +308,8 @@ static uint64_t number(const char *text)
 
 static void parse(int argc, char **argv, struct options *o)
 {
-    enum { FIRST = 1, N_SEEDS, JOBS, TRACE, LOG_ONLY, FDB_ONLY, REQUESTS, LINGERING, REPLAY, FAILURES,
-           LIMIT, TAP, HELP };
+    enum { FIRST = 1, N_SEEDS, JOBS, TRACE, LOG_ONLY, FDB_ONLY, REQUESTS, REPLAY, FAILURES, LIMIT,
+           TAP, HELP };
     static const struct option table[] = {{"first", required_argument, NULL, FIRST},
                                           {"seeds", required_argument, NULL, N_SEEDS},
                                           {"jobs", required_argument, NULL, JOBS},
@@ -318,7 +317,6 @@ static void parse(int argc, char **argv, struct options *o)
                                           {"log-only", no_argument, NULL, LOG_ONLY},
                                           {"fdb-only", no_argument, NULL, FDB_ONLY},
                                           {"requests", required_argument, NULL, REQUESTS},
-                                          {"lingering", no_argument, NULL, LINGERING},
                                           {"replay-check", no_argument, NULL, REPLAY},
                                           {"max-failures", required_argument, NULL, FAILURES},
                                           {"limit", required_argument, NULL, LIMIT},
@@ -349,9 +347,6 @@ static void parse(int argc, char **argv, struct options *o)
             break;
         case REQUESTS:
             o->scenario.requests = (uint32_t)number(optarg);
-            break;
-        case LINGERING:
-            o->scenario.lingering = true;
             break;
         case REPLAY:
             o->replay_check = true;
