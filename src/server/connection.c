@@ -510,17 +510,24 @@ static bool stood_still(const struct lane *lane)
     return lane_now_ms(lane) - lane->turned_ms >= lane->server->limits.pause_close_ms;
 }
 
+/* To be asked before anything is read, and before a turn is taken for one like others: it may have
+ * begun with anything. */
+static void notice_standstill(struct lane *lane)
+{
+    if (stood_still(lane)) {
+        lane->turned_ms = lane_now_ms(lane);
+        leftover_stood_still(lane);
+    }
+}
+
 /* One read from the socket and all it brings. False: the socket has no more, or the connection
  * takes no more. */
 static bool serve_once(struct conn *c)
 {
     struct lane *lane = c->lane;
-    if (stood_still(lane)) {
-        lane->turned_ms = lane_now_ms(lane);
-        leftover_stood_still(lane);
-        if (c->phase != CONN_SERVING)
-            return false;
-    }
+    notice_standstill(lane);
+    if (c->phase != CONN_SERVING)
+        return false;
     struct iovec iov[RECEIVE_PIECES];
     size_t payload;
     size_t n_iov = (size_t)transmission_receive_iov(c, iov, RECEIVE_PIECES, &payload);
@@ -702,6 +709,7 @@ static void lane_turn(struct reactor_hook *hook)
     struct lane *lane = container_of(hook, struct lane, hook);
     struct list *l;
     bool may;
+    notice_standstill(lane);
     do {
         while ((l = list_pop(&lane->ready))) {
             struct conn *c = container_of(l, struct conn, ready_link);
