@@ -301,7 +301,7 @@ static uint64_t pick_first(struct client *c, uint32_t n)
 {
     uint32_t all = c->c.all->n_sectors;
     uint64_t room = all - n + 1;
-    uint64_t first = percent(c, c->c.mix.hot) ? below(c, min_u64(room, HOT_SECTORS)) : below(c, room);
+    uint64_t first = below(c, percent(c, c->c.mix.hot) ? min_u64(room, HOT_SECTORS) : room);
     /* Blocks are written whole, and in part. */
     return below(c, 3) ? first : first & ~7ull;
 }
@@ -547,7 +547,8 @@ static void take_extents(struct client *c, struct op *op, const uint8_t *p, size
     }
     for (size_t at = 4; at < len; at += 8)
         bytes += get_be32(p + at);
-    if (bytes == 0 || (bytes > (uint64_t)op->n * HISTORY_SECTOR && op->flags & NBD_CMD_FLAG_REQ_ONE))
+    bool longer = bytes > (uint64_t)op->n * HISTORY_SECTOR;
+    if (bytes == 0 || (longer && op->flags & NBD_CMD_FLAG_REQ_ONE))
         violation(c, "extents of %llu bytes in the answer to a %s", (unsigned long long)bytes,
                   op_text(op, text));
 }
@@ -749,7 +750,8 @@ static void take_export_info(struct conn *conn, const uint8_t *p, size_t len)
     uint16_t wanted = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
                       NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_CAN_MULTI_CONN;
     uint64_t size = len == 12 ? get_be64(p + 2) : 0;
-    if ((size != needed && size != needed + c->c.all->tail_bytes) || (get_be16(p + 10) & wanted) != wanted)
+    if ((size != needed && size != needed + c->c.all->tail_bytes) ||
+        (get_be16(p + 10) & wanted) != wanted)
         violation(c, "an export of %llu bytes with flags %04x", (unsigned long long)size,
                   size ? get_be16(p + 10) : 0);
 }

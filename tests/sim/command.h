@@ -15,8 +15,8 @@
 
 struct command;
 
-/* Starts "fdb-nbd WORDS ...": `words` ends with NULL. `name` ("resize 3", for the trace) stays where
- * it is. */
+/* Starts "fdb-nbd WORDS ...": `words` ends with NULL. `name` ("resize (3)", for the trace) stays
+ * where it is. */
 struct command *command_start(struct sim *sim, struct simstore *store, const char *name,
                               const char *const *words);
 bool command_is_over(const struct command *c);

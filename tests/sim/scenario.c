@@ -958,8 +958,9 @@ static void draw_clients(struct run *r)
     r->reader_config.pause_ms_max = 100 + (uint32_t)below(r, 2000);
     r->n_readers = percent(r, 40) ? 1 + (unsigned)below(r, 2) : 0;
     /* Where several want the volume at once, or may be taken for several. */
-    r->clients.refusals = r->n_readers || c->mixes_gateways || r->store_timeout_ms || r->weights[FAULT_MIGRATION] ||
-                          r->weights[FAULT_CLIENT_DEATH] || r->weights[FAULT_ADDRESS];
+    r->clients.refusals = r->n_readers || c->mixes_gateways || r->store_timeout_ms ||
+                          r->weights[FAULT_MIGRATION] || r->weights[FAULT_CLIENT_DEATH] ||
+                          r->weights[FAULT_ADDRESS];
 }
 
 static void draw(struct run *r)
@@ -991,7 +992,7 @@ static void draw(struct run *r)
     draw_weights(r);
 }
 
-/* --- the end ----------------------------------------------------------------------------------- */
+/* --- the end ------------------------------------------------------------------------------ */
 
 static bool enough(struct run *r)
 {
@@ -1121,7 +1122,7 @@ static void play(struct run *r)
     heal(r);
     if (!must_come(r, all_up, "all gateways are up again"))
         return;
-    /* Readers elsewhere leave the writer its chance: who is never idle lets nobody have the volume. */
+    /* (Readers elsewhere leave it its chance: who is never idle lets nobody have the volume.) */
     if (lives(r->vm))
         client_hurry(r->vm);
     if (!must_come(r, enough, "the clients go on"))

@@ -26,7 +26,11 @@ struct scenario_options {
 };
 
 /* Whether a run without any fails: it would prove less than it says. */
-enum scenario_needed { OPTIONAL, NEEDED, NEEDED_FDB /* ... where there were seeds with that engine */ };
+enum scenario_needed {
+    OPTIONAL,
+    NEEDED,
+    NEEDED_FDB, /* ... where there were seeds with that engine */
+};
 
 /* How much there was of what; X(name, what to call it in a summary, enum scenario_needed). */
 #define SCENARIO_COUNTS(X)                                                                         \
