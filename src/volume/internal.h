@@ -82,6 +82,7 @@ struct shard {
     uint64_t next_tag;
     uint32_t seal_age_ms;
     uint32_t owner_wait_ms;
+    bool leaving; /* the process is about to end: all volumes are given back soon */
 
     /* G6. What writes hold: dirty blocks of all generations and buffers being received. */
     uint64_t write_bytes, write_bytes_max;

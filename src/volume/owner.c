@@ -22,6 +22,7 @@
 #define TIMES_SLOW_MAX 3u /* so often an owner is asked again that can't be ended: it is only slow */
 #define TIMES_DEAF_MAX 3u /* ... that gives signs of life and no answer */
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
+#define LEAVING_LOOK_MS 10u /* how often is looked whether the last requests are over */
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
 #define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
@@ -891,9 +892,14 @@ static void mail_idle_check(struct env_timer *timer)
     struct mailbox *m = container_of(timer, struct mailbox, timer);
     struct volume *vol = m->vol;
     char text[512];
-    if (vol->ownership == VOL_OWNED && vol->busy == 0 && requests_of(vol) == m->requests_then &&
-        !vol->closing) {
+    bool leaving = vol->shard->leaving; /* takes no new requests */
+    bool idle = vol->busy == 0 && (leaving || requests_of(vol) == m->requests_then);
+    if (vol->ownership == VOL_OWNED && idle && !vol->closing) {
         owner_release(vol, mail_released, m);
+        return;
+    }
+    if (vol->ownership == VOL_OWNED && leaving) {
+        env_timer_start(vol->shard->env, &m->timer, LEAVING_LOOK_MS);
         return;
     }
     m->inflight--;

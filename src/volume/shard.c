@@ -163,6 +163,7 @@ void shard_free(struct shard *s)
 void shard_wait_no_more(struct shard *s)
 {
     s->owner_wait_ms = 0;
+    s->leaving = true;
     list_for_each (l, &s->volumes) {
         struct volume *vol = container_of(l, struct volume, link);
         if (vol->ownership != VOL_OWNED)

@@ -55,8 +55,9 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
 /* Frees a shard whose volumes are all closed. */
 void shard_free(struct shard *shard);
 
-/* This process is about to end: requests wait no longer for the owners of volumes. Those that do
- * are answered ST_PERM, without any effect. */
+/* This process is about to end. Requests of ours wait no longer for the owners of volumes: those that
+ * do are answered ST_PERM, without any effect. Others that ask for a volume of ours are not told
+ * that it is in use, but wait until the requests under way are over and it is given back. */
 void shard_wait_no_more(struct shard *shard);
 
 /* To be called once after each batch of requests (after parsing what one socket read

@@ -649,6 +649,36 @@ static void old_writer_is_refused_when_others_changed_something(void **state)
     assert_true(refused > seeds.count);
 }
 
+/* Its clients' last requests take their time: whoever asks has the volume when they are over,
+ * however little time he gives an owner. */
+static void owner_that_ends_is_waited_for(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("owner that ends", 10, 0);
+    for (uint64_t i = 0; i < seeds.count; i++) {
+        struct scene s;
+        struct ask knock, last;
+        begin(&s, seeds.first + i, 2);
+        struct process *a = s.p[0], *b = s.p[1];
+        assert_int_equal(put(&s, a, 0, 1), ST_OK);
+        uint64_t busy_ms = drv_below(s.d, 3000);
+        write_begins_by(&s, &last, a, NULL, 0, 2);
+        shard_wait_no_more(a->shard);
+        read_begins(&knock, b, 0);
+        run_ms(&s, busy_ms);
+        assert_true(knock.waits);
+        write_goes_on(&last);
+        assert_int_equal(heard(&s, &last, 60000), ST_OK);
+        uint64_t over = now_ms(&s);
+        assert_int_equal(heard(&s, &knock, 60000), ST_OK);
+        assert_int_equal(knock.byte, 2);
+        assert_in_range(now_ms(&s) - over, 0, 500);
+        assert_sound(&s);
+        assert_false(a->lost || b->lost);
+        end(&s);
+    }
+}
+
 /* Something lies in the mailbox that its owner can't make out, so nobody else gets through. */
 static void set_deaf(struct scene *s, bool deaf)
 {
@@ -1171,6 +1201,7 @@ int main(void)
         cmocka_unit_test(stopped_owner_is_replaced),
         cmocka_unit_test(living_owner_is_not_replaced),
         cmocka_unit_test(busy_owner_is_waited_for),
+        cmocka_unit_test(owner_that_ends_is_waited_for),
         cmocka_unit_test(old_writer_is_refused_when_others_changed_something),
         cmocka_unit_test(heartbeat_alone_keeps_a_volume),
         cmocka_unit_test(one_of_two_challengers_wins),
