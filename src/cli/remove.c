@@ -3,11 +3,14 @@
  *
  * A volume that a living server owns has a client, idle or not: a mounted file system may
  * be idle for hours. So its owner is not asked to let go (it would, of an idle one), the
- * command is refused, or with --force the clients are cut off. Taking the name away is one commit; giving the space back comes
- * afterwards, in batches; if it is interrupted, a server or the next remove goes on with it.
+ * command is refused, or with --force the clients are cut off: the volume gets another name first,
+ * so that a client that connects again does not find it. Taking the name away is one commit;
+ * giving the space back comes afterwards, in batches; if it is interrupted, a server or the next
+ * remove goes on with it.
  */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/run.h"
 
@@ -15,8 +18,7 @@
 #define LEAVING_MS_MAX 5000u
 #define LOOK_AGAIN_MS 100u
 
-/* A client that was cut off may be back before the volume is gone. So often that is tried; each
- * time the volume is free for a commit of ours, and the client needs several. */
+/* A connection that had looked the volume up just before may still come in. */
 #define EVICTS_MAX 20u
 
 enum { FORCE = 1, YES };
@@ -62,14 +64,23 @@ static bool confirm(const struct catalog_entry *entry, bool force)
     return cli_confirm(false, what);
 }
 
-static int remove_volume(struct run *run, const char *name, const struct remove_options *o)
+/* Gives the volume a name that no client asks for; `aside` is that one. */
+static enum status put_aside(struct run *run, const char *name, char aside[NAME_BYTES_MAX + 1])
+{
+    snprintf(aside, NAME_BYTES_MAX + 1, "%.90s.removing-%u", name, (unsigned)getpid());
+    catalog_rename(run_op(run), run->store, run->env, name, aside);
+    return run_wait(run);
+}
+
+static int remove_once(struct run *run, const char *name, const struct remove_options *o,
+                       char aside[NAME_BYTES_MAX + 1])
 {
     struct catalog_entry entry;
     uint64_t asked_about = 0, waited_ms = 0;
     unsigned evicts = 0;
     bool called = false;
     for (;;) {
-        int status = run_find(run, name, &entry);
+        int status = run_find(run, *aside ? aside : name, &entry);
         if (status != CLI_DONE)
             return status;
         if (!o->yes && asked_about != entry.branch) {
@@ -79,6 +90,13 @@ static int remove_volume(struct run *run, const char *name, const struct remove_
         }
         enum run_owner state = run_owner_state(run, &entry.owner);
         if (o->force && state != OWNER_NONE && state != OWNER_DEAD && evicts++ < EVICTS_MAX) {
+            if (!*aside) {
+                if (put_aside(run, name, aside) != ST_OK) {
+                    *aside = '\0';
+                    return cli_failed(&run->op.err);
+                }
+                continue;
+            }
             enum status st = run_evict(run, &entry);
             if (st == ST_NOTFOUND) {
                 run_pause(run, LOOK_AGAIN_MS);
@@ -96,6 +114,7 @@ static int remove_volume(struct run *run, const char *name, const struct remove_
             catalog_remove(run_op(run), run->store, run->env, &entry);
             enum status st = run_wait(run);
             if (st == ST_OK) {
+                *aside = '\0';
                 printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
                 fflush(stdout);
                 return clear_removed(run);
@@ -123,6 +142,20 @@ static int remove_volume(struct run *run, const char *name, const struct remove_
     }
 }
 
+static int remove_volume(struct run *run, const char *name, const struct remove_options *o)
+{
+    char aside[NAME_BYTES_MAX + 1] = "";
+    int status = remove_once(run, name, o, aside);
+    if (!*aside)
+        return status;
+    /* It is still there: under its own name, if it can be. */
+    catalog_rename(run_op(run), run->store, run->env, aside, name);
+    if (run_wait(run) != ST_OK)
+        cli_error("volume \"%s\" in %s is called \"%s\" now: remove it again under that name", name,
+                  run->cli->store_uri, aside);
+    return status;
+}
+
 static int run_remove(struct cli *cli, int argc, char **argv)
 {
     struct remove_options o = {false, false};
@@ -142,8 +175,9 @@ const struct cli_command remove_command = {
     .args = "NAME",
     .summary = "remove a volume and its data",
     .details =
-        "Refused while a client uses the volume. With --force its server is made to let go first,\n"
-        "as by owner evict, which cuts off its clients.",
+        "Refused while a client uses the volume. With --force the volume is called\n"
+        "NAME.removing-PID first, so that clients do not find it again, and its server is made to\n"
+        "let go, as by owner evict, which cuts off its clients.",
     .options = options,
     .args_min = 1,
     .args_max = 1,

@@ -3,8 +3,9 @@
  *
  * A stream is what TCP makes of a network: bytes arrive in order, in pieces of any size, some
  * time after they were sent, or not at all once it broke. What the reader does not read stays
- * in bounded buffers on both sides, so what a dead client sent may still arrive, behind a
- * closed window, long after it is gone (G8). Hosts can be cut off from each other: what was
+ * in bounded buffers on both sides, so that the end of a dead client may be seen long after it is
+ * gone (G8). What a client's own host still holds does not outlive it here: no server could tell it
+ * from the requests of one that lives. Hosts can be cut off from each other: what was
  * under way waits, until the cut is healed or either side gives the stream up.
  *
  * Servers see their ends as wires (server/wire.h, implemented here in place of src/server/wire.c),
@@ -56,9 +57,8 @@ uint64_t stream_unsent(const struct stream *s); /* not yet taken by the other si
 void stream_read(struct stream *s, bool on);
 
 /* Three ways to go; after each the stream is not to be used any more and nothing is called.
- * In good order: all that was sent arrives, then the end. As when a process is killed: what its
- * host had taken in arrives, cut anywhere at or behind what arrived already, then the end or a
- * reset. As when a host dies or is cut off for good: nothing more arrives, no end is seen, and
+ * In good order: all that was sent arrives, then the end. As when a process is killed: what had
+ * left its host arrives, then the end or a reset. As when a host dies or is cut off for good: nothing more arrives, no end is seen, and
  * the other side's own time limits (TCP_USER_TIMEOUT, keepalive: 20 to 30 s) end it. */
 void stream_close(struct stream *s);
 void stream_kill(struct stream *s);

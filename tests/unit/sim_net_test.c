@@ -356,12 +356,12 @@ static void what_is_not_read_stays_bounded(void **state)
 
 /* --- clients that go ------------------------------------------------------------------------- */
 
-/* G8: what a dead client sent comes behind a window that was closed when it died. */
-static void bytes_behind_a_closed_window_outlive_their_client(void **state)
+/* G8: the end of a dead client comes behind what its server has not read. */
+static void what_is_unread_outlives_its_client(void **state)
 {
     (void)state;
     const size_t n = 1u << 20;
-    unsigned n_late = 0, n_ended = 0, n_broke = 0;
+    unsigned n_ended = 0, n_broke = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         struct pair p;
         pair_begin(&p, seed);
@@ -378,15 +378,14 @@ static void bytes_behind_a_closed_window_outlive_their_client(void **state)
         wire_watch(p.wire, WIRE_READABLE);
         settle(&p);
         assert_prefix(p.got, p.n_got);
-        assert_true(p.n_got < n);
+        assert_true(p.n_got <= there);
         assert_true(p.ended != (p.broke != 0));
         assert_false(p.ended && p.n_got < there);
-        n_late += p.n_got > there;
         n_ended += p.ended;
         n_broke += p.broke != 0;
         pair_end(&p);
     }
-    assert_true(n_late > SEEDS / 4 && n_ended > SEEDS / 4 && n_broke > SEEDS / 8);
+    assert_true(n_ended > SEEDS / 4 && n_broke > SEEDS / 8);
 }
 
 static void a_killed_client_leaves_a_part(void **state)
@@ -588,7 +587,7 @@ int main(void)
         cmocka_unit_test(the_servers_end_comes_behind_its_bytes),
         cmocka_unit_test(nobody_listens),
         cmocka_unit_test(what_is_not_read_stays_bounded),
-        cmocka_unit_test(bytes_behind_a_closed_window_outlive_their_client),
+        cmocka_unit_test(what_is_unread_outlives_its_client),
         cmocka_unit_test(a_killed_client_leaves_a_part),
         cmocka_unit_test(of_a_vanished_client_nothing_is_heard),
         cmocka_unit_test(a_cut_delays_or_ends_streams),
