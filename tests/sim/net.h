@@ -58,8 +58,9 @@ void stream_read(struct stream *s, bool on);
 
 /* Three ways to go; after each the stream is not to be used any more and nothing is called.
  * In good order: all that was sent arrives, then the end. As when a process is killed: what had
- * left its host arrives, then the end or a reset. As when a host dies or is cut off for good: nothing more arrives, no end is seen, and
- * the other side's own time limits (TCP_USER_TIMEOUT, keepalive: 20 to 30 s) end it. */
+ * left its host arrives, then the end or a reset. As when a host dies or is cut off for good:
+ * nothing more arrives, no end is seen, and the other side's own time limits (TCP_USER_TIMEOUT,
+ * keepalive: 20 to 30 s) end it. */
 void stream_close(struct stream *s);
 void stream_kill(struct stream *s);
 void stream_vanish(struct stream *s);
