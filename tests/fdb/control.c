@@ -357,6 +357,15 @@ static void control_cut(void *db, bool cut)
     unlock();
 }
 
+static void control_slow(void *db, uint64_t commit_ms, uint64_t answer_ms)
+{
+    FDBDatabase *d = db;
+    lock();
+    d->commit_ns = commit_ms * 1000000u;
+    d->answer_ns = answer_ms * 1000000u;
+    unlock();
+}
+
 static void control_pause(void *db, bool paused)
 {
     lock();
@@ -397,6 +406,7 @@ EXPORT const struct fdb_double fdb_double = {
     .next_due_ns = control_next_due_ns,
     .instant = control_instant,
     .cut = control_cut,
+    .slow = control_slow,
     .pause = control_pause,
     .die = control_die,
 };

@@ -212,6 +212,9 @@ struct fdb_double {
      * but what was behind the place of the cut. After it was healed, commits that were under
      * way arrive late, or end as unknown (1021). */
     void (*cut)(void *db, bool cut);
+    /* Its commits take so much longer on their way, and their answers on the way back: those that
+     * are sent from now on. */
+    void (*slow)(void *db, uint64_t commit_ms, uint64_t answer_ms);
     /* manual: its process stands still. What it had not handed over waits, and so do answers. */
     void (*pause)(void *db, bool paused);
     /* manual: its process has died. Commits that were handed over arrive; it is never called

@@ -408,6 +408,7 @@ struct FDB_database {
     fdb_error_t error; /* what every operation gets */
     struct txn_options defaults;
     uint64_t watches_max, watches;
+    uint64_t commit_ns, answer_ns; /* that its commits and their answers take longer */
     bool cut, paused, dead;
 };
 

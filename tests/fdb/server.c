@@ -619,6 +619,10 @@ void commit_send(FDBFuture *f, FDBTransaction *t, struct commit *c)
         g.counts.commit_slow++;
         *(chance_below(2) ? &delay_ns : &c->answer_delay_ns) += slow_ns;
     }
+    if (!g.instant) {
+        delay_ns += f->db->commit_ns;
+        c->answer_delay_ns += f->db->answer_ns;
+    }
     g.counts.commits_tried++;
     g.counts.commits_batch += t->batch;
     txn_count_tags(t);

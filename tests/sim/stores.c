@@ -219,6 +219,13 @@ void simstore_cut(struct simstore *ss, struct store *store, bool cut)
     ss->d->cut(database_of(store), cut);
 }
 
+void simstore_slow(struct simstore *ss, struct store *store, uint32_t commit_ms,
+                   uint32_t answer_ms)
+{
+    CHECK(ss->kind == SIMSTORE_FDB);
+    ss->d->slow(database_of(store), commit_ms, answer_ms);
+}
+
 void simstore_paused(struct simstore *ss, struct store *store, bool paused)
 {
     if (ss->kind == SIMSTORE_FDB)

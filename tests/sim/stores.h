@@ -62,6 +62,10 @@ void simstore_on_kill(struct simstore *ss, void (*kill)(void *arg, struct store 
 /* fdb. Nothing of this process gets through, nor any answer back to it, until healed; what was
  * under way gets through all the same, or late, or was lost (and is settled by the engine). */
 void simstore_cut(struct simstore *ss, struct store *store, bool cut);
+/* fdb. What this process commits from now on takes so much longer on its way, and the answers on
+ * theirs. */
+void simstore_slow(struct simstore *ss, struct store *store, uint32_t commit_ms,
+                   uint32_t answer_ms);
 /* The process stands still, as its reactors do (sim_env_pause): what it had handed to the network
  * goes its own way, what it had not waits until it goes on. */
 void simstore_paused(struct simstore *ss, struct store *store, bool paused);
