@@ -28,6 +28,7 @@
 #define POST_NS_MAX 20000u
 #define WORK_NS_MAX 100000u
 #define PORT 10809u
+#define SQUEEZE_ROUNDS 4u
 /* Boot clocks of machines have nothing in common. */
 #define CLOCK_APART_NS 1000000000000u
 
@@ -424,21 +425,68 @@ void gateway_cut_store(struct gateway *g, bool cut)
     simstore_cut(g->config.store, g->store, cut);
 }
 
+void gateway_slow_store(struct gateway *g, uint32_t commit_ms, uint32_t answer_ms)
+{
+    if (!is_gone(g) && simstore_kind(g->config.store) == SIMSTORE_FDB)
+        simstore_slow(g->config.store, g->store, commit_ms, answer_ms);
+}
+
+static void squeeze_lane(void *arg)
+{
+    struct shard *s = ((struct lane *)arg)->shard;
+    /* (Each round what was asked for lately comes nearer to going.) */
+    for (unsigned i = 0; s && i < SQUEEZE_ROUNDS; i++)
+        blocks_make_room(&s->blocks, buf_pool_budget(s->pool));
+}
+
+void gateway_squeeze(struct gateway *g)
+{
+    if (g->state != GATEWAY_UP)
+        return;
+    trace(g->name, "is short of memory");
+    for (unsigned i = 0; i < g->config.lanes; i++)
+        sim_at(g->reactors[i].env, 0, squeeze_lane, &g->lanes[i]);
+}
+
+void gateway_use_force(struct gateway *g, bool on)
+{
+    if (g->state != GATEWAY_UP)
+        return;
+    trace(g->name, on ? "takes volumes by force" : "takes no volumes by force any more");
+    g->session.skip_lease = on;
+}
+
 /* --- looking ------------------------------------------------------------------------------ */
 
-bool gateway_may_answer(struct gateway *g, uint64_t branch)
+static const struct shard *shard_of(const struct gateway *g, uint64_t branch)
 {
     if (g->state != GATEWAY_UP && g->state != GATEWAY_STOPPING)
-        return false;
-    const struct shard *s = g->lanes[branch % g->config.lanes].shard;
-    if (!s || s->adrift || s->in_doubt || (s->member && !session_holds(s->session, s->env)))
-        return false;
+        return NULL;
+    return g->lanes[branch % g->config.lanes].shard;
+}
+
+static bool has_volume(const struct shard *s, uint64_t branch, enum vol_ownership ownership)
+{
     list_for_each (l, &s->volumes) {
         const struct volume *vol = container_of(l, struct volume, link);
-        if (vol->branch == branch && vol->ownership == VOL_OWNED && !vol->lost)
+        if (vol->branch == branch && vol->ownership == ownership && !vol->lost)
             return true;
     }
     return false;
+}
+
+bool gateway_may_answer(struct gateway *g, uint64_t branch)
+{
+    const struct shard *s = shard_of(g, branch);
+    if (!s || s->adrift || s->in_doubt || (s->member && !session_holds(s->session, s->env)))
+        return false;
+    return has_volume(s, branch, VOL_OWNED);
+}
+
+bool gateway_wants(struct gateway *g, uint64_t branch)
+{
+    const struct shard *s = shard_of(g, branch);
+    return s && has_volume(s, branch, VOL_ACQUIRING);
 }
 
 bool gateway_owns_in_store(struct gateway *g, uint64_t branch)

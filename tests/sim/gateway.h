@@ -53,10 +53,19 @@ void gateway_resume(struct gateway *g);
 /* Its way to the store: cut, everything it sends waits (or is lost) until healed. (Nothing to cut
  * on SIMSTORE_LOG.) */
 void gateway_cut_store(struct gateway *g, bool cut);
+/* Its commits take so much longer on their way to the store, and the answers on the way back; 0: as
+ * long as others'. (Nothing on SIMSTORE_LOG.) */
+void gateway_slow_store(struct gateway *g, uint32_t commit_ms, uint32_t answer_ms);
+/* Memory is short: all blocks leave its caches that may. */
+void gateway_squeeze(struct gateway *g);
+/* While on, it takes volumes from owners that live (session.skip_lease). */
+void gateway_use_force(struct gateway *g, bool on);
 
 /* For checks from outside (G4): whether it takes itself for the owner, and would answer, if it
  * ran now. Its owner key in the store may be older than that, and its word to come. */
 bool gateway_may_answer(struct gateway *g, uint64_t branch);
+/* Whether it is about to take the volume, and can't yet. */
+bool gateway_wants(struct gateway *g, uint64_t branch);
 /* Whether the store names this gateway's present session as the owner. */
 bool gateway_owns_in_store(struct gateway *g, uint64_t branch);
 uint64_t gateway_sessions_ended(struct gateway *g);
