@@ -330,6 +330,8 @@ static struct op *ask_something(struct client *c)
         /* One change of a sector at a time: elsewhere, then, or a read instead. */
         for (int tries = 0; !is_free(c, first, n) && tries < 4; tries++)
             first = pick_first(c, n);
+        if (!is_free(c, first, n) && c->c.only_writes)
+            return op_new(c, OP_FLUSH, 0, 0);
         if (!is_free(c, first, n)) {
             kind = OP_READ;
             n = n < LARGE_SECTORS_MAX ? n : LARGE_SECTORS_MAX;

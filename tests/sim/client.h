@@ -88,6 +88,7 @@ struct client_config {
     uint8_t structured;     /* a bit for each of them: asks for structured replies */
     bool by_offset;         /* requests go to connections by their offset, else at random */
     bool mixes_gateways;    /* a connection that was lost goes elsewhere alone */
+    bool only_writes;       /* reads just what it is told to (client_read_all) */
     bool stays;             /* goes to no other gateway than the first */
     unsigned depth;         /* 1 .. CLIENT_DEPTH_MAX requests at once */
     struct client_mix mix;

@@ -42,6 +42,8 @@
 #define HANG_NS (120000 * MS)
 /* Longer than a connection without a peer lasts. */
 #define LEFT_OVER_MS 35000u
+/* Of the seeds on stores with heartbeats. */
+#define FORCE_PERCENT 5u
 #define VOLUME_NAME "disk"
 #define OTHER_NAME "renamed"
 #define SPARE_NAME "spare"
@@ -68,7 +70,13 @@ enum fault {
     FAULT_ADDRESS,
     FAULT_MIGRATION,
     FAULT_COMMAND,
+    FAULT_SQUEEZE,
+    FAULT_LATE_ANSWERS,
+    FAULT_HELD_COMMITS,
+    FAULT_AIMED_PAUSE,
     FAULT_KINDS,
+    FAULT_FORCE = FAULT_KINDS, /* in seeds that are for it */
+    FAULT_KINDS_ALL,
 };
 
 struct running_command {
@@ -93,7 +101,8 @@ struct run {
     uint64_t storm_ns;
     unsigned n_places;
     struct place places[PLACES_MAX];
-    unsigned weights[FAULT_KINDS];
+    unsigned weights[FAULT_KINDS_ALL];
+    bool by_force; /* volumes are taken from owners that live: see draw_force() */
     unsigned n_faults; /* left */
     bool healing, finishing, stopping;
 
@@ -122,7 +131,8 @@ struct run {
     uint8_t owner[RECORD_BYTES_MAX];
     size_t owner_len;
     struct owner_record owner_record;
-    struct key owner_key;
+    struct key owner_key, state_key;
+    uint64_t state_hash;
     bool has_owner;
 };
 
@@ -164,14 +174,36 @@ static bool owned(const struct owner_record *o)
     return memcmp(o->session, nobody, sizeof nobody) != 0;
 }
 
+/* Something was committed that left the owner key as it was: was it data of who had the volume
+ * before? Who takes it commits nothing more until it has it. (Where there is a log, it does, from
+ * that.) No client need ever see this: whoever takes a volume has seen its last state. */
+static void look_at_state(struct run *r, bool same_owner)
+{
+    struct slice head;
+    if (r->kind != SIMSTORE_FDB || !r->branch ||
+        !simstore_peek(r->store, key_slice(&r->state_key), &head))
+        return;
+    uint64_t hash = hash64(head.data, head.len, 0);
+    bool changed = hash != r->state_hash;
+    r->state_hash = hash;
+    for (unsigned i = 0; changed && same_owner && i < r->n_gateways; i++)
+        if (gateway_wants(r->gateways[i], r->branch) &&
+            gateway_owns_in_store(r->gateways[i], r->branch))
+            wrong(r, "the store took data from an owner after the owner key was %s's (G4)",
+                  r->gateway_names[i]);
+}
+
 /* Something was committed: whose is the volume now? */
 static void look_at_owner(struct run *r)
 {
     struct slice head;
     if (!r->branch || !simstore_peek(r->store, key_slice(&r->owner_key), &head))
         return;
-    if (head.len == r->owner_len && memcmp(head.data, r->owner, head.len) == 0)
+    bool same = head.len == r->owner_len && memcmp(head.data, r->owner, head.len) == 0;
+    if (same) {
+        look_at_state(r, true);
         return;
+    }
     struct owner_record now;
     if (head.len > sizeof r->owner || !owner_decode(key_slice(&r->owner_key), head, &now)) {
         wrong(r, "the owner record is damaged");
@@ -188,11 +220,19 @@ static void look_at_owner(struct run *r)
     r->owner_len = head.len;
     r->owner_record = now;
     r->has_owner = true;
+    look_at_state(r, false);
 }
 
 static void look_at_answering(struct run *r, bool committed)
 {
     struct gateway *who = NULL;
+    if (r->by_force) {
+        /* (What was taken by force is still answered for by who had it, until its next commit.) */
+        for (unsigned i = 0; committed && i < r->n_gateways; i++)
+            if (gateway_owns_in_store(r->gateways[i], r->branch))
+                r->answering = r->gateways[i];
+        return;
+    }
     for (unsigned i = 0; i < r->n_gateways; i++) {
         struct gateway *g = r->gateways[i];
         if (!gateway_may_answer(g, r->branch))
@@ -511,6 +551,7 @@ struct spell {
     struct place *place;
     struct gateway *gateway;
     unsigned host;
+    uint32_t ms;
 };
 
 static struct spell *spell(struct run *r, struct place *p)
@@ -653,6 +694,187 @@ static void begin_store_down(struct run *r)
     sim_at(r->env, ns, end_store_down, r);
 }
 
+/* How long others wait at most until they fence a gateway that is silent. */
+static uint32_t fence_ms(const struct run *r)
+{
+    return r->lease_ms * 9 / 8 + 100;
+}
+
+/* Who writes goes to another gateway, if it may. */
+static void lure(void *arg)
+{
+    struct spell *s = arg;
+    struct run *r = s->r;
+    if (r->healing || !lives(r->vm))
+        return;
+    client_turn_to(r->vm, (s->place->index + 1 + (unsigned)below(r, r->n_places - 1)) % r->n_places);
+    client_lose_connection(r->vm);
+}
+
+static void lure_within(struct run *r, struct place *p, uint32_t ms)
+{
+    sim_at(r->env, below(r, ms * MS), lure, spell(r, p));
+}
+
+static void end_slow_store(void *arg)
+{
+    struct spell *s = arg;
+    gateway_slow_store(s->gateway, 0, 0);
+}
+
+static void begin_cut_among_late_answers(void *arg)
+{
+    struct spell *s = arg;
+    if (s->r->healing || !runs(s->gateway))
+        return;
+    trace("simulator", "%s is cut off from the store", gateway_name(s->r, s->gateway));
+    gateway_cut_store(s->gateway, true);
+    s->r->result->counts.store_cuts++;
+    sim_at(s->r->env, (fence_ms(s->r) + below(s->r, s->r->lease_ms)) * MS, end_store_cut,
+           spell(s->r, s->place));
+    lure_within(s->r, s->place, 100);
+}
+
+/* Its commits happen at once, and it hears of them late, of heartbeats above all: by more than
+ * others wait beyond its lease, and by less than the lease. Then often it hears nothing. */
+static void begin_late_answers(struct run *r, struct place *p)
+{
+    uint32_t more_ms = fence_ms(r) - r->lease_ms;
+    uint32_t late_ms = more_ms + (uint32_t)below(r, r->lease_ms - more_ms);
+    uint64_t ns = (r->lease_ms / 2 + below(r, 2 * r->lease_ms)) * MS;
+    trace("simulator", "commits of %s are answered %u ms late for %llu ms",
+          gateway_name(r, p->gateway), late_ms, (unsigned long long)(ns / MS));
+    gateway_slow_store(p->gateway, 0, late_ms);
+    r->result->counts.late_answers++;
+    if (percent(r, 75))
+        sim_at(r->env, ns, begin_cut_among_late_answers, spell(r, p));
+    sim_at(r->env, ns, end_slow_store, spell(r, p));
+}
+
+/* What it commits just now arrives when others have fenced it, who write the same blocks. */
+static void begin_held_commits(struct run *r, struct place *p)
+{
+    uint32_t held_ms = fence_ms(r) + (uint32_t)below(r, r->lease_ms / 2);
+    trace("simulator", "commits of %s are %u ms on their way", gateway_name(r, p->gateway),
+          held_ms);
+    gateway_slow_store(p->gateway, held_ms, 0);
+    r->result->counts.held_commits++;
+    lure_within(r, p, 300);
+    sim_at(r->env, duration_ns(r), end_slow_store, spell(r, p));
+}
+
+/* It has shown that it lives; what it does next comes late: it gives nothing back at once. */
+static void begin_slow_store(void *arg)
+{
+    struct spell *s = arg;
+    if (s->r->healing)
+        return;
+    gateway_slow_store(s->gateway, s->ms, 0);
+    sim_at(s->r->env, s->ms * MS, end_slow_store, s);
+}
+
+/* Others have seen its last sign of life now: when their time is over, it goes on, while they fence
+ * it. What they commit is on its way for as long as there is doubt about when that is. */
+static void take_aim(struct run *r, struct place *p)
+{
+    uint32_t doubt_ms = 30 + (uint32_t)below(r, r->lease_ms / 8);
+    uint64_t ns = (fence_ms(r) + below(r, doubt_ms)) * MS;
+    trace("simulator", "%s is about to be fenced: it goes on in %llu ms", gateway_name(r, p->gateway),
+          (unsigned long long)(ns / MS));
+    r->result->counts.aimed_pauses++;
+    r->result->counts.long_pauses++;
+    sim_at(r->env, ns, end_pause, spell(r, p));
+    struct spell *slow = spell(r, p);
+    slow->ms = 2 * doubt_ms;
+    sim_at(r->env, ns + below(r, 10 * MS), begin_slow_store, slow);
+    for (unsigned i = 0; i < r->n_places; i++) {
+        struct place *other = &r->places[i];
+        if (other == p || !runs(other->gateway))
+            continue;
+        gateway_slow_store(other->gateway, doubt_ms, 0);
+        sim_at(r->env, ns + doubt_ms * MS, end_slow_store, spell(r, other));
+    }
+}
+
+static void wait_for_challenger(void *arg)
+{
+    struct spell *s = arg;
+    struct run *r = s->r;
+    if (r->healing || !runs(s->gateway) || !gateway_is_paused(s->gateway))
+        return;
+    for (unsigned i = 0; i < r->n_places; i++)
+        if (r->places[i].gateway != s->gateway && gateway_wants(r->places[i].gateway, r->branch)) {
+            take_aim(r, s->place);
+            return;
+        }
+    if (s->ms-- > 0)
+        sim_at(r->env, MS, wait_for_challenger, s);
+    else
+        end_pause(s);
+}
+
+/* Who owns the volume stands still, and nobody has work for it meanwhile. */
+static void begin_aimed_pause(struct run *r, struct place *p)
+{
+    if (!r->answering || p->gateway != r->answering || gateway_is_paused(p->gateway))
+        return;
+    trace("simulator", "%s stands still until it is about to be fenced",
+          gateway_name(r, p->gateway));
+    gateway_pause(p->gateway);
+    r->result->counts.pauses++;
+    struct spell *s = spell(r, p);
+    s->ms = r->lease_ms;
+    wait_for_challenger(s);
+    lure_within(r, p, 20);
+}
+
+static void end_force(void *arg)
+{
+    struct spell *s = arg;
+    if (runs(s->gateway))
+        gateway_use_force(s->gateway, false);
+}
+
+/* Some of the writer's connections stay with the owner, which goes on committing; one comes here. */
+static void begin_force(struct run *r, struct place *p)
+{
+    if (p->gateway == r->answering)
+        p = &r->places[(p->index + 1) % r->n_places];
+    if (!runs(p->gateway) || !lives(r->vm))
+        return;
+    gateway_use_force(p->gateway, true);
+    r->result->counts.forced++;
+    client_turn_to(r->vm, p->index);
+    if (percent(r, 60))
+        client_lose_connection(r->vm);
+    sim_at(r->env, below(r, 300 * MS), end_force, spell(r, p));
+}
+
+/* For a while, so that blocks go soon after they were committed, and come back. */
+struct squeezing {
+    struct run *r;
+    struct gateway *gateway;
+    unsigned left;
+};
+
+static void squeeze(void *arg)
+{
+    struct squeezing *s = arg;
+    if (s->r->healing || !runs(s->gateway))
+        return;
+    gateway_squeeze(s->gateway);
+    if (s->left-- > 0)
+        sim_at(s->r->env, below(s->r, 60 * MS), squeeze, s);
+}
+
+static void begin_squeezing(struct run *r, struct place *p)
+{
+    struct squeezing *s = mem_alloc(sizeof *s);
+    *s = (struct squeezing){.r = r, .gateway = p->gateway, .left = (unsigned)below(r, 60)};
+    r->result->counts.squeezes++;
+    squeeze(s);
+}
+
 static void cut_client(struct run *r, const struct place *p, unsigned host, bool cut)
 {
     net_cut(r->net, p->host, host, cut);
@@ -719,7 +941,7 @@ static void begin_fault(struct run *r, enum fault fault)
         if (r->answering && r->places[i].gateway == r->answering)
             p = &r->places[i];
     bool needs_gateway = fault == FAULT_CRASH || fault == FAULT_PAUSE || fault == FAULT_STORE_CUT ||
-                         fault == FAULT_REPLACE;
+                         fault == FAULT_REPLACE || fault >= FAULT_SQUEEZE;
     if (needs_gateway && !runs(p->gateway))
         return;
     switch (fault) {
@@ -761,7 +983,22 @@ static void begin_fault(struct run *r, enum fault fault)
     case FAULT_COMMAND:
         begin_command(r);
         break;
-    case FAULT_KINDS:
+    case FAULT_SQUEEZE:
+        begin_squeezing(r, p);
+        break;
+    case FAULT_LATE_ANSWERS:
+        begin_late_answers(r, p);
+        break;
+    case FAULT_HELD_COMMITS:
+        begin_held_commits(r, p);
+        break;
+    case FAULT_AIMED_PAUSE:
+        begin_aimed_pause(r, p);
+        break;
+    case FAULT_FORCE:
+        begin_force(r, p);
+        break;
+    case FAULT_KINDS_ALL:
         break;
     }
 }
@@ -785,7 +1022,7 @@ static void next_fault(void *arg)
     if (r->healing || !r->n_faults)
         return;
     r->n_faults--;
-    for (unsigned i = 0; i < FAULT_KINDS; i++)
+    for (unsigned i = 0; i < FAULT_KINDS_ALL; i++)
         total += r->weights[i];
     for (unsigned at = (unsigned)below(r, total); at >= r->weights[kind]; kind++)
         at -= r->weights[kind];
@@ -811,9 +1048,13 @@ static void heal(struct run *r)
             continue;
         if (r->kind == SIMSTORE_FDB)
             gateway_cut_store(g, false);
+        gateway_slow_store(g, 0, 0);
         if (gateway_is_paused(g))
             gateway_resume(g);
     }
+    for (unsigned i = 0; i < r->n_places && r->by_force; i++)
+        if (runs(r->places[i].gateway))
+            begin_crash(r, &r->places[i]);
     if (!lives(r->vm) && !lives(r->vm_next))
         vm_returns(r);
 }
@@ -875,6 +1116,7 @@ static void make_volume(struct run *r)
         return;
     r->branch = s->op.entries[0].branch;
     key_owner(&r->owner_key, r->branch);
+    key_state(&r->state_key, r->branch);
     catalog_op_free(&s->op);
     simstore_detach(r->store, store);
 }
@@ -902,7 +1144,11 @@ static void draw_weights(struct run *r)
         /* (The embedded store has no network to it, and is not shared by machines.) */
         r->weights[FAULT_CRASH] += r->weights[FAULT_STORE_CUT];
         r->weights[FAULT_PAUSE] += r->weights[FAULT_STORE_DOWN];
+        r->weights[FAULT_SQUEEZE] += r->weights[FAULT_LATE_ANSWERS] + r->weights[FAULT_HELD_COMMITS];
+        r->weights[FAULT_PAUSE] += r->weights[FAULT_AIMED_PAUSE];
         r->weights[FAULT_STORE_CUT] = r->weights[FAULT_STORE_DOWN] = 0;
+        r->weights[FAULT_LATE_ANSWERS] = r->weights[FAULT_HELD_COMMITS] = 0;
+        r->weights[FAULT_AIMED_PAUSE] = 0;
     }
 }
 
@@ -957,10 +1203,36 @@ static void draw_clients(struct run *r)
     r->reader_config.burst_max = 4;
     r->reader_config.pause_ms_max = 100 + (uint32_t)below(r, 2000);
     r->n_readers = percent(r, 40) ? 1 + (unsigned)below(r, 2) : 0;
+    if (r->by_force) {
+        c->mix = (struct client_mix){.writes = 100, .large = c->mix.large, .hot = c->mix.hot};
+        c->mixes_gateways = c->only_writes = true;
+        c->depth = CLIENT_DEPTH_MAX;
+        c->burst_max = 1 + (uint32_t)below(r, 10);
+        c->pause_ms_max = 1 + (uint32_t)below(r, 10);
+        r->reader_config.only_writes = true;
+        r->n_readers = 0;
+    }
     /* Where several want the volume at once, or may be taken for several. */
     r->clients.refusals = r->n_readers || c->mixes_gateways || r->store_timeout_ms ||
                           r->weights[FAULT_MIGRATION] || r->weights[FAULT_CLIENT_DEATH] ||
-                          r->weights[FAULT_ADDRESS];
+                          r->weights[FAULT_ADDRESS] || r->weights[FAULT_LATE_ANSWERS] || r->weights[FAULT_HELD_COMMITS] ||
+                          r->weights[FAULT_AIMED_PAUSE];
+}
+
+/* Takeovers by force: nothing but the owner key stands between an owner that lives and commits and
+ * the one that takes the volume. Reads at the old one are not fenced then, nor what changes nothing
+ * there; so clients just write while that goes on, and gateways are new before somebody reads. */
+static void draw_force(struct run *r)
+{
+    r->by_force = r->kind == SIMSTORE_FDB && percent(r, FORCE_PERCENT);
+    if (!r->by_force)
+        return;
+    memset(r->weights, 0, sizeof r->weights);
+    r->weights[FAULT_FORCE] = 8;
+    r->weights[FAULT_CONNECTION] = 1;
+    r->weights[FAULT_SQUEEZE] = 1;
+    r->n_faults = 10 + (unsigned)below(r, 30);
+    r->storm_ns = (2000 + below(r, 4000)) * MS;
 }
 
 static void draw(struct run *r)
@@ -990,6 +1262,7 @@ static void draw(struct run *r)
             .clock_ppm = (int)below(r, (uint64_t)(2 * ppm + 1)) - ppm,
         };
     draw_weights(r);
+    draw_force(r);
 }
 
 /* --- the end ------------------------------------------------------------------------------ */

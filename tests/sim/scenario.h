@@ -54,6 +54,11 @@ enum scenario_needed {
     X(late_refused, "... that came too late to happen", OPTIONAL)                                  \
     X(store_cuts, "gateways cut off from the store", OPTIONAL)                                     \
     X(store_downs, "times when the store answered nobody", OPTIONAL)                               \
+    X(late_answers, "gateways whose commits were answered late", NEEDED_FDB)                        \
+    X(held_commits, "gateways whose commits came late", NEEDED_FDB)                                \
+    X(aimed_pauses, "gateways that woke as they were being fenced", NEEDED_FDB)                    \
+    X(forced, "gateways that took a volume by force", NEEDED_FDB)                                   \
+    X(squeezes, "times when a gateway was short of memory", NEEDED)                                \
     X(client_cuts, "clients cut off from a gateway", OPTIONAL)                                     \
     X(connections, "connections", NEEDED)                                                          \
     X(connections_lost, "connections lost", NEEDED)                                                \
