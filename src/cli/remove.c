@@ -132,9 +132,9 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
         }
         if (waited_ms >= LEAVING_MS_MAX) {
             cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on "
-                      "%s): disconnect it first, or use --force",
+                      "%s): disconnect it first%s",
                       name, run->cli->store_uri, entry.owner.address, entry.owner.pid,
-                      entry.owner.host);
+                      entry.owner.host, o->force ? "" : ", or use --force");
             return CLI_FAILED;
         }
         run_pause(run, LOOK_AGAIN_MS);

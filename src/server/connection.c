@@ -133,8 +133,7 @@ void conn_die(struct conn *c, const char *why)
     list_remove(&c->flush_link);
     if (serving) {
         env_timer_stop(c->lane->env, &c->claim_timer);
-        env_timer_stop(c->lane->env, &c->leftover.timer);
-        leftover_drop(c);
+        leftover_end(c);
         transmission_abandon(c);
         volume_unwatch_loss(&c->watcher);
         out_drop(c);
@@ -544,7 +543,8 @@ static bool serve_once(struct conn *c)
     bool was_ahead = leftover_has_bytes(c); /* then the socket may have more */
     ssize_t got = leftover_receive(c, iov, n_iov);
     if (got < 0) {
-        if (errno != EAGAIN)
+        c->drained = errno == EAGAIN;
+        if (!c->drained)
             conn_die(c, strerror(errno));
         return false;
     }
@@ -640,6 +640,13 @@ static void hang_up(struct conn *c)
         take_no_more(c);
 }
 
+/* Whether all that has come was read. */
+static bool is_drained(const struct conn *c)
+{
+    uint8_t byte;
+    return c->drained || wire_peek(c->wire, &byte, 1) < 0;
+}
+
 /* What to wait for next, or the end. */
 static void settle(struct conn *c)
 {
@@ -659,8 +666,8 @@ static void settle(struct conn *c)
         conn_die(c, c->stopping ? "the server is stopping" : "the client is done");
         return;
     }
-    if ((c->leftover.since_ms || c->claim_refused) && c->drained && !c->leftover.waits &&
-        !c->stash_len)
+    if ((c->leftover.since_ms || c->claim_refused) && !c->leftover.waits && !c->claim_waits &&
+        !c->stash_len && !leftover_has_bytes(c) && is_drained(c))
         leftover_drained(c);
     bool reads = may_read(c);
     wire_watch(c->wire, (reads ? WIRE_READABLE : 0) | (c->blocked ? WIRE_WRITABLE : 0) |

@@ -113,8 +113,10 @@ struct leftover {
     /* A change waits for the volume since then, or was refused and there is more behind it; 0: none
      * does; and the volume's, when that began. */
     uint64_t since_ms, lineage;
+    bool keeps;          /* the volume from being idle */
+    bool in_doubt;       /* others changed the volume, and no end was seen yet */
     bool waits;          /* nothing is taken until it is answered */
-    enum status refused; /* the volume can't be had, and nothing is that was sent before that was said */
+    enum status refused; /* the volume can't be had, nor what was sent before that was said */
     uint8_t *bytes;      /* [at, len) are unused */
     size_t at, len, cap;
     struct env_timer timer;
@@ -178,7 +180,7 @@ struct conn {
     struct request *late_request; /* refused; answered when its payload was thrown away */
     struct nbd_reply_to late_to;  /* the same where there is no struct request, if late_error */
     uint32_t late_error;
-    const char *late_why;
+    char *late_why; /* a copy; NULL: none */
     enum receive_state receive;
     struct piece *receiving;
     uint32_t receive_seg, receive_at; /* RECEIVE_BUFFERS: position */
@@ -401,6 +403,8 @@ static inline bool leftover_has_bytes(const struct conn *c)
 /* All that the client has sent was taken. */
 void leftover_drained(struct conn *c);
 void leftover_drop(struct conn *c);
+/* The connection dies. */
+void leftover_end(struct conn *c);
 
 /* --- lanes.c ----------------------------------------------------------------------------- */
 

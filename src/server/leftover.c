@@ -28,16 +28,37 @@
 #define AHEAD_BYTES_EACH (64u << 10)
 /* Longer than what is lost on the way takes to come again. */
 #define MOMENT_MS 1000u
+
+/* While a client's moment lasts, the volume is not idle: it would go to and fro between servers that
+ * both have clients who wait. */
+static void keep(struct conn *c, bool on)
+{
+    if (c->leftover.keeps != on)
+        volume_keep(c->vol, on);
+    c->leftover.keeps = on;
+}
+
 static void go_on(struct env_timer *timer)
 {
     struct conn *c = container_of(timer, struct conn, leftover.timer);
+    keep(c, false);
     c->leftover.waits = false;
     conn_wake(c);
 }
 
+void leftover_end(struct conn *c)
+{
+    env_timer_stop(c->lane->env, &c->leftover.timer);
+    keep(c, false);
+    leftover_drop(c);
+}
+
 static void wait_a_moment(struct conn *c)
 {
-    c->leftover.waits = true;
+    keep(c, true);
+    c->leftover.waits = c->leftover.in_doubt = true;
+    if (!c->leftover.since_ms)
+        c->leftover.since_ms = lane_now_ms(c->lane);
     c->leftover.timer.fire = go_on;
     env_timer_start(c->lane->env, &c->leftover.timer, MOMENT_MS);
 }
@@ -68,7 +89,9 @@ static enum ahead look_ahead(struct conn *c)
     for (;;) {
         if (l->len - l->at >= AHEAD_BYTES_MAX || c->lane->ahead_bytes >= AHEAD_BYTES_LANE_MAX)
             return AHEAD_TOO_MUCH;
+        size_t cap = l->cap;
         mem_grow(&l->bytes, &l->cap, l->len + AHEAD_BYTES_EACH, 1);
+        c->lane->ahead_bytes += l->cap - cap;
         struct iovec iov = {l->bytes + l->len, AHEAD_BYTES_EACH};
         ssize_t n = wire_receive(c->wire, &iov, 1);
         if (n < 0 && errno == EAGAIN) {
@@ -80,7 +103,6 @@ static enum ahead look_ahead(struct conn *c)
         if (n <= 0)
             return AHEAD_END;
         l->len += (size_t)n;
-        c->lane->ahead_bytes += (uint64_t)n;
     }
 }
 
@@ -101,7 +123,7 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
     uint64_t taken = volume_times_taken(c->vol);
     /* (A Unix socket's end is always seen.) */
     bool changed = volume_changed_before_taken(c->vol) ||
-                   (l->lineage && l->lineage != volume_lineage(c->vol));
+                   (l->lineage && l->lineage != volume_lineage(c->vol)) || l->in_doubt;
     if (c->is_tcp && changed) {
         bool first = l->looked != taken;
         bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
@@ -122,6 +144,7 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         }
     }
     l->checked = taken;
+    l->in_doubt = false;
     leftover_drained(c);
     return LEFTOVER_NONE;
 }
@@ -161,7 +184,7 @@ ssize_t leftover_receive(struct conn *c, struct iovec *iov, size_t n)
 void leftover_drop(struct conn *c)
 {
     struct leftover *l = &c->leftover;
-    c->lane->ahead_bytes -= l->len;
+    c->lane->ahead_bytes -= l->cap;
     free(l->bytes);
     l->bytes = NULL;
     l->len = l->at = l->cap = 0;

@@ -34,6 +34,7 @@ struct running {
     unsigned n_signals;
     struct rivals rivals;
     struct env_timer replace_timer;
+    bool names_taken, told; /* of Unix sockets, from those that are replaced; these were told */
 };
 
 static struct running *running_of(struct server *s)
@@ -67,6 +68,9 @@ static void on_signal(uv_signal_t *handle, int signum)
     r->n_signals++;
     if (r->n_signals == 1) {
         log_info("%s: stopping", signum == SIGINT ? "interrupted" : "asked to end");
+        /* The old one has lost its sockets' names to us: without it and us nobody would serve. */
+        if (r->names_taken && !r->told)
+            rivals_tell(&r->rivals);
         env_timer_stop(r->server.lanes[0].env, &r->replace_timer);
         listeners_close(r->listeners);
         r->listeners = NULL;
@@ -120,6 +124,7 @@ static void replace(struct env_timer *timer)
 {
     struct running *r = container_of(timer, struct running, replace_timer);
     rivals_tell(&r->rivals);
+    r->told = true;
     accept_connections(r);
 }
 
@@ -194,7 +199,11 @@ static enum status take_addresses(struct running *r, struct err *e)
     /* Again: by now another one that replaces the same server would be seen. */
     if (st == ST_OK)
         st = find_rivals(r, e);
-    return st == ST_OK ? listeners_take_names(r->listeners, e) : st;
+    if (st == ST_OK)
+        st = listeners_take_names(r->listeners, e);
+    for (size_t i = 0; i < r->server.config->n_listen && r->rivals.n > 0; i++)
+        r->names_taken |= strncmp(r->server.config->listen[i], "unix:", 5) == 0;
+    return st;
 }
 
 static enum status serve(struct running *r, struct err *e)

@@ -152,8 +152,8 @@ static void reply_failure_to(struct conn *c, const struct nbd_reply_to *to, enum
 }
 
 /* Refuses a request that no struct request was made for; `payload` bytes of it are still to
- * come, `why` may be empty and stays as long as the connection. The reply waits for them: clients (libnbd) do not expect an answer to a request that
- * they have not sent whole. */
+ * come, `why` may be empty. The reply waits for them: clients (libnbd) do not expect an answer to a
+ * request that they have not sent whole. */
 static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, uint64_t payload,
                    const char *why)
 {
@@ -167,7 +167,8 @@ static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, 
     }
     c->discard = payload;
     c->late_error = error;
-    c->late_why = why;
+    free(c->late_why);
+    c->late_why = *why ? mem_strdup(why) : NULL;
     c->late_to = to;
 }
 
@@ -597,8 +598,10 @@ static void write_begun(struct conn *c, struct piece *p)
 static void discarded(struct conn *c)
 {
     if (c->late_error) {
-        reply_error_to(c, &c->late_to, c->late_error, c->late_why);
+        reply_error_to(c, &c->late_to, c->late_error, c->late_why ? c->late_why : "");
         c->late_error = 0;
+        free(c->late_why);
+        c->late_why = NULL;
     }
     struct request *q = c->late_request;
     c->late_request = NULL;
@@ -720,6 +723,8 @@ void transmission_abort_receive(struct conn *c)
     struct request *refused = c->late_request;
     c->late_request = NULL;
     c->late_error = 0;
+    free(c->late_why);
+    c->late_why = NULL;
     c->discard = 0;
     if (refused)
         give_up_unsent(refused);

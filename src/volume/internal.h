@@ -242,9 +242,11 @@ struct volume {
     bool changed_known;
     char changed_by[384];
     uint64_t times_taken;
+    unsigned kept;             /* see volume_keep() */
     bool changed_before_taken; /* between the first request that wanted it, and its being taken */
     struct list parked;        /* requests that wait for ownership */
     char refusal[768];         /* see volume_refusal() */
+    uint64_t refusal_told_ns;
     struct list watchers;
     void (*release_done)(struct volume *vol, void *arg);
     void *release_arg;

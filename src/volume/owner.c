@@ -23,6 +23,7 @@
 #define TIMES_DEAF_MAX 3u /* ... that gives signs of life and no answer */
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
 #define LEAVING_LOOK_MS 10u /* how often is looked whether the last requests are over */
+#define REFUSAL_TELL_NS 10000000000ull /* the same refusal is logged so often */
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
 #define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
@@ -193,8 +194,15 @@ static void acquire_fail(struct acquire *a, enum status st, const char *why)
 {
     struct volume *vol = a->vol;
     struct list parked = LIST_INIT(parked);
+    char was[sizeof vol->refusal];
+    memcpy(was, vol->refusal, sizeof was);
     snprintf(vol->refusal, sizeof vol->refusal, "volume %s can't be used here: %s", vol->name, why);
-    log_warning("%s", vol->refusal);
+    /* A client may try again all the time. */
+    uint64_t now = env_now_ns(vol->shard->env);
+    if (strcmp(was, vol->refusal) != 0 || now - vol->refusal_told_ns >= REFUSAL_TELL_NS) {
+        vol->refusal_told_ns = now;
+        log_warning("%s", vol->refusal);
+    }
     acquire_end(a);
     vol->ownership = VOL_UNOWNED;
     list_splice_tail(&parked, &vol->parked);
@@ -893,7 +901,8 @@ static void mail_idle_check(struct env_timer *timer)
     struct volume *vol = m->vol;
     char text[512];
     bool leaving = vol->shard->leaving; /* takes no new requests */
-    bool idle = vol->busy == 0 && (leaving || requests_of(vol) == m->requests_then);
+    bool idle = vol->busy == 0 &&
+                (leaving || (!vol->kept && requests_of(vol) == m->requests_then));
     if (vol->ownership == VOL_OWNED && idle && !vol->closing) {
         owner_release(vol, mail_released, m);
         return;

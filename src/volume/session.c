@@ -451,9 +451,10 @@ static void begin_again(struct session *s)
         return;
     if (s->stage == SESSION_LETTING_GO)
         log_error("the session of this server ended: %s. %u volume%s it owned %s given up, their "
-                  "connections closed without answers",
+                  "connections closed without answers (%llu sessions of it ended so by now)",
                   s->why, s->n_volumes_lost, s->n_volumes_lost == 1 ? "" : "s",
-                  s->n_volumes_lost == 1 ? "was" : "were");
+                  s->n_volumes_lost == 1 ? "was" : "were",
+                  (unsigned long long)atomic_load(&s->n_ended));
     s->stage = SESSION_BEGINNING;
     env_random(s->env, s->next_id, sizeof s->next_id);
     if (store_session_begin(s->store, s->next_id, &e) != ST_OK) {

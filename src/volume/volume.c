@@ -394,6 +394,11 @@ bool volume_changed_before_taken(const struct volume *vol)
     return vol->changed_before_taken;
 }
 
+void volume_keep(struct volume *vol, bool on)
+{
+    vol->kept += on ? 1 : -1u;
+}
+
 uint64_t volume_lineage(const struct volume *vol)
 {
     return vol->lineage;

@@ -182,6 +182,8 @@ bool volume_is_owned(const struct volume *vol);
  * that asked for it to be taken, and its being taken. */
 uint64_t volume_times_taken(const struct volume *vol);
 bool volume_changed_before_taken(const struct volume *vol);
+/* Between on and off it does not count as idle, and is not handed over (any number of these). */
+void volume_keep(struct volume *vol, bool on);
 /* Another number each time it was found that others changed its data. */
 uint64_t volume_lineage(const struct volume *vol);
 

@@ -40,7 +40,7 @@ enum scenario_needed {
     X(resends, "requests sent again", NEEDED)                                                      \
     X(takeovers, "takeovers from an owner that had not let go", NEEDED)                            \
     X(handovers, "handovers by an owner that let go", NEEDED)                                      \
-    X(fenced, "sessions that were ended by others", OPTIONAL)                                      \
+    X(fenced, "sessions that were ended by others", NEEDED_FDB)                                    \
     X(crashes, "gateways that crashed", NEEDED)                                                    \
     X(host_deaths, "... with their hosts", OPTIONAL)                                               \
     X(ended, "... ended by others, or for want of the store", OPTIONAL)                            \
