@@ -1026,6 +1026,14 @@ void client_turn_to(struct client *c, unsigned gateway)
     c->gateway = gateway;
 }
 
+void client_move(struct client *c, unsigned gateway)
+{
+    c->gateway = gateway;
+    c->c.mixes_gateways = false;
+    trace(c->c.name, "moves to gateway %u", gateway + 1);
+    leave_others(c);
+}
+
 void client_lose_connection(struct client *c)
 {
     struct conn *conn = &c->conns[below(c, c->c.n_connections)];

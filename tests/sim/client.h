@@ -126,6 +126,8 @@ void client_do_not_read(struct client *c, uint32_t ms);
 
 /* The service address moved: connections it makes from now on go there. */
 void client_turn_to(struct client *c, unsigned gateway);
+/* All its connections go there, as far as their end can be heard. */
+void client_move(struct client *c, unsigned gateway);
 /* Ends one of its connections, as far as that can be heard; it goes on elsewhere. */
 void client_lose_connection(struct client *c);
 

@@ -1288,14 +1288,15 @@ static bool two_served(struct run *r)
     return n_served(r) >= 2;
 }
 
-/* Sends the writer to a gateway that has served nobody yet. */
+/* Sends everybody to a gateway that has served nobody yet. */
 static void show_another(struct run *r)
 {
     unsigned to = 0;
     while (r->clients.served[to])
         to++;
-    client_turn_to(r->vm, to);
-    client_lose_connection(r->vm);
+    for (unsigned i = 0; i < r->n_clients; i++)
+        if (!client_is_gone(r->all_clients[i]))
+            client_move(r->all_clients[i], to);
 }
 
 static bool all_clients_idle(struct run *r)
