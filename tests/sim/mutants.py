@@ -113,16 +113,33 @@ MUTANTS = [
          """        len = session_fenced_bytes""")], test=FDB),
 
     Mutant("a write of a dead connection is applied late", [
-        # What was not read when it hung up is taken in, as the requests before it allow.
+        # What was not read when it hung up is taken in a second later.
+        ("src/server/connection.c",
+         """static void hang_up(struct conn *c)
+{""",
+         """static void take_late(struct env_timer *timer)
+{
+    struct conn *c = container_of(timer, struct conn, leftover.timer);
+    c->leftover.waits = false;
+    conn_wake(c);
+}
+
+static void hang_up(struct conn *c)
+{"""),
         ("src/server/connection.c",
          """    if (c->phase == CONN_SERVING && !c->at_end)
         take_no_more(c);
 }
 
-/* What to wait for next""",
-         """}
+/* Whether all""",
+         """    if (c->phase == CONN_SERVING && !c->at_end) {
+        c->leftover.waits = true;
+        c->leftover.timer.fire = take_late;
+        env_timer_start(c->lane->env, &c->leftover.timer, 1000);
+    }
+}
 
-/* What to wait for next""")], test=BOTH),
+/* Whether all""")], test=BOTH),
 
     Mutant("a half-sent write is applied", [
         ("src/server/transmission.c",
