@@ -111,8 +111,8 @@ struct leftover {
     uint64_t checked;    /* volume_times_taken() when it was answered last ... */
     uint64_t looked;     /* ... and asked */
     /* A change waits for the volume since then, or was refused and there is more behind it; 0: none
-     * does; and the volume's, when that began. */
-    uint64_t since_ms, lineage;
+     * does; the volume's when that began, and when it was looked at first after that. */
+    uint64_t since_ms, lineage_then, lineage;
     bool keeps;          /* the volume from being idle */
     bool in_doubt;       /* others changed the volume, and no end was seen yet */
     bool waits;          /* nothing is taken until it is answered */

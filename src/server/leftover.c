@@ -114,20 +114,23 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         return LEFTOVER_REFUSED;
     }
     if (!volume_is_owned(c->vol)) {
-        if (!l->since_ms)
+        if (!l->since_ms) {
             l->since_ms = lane_now_ms(c->lane);
+            l->lineage_then = volume_lineage(c->vol);
+        }
         l->waits = true;
         transmission_own(c);
         return LEFTOVER_WAIT;
     }
     uint64_t taken = volume_times_taken(c->vol);
     /* (A Unix socket's end is always seen.) */
+    bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
+                                       c->lane->server->limits.pause_close_ms;
     bool changed = volume_changed_before_taken(c->vol) ||
-                   (l->lineage && l->lineage != volume_lineage(c->vol)) || l->in_doubt;
+                   (l->lineage && l->lineage != volume_lineage(c->vol)) || l->in_doubt ||
+                   (long_ago && l->lineage_then != volume_lineage(c->vol));
     if (c->is_tcp && changed) {
         bool first = l->looked != taken;
-        bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
-                                           c->lane->server->limits.pause_close_ms;
         enum ahead ahead = look_ahead(c);
         l->looked = taken;
         if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {

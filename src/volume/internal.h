@@ -242,6 +242,9 @@ struct volume {
     bool changed_known;
     char changed_by[384];
     uint64_t times_taken;
+    /* The owner key may name this session although the volume is not owned: it was taken for nobody, or
+     * what became of that is not known yet. */
+    bool may_be_ours;
     unsigned kept;             /* see volume_keep() */
     bool changed_before_taken; /* between the first request that wanted it, and its being taken */
     struct list parked;        /* requests that wait for ownership */
@@ -342,6 +345,8 @@ void volume_tell_watchers(struct volume *vol, const char *why);
 bool owner_ready(struct volume *vol, struct vol_io *io);
 /* Whether `io`, a change, comes from a writer that may write; if not, it is told why. */
 bool owner_lets_write(struct volume *vol, struct vol_io *io);
+/* Before the volume goes: finds out whether the owner key names this session, and gives it back. */
+void owner_settle(struct volume *vol);
 /* The session of this process is in doubt no more: goes on with what was parked for that. */
 void owner_resume(struct volume *vol);
 /* Commits everything and gives the owner key back. */

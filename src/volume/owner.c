@@ -24,6 +24,7 @@
 #define IDLE_MS 100u /* a volume without a request for so long may be handed over */
 #define LEAVING_LOOK_MS 10u /* how often is looked whether the last requests are over */
 #define REFUSAL_TELL_NS 10000000000ull /* the same refusal is logged so often */
+#define AGAIN_MS 1000u
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
 #define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
@@ -471,6 +472,7 @@ static void acquire_take(struct acquire *a)
                                       .wake_watchers = true,
                                       .reserved = true,
                                       .done = acquire_committed};
+    vol->may_be_ours = true;
     a->inflight = true;
     store_commit(s->store, s->env, &a->commit);
 }
@@ -644,6 +646,12 @@ static void acquire_got(struct store_read *read, enum status st)
             memcpy(a->was, o->head.data, o->head.len);
     }
     store_read_release(read);
+    if (st != ST_OK && st != ST_NOTFOUND && vol->closing && vol->may_be_ours) {
+        acquire_later(a, AGAIN_MS);
+        return;
+    }
+    if (st == ST_NOTFOUND || damaged)
+        vol->may_be_ours = false;
     if (st != ST_OK || damaged) {
         acquire_fail(a, damaged ? ST_IO : st,
                      damaged            ? damaged
@@ -657,7 +665,9 @@ static void acquire_got(struct store_read *read, enum status st)
     a->looked = true;
     note_changes(vol, &entry->state, &entry->owner);
     refuse_outdated(vol);
-    if (list_empty(&vol->parked)) {
+    /* (One that is ours already has to be given back, so it is taken first.) */
+    vol->may_be_ours = !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES);
+    if (list_empty(&vol->parked) && !vol->may_be_ours) {
         acquire_drop(a);
         return;
     }
@@ -710,6 +720,12 @@ bool owner_ready(struct volume *vol, struct vol_io *io)
     return false;
 }
 
+void owner_settle(struct volume *vol)
+{
+    if (vol->closing && vol->may_be_ours && vol->ownership == VOL_UNOWNED && !vol->lost)
+        acquire_start(vol);
+}
+
 void owner_resume(struct volume *vol)
 {
     if (vol->ownership == VOL_OWNED)
@@ -738,6 +754,7 @@ static void release_committed(struct store_commit *commit, enum status st)
         env_timer_start(vol->shard->env, &r->retry, 1000);
         return;
     }
+    vol->may_be_ours = false;
     vol->release = NULL;
     free(r);
     if (st == ST_CONFLICT && !vol->lost)

@@ -49,7 +49,9 @@ static void open_read(struct store_read *read, enum status st)
     struct volume_open *op = container_of(read, struct volume_open, read);
     struct shard *s = op->shard;
     struct header_record header;
+    struct state_record state;
     struct volume *vol = NULL;
+    bool state_known = false;
 
     if (st == ST_OK)
         st = op->gets[0].st;
@@ -59,6 +61,8 @@ static void open_read(struct store_read *read, enum status st)
         fail(&op->err, st, "the header of volume %s can't be read: %s", op->name, status_text(st));
     else if (!header_decode(op->gets[0].key, op->gets[0].head, &header))
         st = fail(&op->err, ST_IO, "the header of volume %s is damaged", op->name);
+    if (st == ST_OK && op->gets[1].st == ST_OK)
+        state_known = state_decode(op->gets[1].key, op->gets[1].head, &state);
     store_read_release(read);
     if (st == ST_OK && find(s, op->branch)) {
         /* Another open of the same volume was faster. */
@@ -81,6 +85,8 @@ static void open_read(struct store_read *read, enum status st)
         vol->tag = ++s->next_tag;
         vol->refs = 1;
         vol->lineage = 1;
+        vol->changed_known = state_known;
+        vol->changed = state_known ? state.changed : 0;
         list_init(&vol->parked);
         list_init(&vol->watchers);
         list_init(&vol->reopen);
@@ -115,7 +121,9 @@ void volume_open(struct shard *shard, struct volume_open *op)
     }
     key_header(&op->keys[0], op->branch);
     op->gets[0] = (struct store_get){.key = key_slice(&op->keys[0])};
-    op->read = (struct store_read){.gets = op->gets, .n_gets = 1, .done = open_read};
+    key_state(&op->keys[1], op->branch);
+    op->gets[1] = (struct store_get){.key = key_slice(&op->keys[1])};
+    op->read = (struct store_read){.gets = op->gets, .n_gets = 2, .done = open_read};
     store_read(shard->store, shard->env, &op->read);
 }
 
@@ -324,7 +332,8 @@ static bool may_free(const struct volume *vol)
 {
     return vol->closing && !vol->busy && !vol->fetches && !index_loading(vol) && owner_quiet(vol) &&
            !trash_busy(vol) &&
-           (vol->lost ? list_empty(&vol->gens) : vol->ownership == VOL_UNOWNED);
+           (vol->lost ? list_empty(&vol->gens)
+                      : vol->ownership == VOL_UNOWNED && !vol->may_be_ours);
 }
 
 static void free_task(struct env_task *task)
@@ -345,6 +354,7 @@ void volume_progress(struct volume *vol)
     if (vol->closing && vol->ownership == VOL_OWNED && !vol->busy)
         owner_release(vol, NULL, NULL);
     owner_progress(vol);
+    owner_settle(vol);
     vol->in_progress = false;
     /* Freed from the loop, because whoever called may still look at it. */
     if (may_free(vol) && !vol->free_posted) {

@@ -157,9 +157,9 @@ struct volume_open {
 
     struct shard *shard; /* the volume's, from here on */
     struct list link;
-    struct key keys[1];
+    struct key keys[2];
     struct store_read read;
-    struct store_get gets[1];
+    struct store_get gets[2];
 };
 void volume_open(struct shard *shard, struct volume_open *op);
 
