@@ -25,6 +25,8 @@
 #define LEAVING_LOOK_MS 10u /* how often is looked whether the last requests are over */
 #define REFUSAL_TELL_NS 10000000000ull /* the same refusal is logged so often */
 #define AGAIN_MS 1000u
+/* Then it is left to others: they evict this server, or it ends. */
+#define GIVE_BACK_TRIES_MAX 5u
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
 #define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
@@ -646,11 +648,12 @@ static void acquire_got(struct store_read *read, enum status st)
             memcpy(a->was, o->head.data, o->head.len);
     }
     store_read_release(read);
-    if (st != ST_OK && st != ST_NOTFOUND && vol->closing && vol->may_be_ours) {
+    if (st != ST_OK && st != ST_NOTFOUND && vol->closing && vol->may_be_ours &&
+        ++a->tries <= GIVE_BACK_TRIES_MAX) {
         acquire_later(a, AGAIN_MS);
         return;
     }
-    if (st == ST_NOTFOUND || damaged)
+    if (st == ST_NOTFOUND || damaged || vol->closing)
         vol->may_be_ours = false;
     if (st != ST_OK || damaged) {
         acquire_fail(a, damaged ? ST_IO : st,

@@ -1161,6 +1161,40 @@ static void idle_volumes_cost_one_heartbeat(void **state)
     end(&s);
 }
 
+static bool anybodys(struct vol_io *io, const void *arg)
+{
+    (void)io;
+    (void)arg;
+    return true;
+}
+
+/* A gateway takes a volume, hears of it when its session is in doubt, and by then its client has left:
+ * the owner key must not go on naming it, for it would answer nobody who wants the volume. */
+static void volume_taken_for_nobody_is_given_back(void **state)
+{
+    (void)state;
+    struct scene s;
+    struct knock k;
+    static const uint8_t nobody[SESSION_ID_BYTES];
+    begin(&s, 21, 2);
+    struct process *a = s.p[0];
+    mem_store_late_answers(a->store, (LEASE_MS + 1000) * NS_PER_MS);
+    drv_knock(a, &k);
+    while (!owns_in_store(&s, s.d->branch, a))
+        assert_true(sim_step(s.d->sim));
+    mem_store_late_answers(a->store, 0);
+    volume_withdraw(a->vol, anybodys, NULL);
+    assert_true(k.answered);
+    assert_int_equal(k.st, ST_SHUTDOWN);
+    /* What a server does before it takes requests: it notices the doubt. */
+    run_ms(&s, LEASE_MS + 100);
+    shard_may_answer(a->shard);
+    process_close(s.d, a);
+    assert_false(s.d->violated);
+    assert_memory_equal(owner_of(&s, s.d->branch).session, nobody, sizeof nobody);
+    end(&s);
+}
+
 /* The hook of tests: two gateways on one volume by force. Nothing but the owner key stands
  * between them, and that suffices: the loser's next commit is refused. */
 static void by_force_the_owner_key_decides(void **state)
@@ -1214,6 +1248,7 @@ int main(void)
         cmocka_unit_test(dead_sessions_are_swept),
         cmocka_unit_test(outage_is_not_silence),
         cmocka_unit_test(idle_volumes_cost_one_heartbeat),
+        cmocka_unit_test(volume_taken_for_nobody_is_given_back),
         cmocka_unit_test(by_force_the_owner_key_decides),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
