@@ -626,7 +626,17 @@ static uint64_t waits_ns(const struct conn *conn)
     return now_ns(c) - since;
 }
 
-static void conn_try(void *arg);
+/* Whether all changes under way on it have been waiting for so long that its gateway ends it by
+ * itself. */
+static bool may_vanish(const struct conn *conn)
+{
+    const struct client *c = conn->client;
+    for (const struct op *op = c->ops; op < c->ops + SLOTS; op++)
+        if (op->used && op->conn == conn->index && is_change(op) &&
+            now_ns(c) - op->sent_ns <= c->c.timeout_ms * MS)
+            return false;
+    return true;
+}
 
 static void try_again(struct conn *conn, uint64_t delay_ns)
 {
@@ -909,6 +919,9 @@ static void tick(void *arg)
         struct conn *conn = &c->conns[i];
         if (waits_too_long(c, conn)) {
             bool vanishes = is_cut(conn) || below(c, 3) == 0;
+            if (vanishes && !may_vanish(conn) && is_cut(conn))
+                continue; /* later */
+            vanishes &= may_vanish(conn);
             c->c.all->counts.timeouts++;
             conn_lost(conn, vanishes ? END_VANISH : loud_ending(c), "no answer for too long");
         }
