@@ -248,11 +248,12 @@ static void fail_parked(struct env_task *task)
     struct volume *vol = container_of(task, struct volume, fail_task);
     vol->fail_posted = false;
     fail_waiting(vol, &vol->parked);
+    volume_progress(vol);
 }
 
 void volume_fail_parked_soon(struct volume *vol)
 {
-    if (vol->fail_posted)
+    if (vol->fail_posted || list_empty(&vol->parked))
         return;
     vol->fail_posted = true;
     vol->fail_task.run = fail_parked;
@@ -330,8 +331,8 @@ static void volume_free(struct volume *vol)
 
 static bool may_free(const struct volume *vol)
 {
-    return vol->closing && !vol->busy && !vol->fetches && !index_loading(vol) && owner_quiet(vol) &&
-           !trash_busy(vol) &&
+    return vol->closing && !vol->fail_posted && !vol->busy && !vol->fetches &&
+           !index_loading(vol) && owner_quiet(vol) && !trash_busy(vol) &&
            (vol->lost ? list_empty(&vol->gens)
                       : vol->ownership == VOL_UNOWNED && !vol->may_be_ours);
 }
