@@ -123,12 +123,12 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         return LEFTOVER_WAIT;
     }
     uint64_t taken = volume_times_taken(c->vol);
-    /* (A Unix socket's end is always seen.) */
     bool long_ago = l->since_ms && lane_now_ms(c->lane) - l->since_ms >=
                                        c->lane->server->limits.pause_close_ms;
     bool changed = volume_changed_before_taken(c->vol) ||
                    (l->lineage && l->lineage != volume_lineage(c->vol)) || l->in_doubt ||
                    (long_ago && l->lineage_then != volume_lineage(c->vol));
+    /* (A Unix socket's end is always seen.) */
     if (c->is_tcp && changed) {
         bool first = l->looked != taken;
         enum ahead ahead = look_ahead(c);

@@ -151,6 +151,12 @@ static void reply_failure_to(struct conn *c, const struct nbd_reply_to *to, enum
     reply_error_to(c, to, nbd_error_of(st), st == ST_PERM ? volume_refusal(c->vol) : "");
 }
 
+static void set_late_why(struct conn *c, const char *why)
+{
+    free(c->late_why);
+    c->late_why = *why ? mem_strdup(why) : NULL;
+}
+
 /* Refuses a request that no struct request was made for; `payload` bytes of it are still to
  * come, `why` may be empty. The reply waits for them: clients (libnbd) do not expect an answer to a
  * request that they have not sent whole. */
@@ -167,8 +173,7 @@ static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, 
     }
     c->discard = payload;
     c->late_error = error;
-    free(c->late_why);
-    c->late_why = *why ? mem_strdup(why) : NULL;
+    set_late_why(c, why);
     c->late_to = to;
 }
 
@@ -600,8 +605,7 @@ static void discarded(struct conn *c)
     if (c->late_error) {
         reply_error_to(c, &c->late_to, c->late_error, c->late_why ? c->late_why : "");
         c->late_error = 0;
-        free(c->late_why);
-        c->late_why = NULL;
+        set_late_why(c, "");
     }
     struct request *q = c->late_request;
     c->late_request = NULL;
@@ -723,8 +727,7 @@ void transmission_abort_receive(struct conn *c)
     struct request *refused = c->late_request;
     c->late_request = NULL;
     c->late_error = 0;
-    free(c->late_why);
-    c->late_why = NULL;
+    set_late_why(c, "");
     c->discard = 0;
     if (refused)
         give_up_unsent(refused);

@@ -152,6 +152,16 @@ bool owner_lets_write(struct volume *vol, struct vol_io *io)
     return false;
 }
 
+static void resume(struct volume *vol, struct list *ios)
+{
+    struct list *l;
+    while ((l = list_pop(ios))) {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        io->stage = IO_IDLE;
+        write_resume(vol, io);
+    }
+}
+
 /* Whoever can't be let write anyhow need not take the volume from others for that. */
 static void refuse_outdated(struct volume *vol)
 {
@@ -163,12 +173,7 @@ static void refuse_outdated(struct volume *vol)
             list_add_tail(&refused, l);
         }
     }
-    struct list *l;
-    while ((l = list_pop(&refused))) {
-        struct vol_io *io = container_of(l, struct vol_io, link);
-        io->stage = IO_IDLE;
-        write_resume(vol, io);
-    }
+    resume(vol, &refused);
 }
 
 /* --- taking -------------------------------------------------------------------------- */
@@ -177,12 +182,7 @@ static void resume_parked(struct volume *vol)
 {
     struct list parked = LIST_INIT(parked);
     list_splice_tail(&parked, &vol->parked);
-    struct list *l;
-    while ((l = list_pop(&parked))) {
-        struct vol_io *io = container_of(l, struct vol_io, link);
-        io->stage = IO_IDLE;
-        write_resume(vol, io);
-    }
+    resume(vol, &parked);
 }
 
 static void acquire_end(struct acquire *a)
