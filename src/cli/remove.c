@@ -111,7 +111,7 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
             state = OWNER_NONE;
         }
         if (state == OWNER_NONE || state == OWNER_DEAD) {
-            catalog_remove(run_op(run), run->store, run->env, &entry);
+            catalog_remove(run_op(run), run->store, run->env, &entry, false);
             enum status st = run_wait(run);
             if (st == ST_OK) {
                 *aside = '\0';

@@ -96,7 +96,7 @@ struct job {
     struct volume_spec spec;
     char name[NAME_BYTES_MAX + 1], to[NAME_BYTES_MAX + 1];
     struct catalog_entry entry;
-    bool create, background;
+    bool create, background, with_snapshots;
     bool *more;
     uint64_t branch;
     size_t cap_entries, loaded; /* list: entries before `loaded` are whole */
@@ -1062,10 +1062,11 @@ static void remove_look(struct job *job)
 }
 
 void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
-                    const struct catalog_entry *entry)
+                    const struct catalog_entry *entry, bool with_snapshots)
 {
     struct job *job = job_new(op, store, env);
     job->entry = *entry;
+    job->with_snapshots = with_snapshots;
     remove_look(job);
 }
 

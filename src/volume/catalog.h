@@ -16,9 +16,16 @@
 
 struct session_sight;
 
+/* A snapshot of a volume, as it stands in the store. */
+struct catalog_snapshot {
+    uint64_t epoch; /* 0: none */
+    struct snapshot_record rec;
+};
+
 struct catalog_entry {
     char name[NAME_BYTES_MAX + 1];
     uint64_t branch;
+    struct catalog_snapshot snapshot; /* found as VOLUME@SNAPSHOT; epoch 0: the volume itself */
     struct header_record header;
     struct state_record state;
     struct owner_record owner; /* token 0 and a zero session where there never was one */
@@ -39,7 +46,10 @@ struct catalog_op {
     struct err err;                      /* out: a sentence where st is not ST_OK */
     struct catalog_entry *entries;       /* out of find (one) and list; freed by catalog_op_free */
     size_t n_entries;
+    struct catalog_snapshot *snapshots;  /* out of snapshots: oldest first; freed as entries are */
+    size_t n_snapshots;
     struct meta_record meta;             /* out of prepare */
+    uint64_t number;                     /* out of ask_owner: answer_record.number */
 
     struct store *store; /* the catalog's, from here on */
     struct env *env;
@@ -70,7 +80,8 @@ void catalog_create(struct catalog_op *op, struct store *store, struct env *env,
 /* All volumes, by name. */
 void catalog_list(struct catalog_op *op, struct store *store, struct env *env);
 
-/* One volume; ST_NOTFOUND names the store and what similar names it has. */
+/* One volume, or with VOLUME@SNAPSHOT one of its snapshots; ST_NOTFOUND names the store and what
+ * similar names it has. */
 void catalog_find(struct catalog_op *op, struct store *store, struct env *env, const char *name);
 
 /* ST_NOTFOUND, ST_EXISTS, ST_INVAL. Does not disturb clients of the volume. */
@@ -79,9 +90,35 @@ void catalog_rename(struct catalog_op *op, struct store *store, struct env *env,
 
 /* Takes the name away and leaves the volume's keys to be cleared: one commit, which checks
  * that the owner key is still what `entry` says (the caller made sure nobody serves it).
- * ST_BUSY where it has another owner, ST_NOTFOUND where the name moved. */
+ * ST_BUSY where it has another owner, ST_NOTFOUND where the name moved. ST_EXISTS where it has
+ * snapshots and not `with_snapshots`, or where one of them has clones: the sentence names them.
+ * A clone is no longer counted as one by the snapshot it was made from. */
 void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
-                    const struct catalog_entry *entry);
+                    const struct catalog_entry *entry, bool with_snapshots);
+
+/* The snapshots of a volume that are not removed, into op->snapshots. */
+void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *env,
+                       uint64_t branch);
+
+/* The clones of a snapshot, by name, into op->entries (name and branch only), those of all snapshots
+ * of the branch where epoch is 0. One that is being removed is not there any more. */
+void catalog_clones(struct catalog_op *op, struct store *store, struct env *env, uint64_t branch,
+                    uint64_t epoch);
+
+/* Makes a volume from a snapshot (`from` as catalog_find gave it): one commit. spec: name,
+ * description; the rest is the snapshot's. ST_EXISTS, ST_INVAL, ST_NOTFOUND (the snapshot is gone),
+ * ST_NOSPC (a chain of clones as long as ANCESTRY_MAX allows: flatten one). */
+void catalog_clone(struct catalog_op *op, struct store *store, struct env *env,
+                   const struct catalog_entry *from, const struct volume_spec *spec);
+
+/* Makes a volume what it was at a snapshot (`to` as catalog_find gave it): one commit, which checks
+ * that the owner key is still what `to` says (the caller made sure nobody serves it), and takes the
+ * volume from its owner. What an owner that died has logged and not committed is dropped.
+ * Snapshots that are newer are removed where `destroy_newer`, else they are ST_EXISTS, named; with
+ * clones they are ST_EXISTS in any case. ST_BUSY (another owner), ST_NOTFOUND, ST_NOSPC (too many
+ * rollbacks that are not cleaned up yet: the volume's next owner does that). */
+void catalog_rollback(struct catalog_op *op, struct store *store, struct env *env,
+                      const struct catalog_entry *to, bool destroy_newer);
 
 /* Clears one batch of what removed volumes left; *more tells whether there is more. Resumable
  * at any point, harmless from several processes at once. */

@@ -134,6 +134,29 @@ void key_removed(struct key *k, uint64_t branch)
     key_prefix_branch(k, 'g', branch);
 }
 
+void key_ancestry(struct key *k, uint64_t branch)
+{
+    key_prefix_branch(k, 'l', branch);
+}
+
+void key_snapshot(struct key *k, uint64_t branch, uint64_t epoch)
+{
+    key_prefix_branch(k, 'v', branch);
+    put_int(k, epoch);
+}
+
+void key_prefix_children(struct key *k, uint64_t branch, uint64_t epoch)
+{
+    key_prefix_branch(k, 'd', branch);
+    put_int(k, epoch);
+}
+
+void key_child(struct key *k, uint64_t branch, uint64_t epoch, uint64_t child)
+{
+    key_prefix_children(k, branch, epoch);
+    put_int(k, child);
+}
+
 void key_row(struct key *k, uint64_t branch, unsigned level, uint64_t row, uint64_t epoch)
 {
     key_prefix_rows(k, branch, level);
@@ -239,6 +262,23 @@ bool key_parse_trash(struct slice k, uint64_t *branch, uint64_t *n)
     return parse_done(&p);
 }
 
+bool key_parse_snapshot(struct slice k, uint64_t *branch, uint64_t *epoch)
+{
+    struct parser p = parse_begin(k, 'v');
+    *branch = parse_int(&p);
+    *epoch = parse_int(&p);
+    return parse_done(&p);
+}
+
+bool key_parse_child(struct slice k, uint64_t *branch, uint64_t *epoch, uint64_t *child)
+{
+    struct parser p = parse_begin(k, 'd');
+    *branch = parse_int(&p);
+    *epoch = parse_int(&p);
+    *child = parse_int(&p);
+    return parse_done(&p);
+}
+
 bool key_parse_row(struct slice k, uint64_t *branch, unsigned *level, uint64_t *row,
                    uint64_t *epoch)
 {
@@ -284,4 +324,19 @@ bool name_valid(const char *name)
             !(is_alnum(name[len]) || name[len] == '.' || name[len] == '_' || name[len] == '-'))
             return false;
     return true;
+}
+
+bool name_split(const char *text, char volume[NAME_BYTES_MAX + 1],
+                char snapshot[NAME_BYTES_MAX + 1])
+{
+    const char *at = strchr(text, '@');
+    size_t len = at ? (size_t)(at - text) : strnlen(text, NAME_BYTES_MAX + 1);
+    volume[0] = snapshot[0] = '\0';
+    if (len > NAME_BYTES_MAX || (at && (strnlen(at + 1, NAME_BYTES_MAX + 1) > NAME_BYTES_MAX)))
+        return false;
+    memcpy(volume, text, len);
+    volume[len] = '\0';
+    if (at)
+        memcpy(snapshot, at + 1, strlen(at + 1) + 1);
+    return name_valid(volume) && (!at || name_valid(snapshot));
 }

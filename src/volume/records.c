@@ -14,6 +14,8 @@
 #define RECORD_VERSION 1
 #define SESSION_VERSION 2 /* 1 did not say which process it was */
 #define STATE_VERSION 2   /* 1 did not say what clients changed last */
+#define MAIL_VERSION 2    /* with what is asked about a volume's history */
+#define ANSWER_VERSION 2  /* with a number */
 #define HASH_BYTES 8u
 #define SIZE_UNIT 512u
 #define SIZE_MAX_BYTES (1ull << 62)
@@ -278,6 +280,83 @@ bool header_decode(struct slice key, struct slice bytes, struct header_record *r
     return read_end(&r);
 }
 
+size_t ancestry_encode(const struct ancestry_record *rec, struct slice key,
+                       uint8_t out[RECORD_BYTES_MAX])
+{
+    struct writer w = write_begin(out);
+    CHECK(rec->n_segments <= ANCESTRY_MAX);
+    put_u64(&w, rec->after);
+    put_u8(&w, (uint8_t)rec->n_segments);
+    for (uint32_t i = 0; i < rec->n_segments; i++) {
+        put_u64(&w, rec->segments[i].branch);
+        put_u64(&w, rec->segments[i].after);
+        put_u64(&w, rec->segments[i].upto);
+    }
+    return write_end(&w, key);
+}
+
+bool ancestry_decode(struct slice key, struct slice bytes, struct ancestry_record *rec)
+{
+    struct reader r = read_begin(key, bytes);
+    *rec = (struct ancestry_record){.after = get_u64(&r)};
+    rec->n_segments = get_u8(&r);
+    if (rec->n_segments > ANCESTRY_MAX) {
+        rec->n_segments = 0;
+        return false;
+    }
+    for (uint32_t i = 0; i < rec->n_segments; i++) {
+        struct ancestry_segment *s = &rec->segments[i];
+        s->branch = get_u64(&r);
+        s->after = get_u64(&r);
+        s->upto = get_u64(&r);
+        require(&r, s->branch > 0 && s->after < s->upto && s->upto < UINT64_MAX);
+    }
+    return read_end(&r);
+}
+
+size_t snapshot_encode(const struct snapshot_record *rec, struct slice key,
+                       uint8_t out[RECORD_BYTES_MAX])
+{
+    struct writer w = write_begin(out);
+    put_text(&w, rec->name, NAME_BYTES_MAX);
+    put_raw(&w, rec->id, sizeof rec->id);
+    put_u8(&w, rec->removed);
+    put_u64(&w, rec->size);
+    put_u64(&w, rec->data_blocks);
+    put_u64(&w, rec->created_ns);
+    return write_end(&w, key);
+}
+
+bool snapshot_decode(struct slice key, struct slice bytes, struct snapshot_record *rec)
+{
+    struct reader r = read_begin(key, bytes);
+    *rec = (struct snapshot_record){0};
+    get_text(&r, rec->name, NAME_BYTES_MAX);
+    get_raw(&r, rec->id, sizeof rec->id);
+    rec->removed = get_u8(&r);
+    rec->size = get_u64(&r);
+    rec->data_blocks = get_u64(&r);
+    rec->created_ns = get_u64(&r);
+    require(&r, rec->removed <= 1 && name_valid(rec->name));
+    require(&r,
+            rec->size >= SIZE_UNIT && rec->size % SIZE_UNIT == 0 && rec->size <= SIZE_MAX_BYTES);
+    return read_end(&r);
+}
+
+size_t child_encode(const struct child_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
+{
+    struct writer w = write_begin(out);
+    put_u64(&w, rec->created_ns);
+    return write_end(&w, key);
+}
+
+bool child_decode(struct slice key, struct slice bytes, struct child_record *rec)
+{
+    struct reader r = read_begin(key, bytes);
+    *rec = (struct child_record){.created_ns = get_u64(&r)};
+    return read_end(&r);
+}
+
 size_t owner_encode(const struct owner_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
     struct writer w = write_begin(out);
@@ -414,24 +493,39 @@ bool removed_decode(struct slice key, struct slice bytes, struct removed_record 
 
 size_t mail_encode(const struct mail_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    bool plain = rec->kind <= MAIL_KIND_PLAIN_MAX;
+    struct writer w = write_begin_version(out, plain ? RECORD_VERSION : MAIL_VERSION);
     put_u64(&w, rec->id);
     put_u8(&w, rec->kind);
     put_u64(&w, rec->size);
     put_u8(&w, rec->shrink);
     put_text(&w, rec->from, HOST_BYTES_MAX);
+    if (!plain) {
+        put_text(&w, rec->name, NAME_BYTES_MAX);
+        put_text(&w, rec->to, NAME_BYTES_MAX);
+        put_raw(&w, rec->snapshot_id, sizeof rec->snapshot_id);
+        put_u64(&w, rec->token);
+        put_u64(&w, rec->number);
+    }
     return write_end(&w, key);
 }
 
 /* A kind this build does not know still decodes: the owner answers that it can't. */
 bool mail_decode(struct slice key, struct slice bytes, struct mail_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, MAIL_VERSION);
     *rec = (struct mail_record){.id = get_u64(&r)};
     rec->kind = get_u8(&r);
     rec->size = get_u64(&r);
     rec->shrink = get_u8(&r);
     get_text(&r, rec->from, HOST_BYTES_MAX);
+    if (r.version >= MAIL_VERSION) {
+        get_text(&r, rec->name, NAME_BYTES_MAX);
+        get_text(&r, rec->to, NAME_BYTES_MAX);
+        get_raw(&r, rec->snapshot_id, sizeof rec->snapshot_id);
+        rec->token = get_u64(&r);
+        rec->number = get_u64(&r);
+    }
     require(&r, rec->shrink <= 1);
     return read_end(&r);
 }
@@ -439,18 +533,21 @@ bool mail_decode(struct slice key, struct slice bytes, struct mail_record *rec)
 size_t answer_encode(const struct answer_record *rec, struct slice key,
                      uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    struct writer w = write_begin_version(out, rec->number ? ANSWER_VERSION : RECORD_VERSION);
     put_u64(&w, rec->id);
     put_u8(&w, rec->status);
     put_text(&w, rec->text, sizeof rec->text - 1);
+    if (rec->number)
+        put_u64(&w, rec->number);
     return write_end(&w, key);
 }
 
 bool answer_decode(struct slice key, struct slice bytes, struct answer_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, ANSWER_VERSION);
     *rec = (struct answer_record){.id = get_u64(&r)};
     rec->status = get_u8(&r);
     get_text(&r, rec->text, sizeof rec->text - 1);
+    rec->number = r.version >= ANSWER_VERSION ? get_u64(&r) : 0;
     return read_end(&r);
 }

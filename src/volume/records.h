@@ -32,7 +32,10 @@ struct features {
 
 #define FEATURES_COMPAT_KNOWN 0ull
 #define FEATURES_RO_COMPAT_KNOWN 0ull
-#define FEATURES_INCOMPAT_KNOWN 0ull
+/* Of a volume: it has, or had, snapshots, or is a clone: rows of several epochs and branches,
+ * ("l", ...), ("v", ...) and ("d", ...). */
+#define FEATURE_INCOMPAT_HISTORY 1ull
+#define FEATURES_INCOMPAT_KNOWN FEATURE_INCOMPAT_HISTORY
 
 enum codec_kind { CODEC_NONE = 0, CODEC_LZ4 = 1, CODEC_ZSTD = 2 };
 
@@ -64,9 +67,45 @@ struct header_record {
     uint8_t codec;         /* enum codec_kind */
     uint8_t codec_level;
     uint64_t epoch;        /* the current one, from 1 */
-    uint64_t parent_branch, parent_epoch; /* 0, 0: none */
+    uint64_t parent_branch, parent_epoch; /* the snapshot it is a clone of; 0, 0: none */
     uint64_t created_ns;
     char description[DESCRIPTION_BYTES_MAX + 1]; /* UTF-8 */
+};
+
+/* Epochs after `after`, up to `upto`, of a branch. */
+struct ancestry_segment {
+    uint64_t branch, after, upto;
+};
+
+/* Clones of clones, and rollbacks that are not cleaned up yet. */
+#define ANCESTRY_MAX 64u
+
+/* ("l", branch): where the rows of a volume are that it has not changed itself; only where there
+ * is something to say. Of its own branch those of the epochs above `after` count; what has no
+ * level-2 row there has that of the first segment (of its newest epoch) that has one. Own epochs
+ * between a segment and what follows it in time were rolled back: nothing of them counts. */
+struct ancestry_record {
+    uint64_t after;
+    uint32_t n_segments;
+    struct ancestry_segment segments[ANCESTRY_MAX]; /* the nearest first */
+};
+
+#define SNAPSHOT_ID_BYTES 16u
+#define SNAPSHOTS_MAX 16384u /* of one volume */
+
+/* ("v", branch, epoch): the volume as it was at the end of that epoch. */
+struct snapshot_record {
+    char name[NAME_BYTES_MAX + 1]; /* unique among those of the volume that are not removed */
+    uint8_t id[SNAPSHOT_ID_BYTES]; /* random; stays with the contents in other stores (import) */
+    uint8_t removed;               /* it exists no more; what only it holds is being cleared */
+    uint64_t size;                 /* bytes */
+    uint64_t data_blocks;          /* blocks the index names as data, own and inherited */
+    uint64_t created_ns;
+};
+
+/* ("d", branch, epoch, child): the snapshot has a clone. */
+struct child_record {
+    uint64_t created_ns;
 };
 
 /* ("o", branch): who may change the volume. All zero session: nobody. */
@@ -123,7 +162,19 @@ struct removed_record {
 };
 
 /* What a command asks of a volume's owner, ("q", branch), and its answer, ("r", branch). */
-enum mail_kind { MAIL_RELEASE = 1, MAIL_EVICT = 2, MAIL_RESIZE = 3, MAIL_SYNC = 4 };
+enum mail_kind {
+    MAIL_RELEASE = 1,
+    MAIL_EVICT = 2,
+    MAIL_RESIZE = 3,
+    MAIL_SYNC = 4,
+    MAIL_SNAPSHOT_CREATE = 5, /* `name`; with a `token`: only in the freeze of that token */
+    MAIL_SNAPSHOT_REMOVE = 6, /* `name` */
+    MAIL_SNAPSHOT_RENAME = 7, /* `name`, `to` */
+    MAIL_FREEZE = 8,          /* changes wait for `number` ms or a MAIL_THAW with the same `token` */
+    MAIL_THAW = 9,            /* `token` */
+    MAIL_FLATTEN = 10, /* a part, from byte `number` on; answer.number: where the next one begins */
+};
+#define MAIL_KIND_PLAIN_MAX MAIL_SYNC /* up to here without the fields behind `from` */
 
 struct mail_record {
     uint64_t id; /* random, to match question and answer */
@@ -131,12 +182,16 @@ struct mail_record {
     uint64_t size;   /* MAIL_RESIZE: the new size in bytes */
     uint8_t shrink;  /* MAIL_RESIZE: smaller is meant */
     char from[HOST_BYTES_MAX + 1]; /* host and pid of the asking command */
+    char name[NAME_BYTES_MAX + 1], to[NAME_BYTES_MAX + 1];
+    uint8_t snapshot_id[SNAPSHOT_ID_BYTES];
+    uint64_t token, number;
 };
 
 struct answer_record {
     uint64_t id;
     uint8_t status; /* enum status */
     char text[512]; /* a sentence for a person */
+    uint64_t number;
 };
 
 /* Each `encode` writes at most RECORD_BYTES_MAX bytes to `out` and returns how many; the
@@ -151,6 +206,9 @@ RECORD_FUNCTIONS(meta)
 RECORD_FUNCTIONS(counter)
 RECORD_FUNCTIONS(name)
 RECORD_FUNCTIONS(header)
+RECORD_FUNCTIONS(ancestry)
+RECORD_FUNCTIONS(snapshot)
+RECORD_FUNCTIONS(child)
 RECORD_FUNCTIONS(owner)
 RECORD_FUNCTIONS(state)
 RECORD_FUNCTIONS(session)

@@ -16,6 +16,7 @@
 #include "base/mem.h"
 
 #define ROW_VERSION 1
+#define ROW2_VERSION_BRANCHES 2 /* level 2 with entries of other branches */
 #define HASH_BYTES 8u
 #define VARINT_BYTES_MAX 10u
 #define TABLE_CAP_MIN 4u
@@ -159,6 +160,7 @@ static uint8_t *put_varint(uint8_t *at, uint64_t v)
  * thing that can't be. */
 struct reader {
     const uint8_t *at, *end;
+    uint8_t version;
     bool ok;
 };
 
@@ -199,9 +201,12 @@ size_t row1_bytes_max(unsigned n_sources)
            INDEX_FANOUT * (varint_bytes(SOURCE_FIRST + n_sources) + 1) + HASH_BYTES;
 }
 
-size_t row2_bytes_max(uint64_t epoch)
+size_t row2_bytes_max(uint64_t epoch, uint64_t branch)
 {
-    return 1 + INDEX_FANOUT * (1 + varint_bytes(epoch) + varint_bytes(INDEX_FANOUT)) + HASH_BYTES;
+    return 1 +
+           INDEX_FANOUT * (1 + varint_bytes(epoch) + varint_bytes(INDEX_FANOUT) +
+                           (branch ? varint_bytes(branch) : 0)) +
+           HASH_BYTES;
 }
 
 static uint64_t row_hash(struct slice key, const uint8_t *bytes, size_t len)
@@ -217,16 +222,17 @@ static size_t seal(uint8_t *out, const uint8_t *end, struct slice key)
     return len + HASH_BYTES;
 }
 
-/* Checks hash and version. */
-static struct reader unseal(struct slice key, struct slice bytes)
+/* Checks hash and version, which is one of 1 .. `version_max`. */
+static struct reader unseal(struct slice key, struct slice bytes, uint8_t version_max)
 {
     struct reader r = {.ok = bytes.len >= 1 + HASH_BYTES && bytes.len <= ROW_BYTES_MAX};
     if (!r.ok)
         return r;
     r.at = bytes.data;
     r.end = r.at + bytes.len - HASH_BYTES;
-    r.ok = get_le64(r.end) == row_hash(key, r.at, bytes.len - HASH_BYTES) && *r.at == ROW_VERSION;
-    r.at++;
+    r.version = *r.at++;
+    r.ok = get_le64(r.end) == row_hash(key, bytes.data, bytes.len - HASH_BYTES) &&
+           r.version >= ROW_VERSION && r.version <= version_max;
     return r;
 }
 
@@ -289,7 +295,7 @@ static bool row1_decode_body(struct row1 *row, struct reader *r)
 bool row1_decode(struct row1 *row, struct slice key, struct slice bytes)
 {
     row1_init(row);
-    struct reader r = unseal(key, bytes);
+    struct reader r = unseal(key, bytes, ROW_VERSION);
     if (r.ok && row1_decode_body(row, &r))
         return true;
     row1_free(row);
@@ -300,13 +306,23 @@ bool row1_decode(struct row1 *row, struct slice key, struct slice bytes)
 static bool row2_same(const struct row2_entry *a, const struct row2_entry *b)
 {
     return a->kind == b->kind &&
-           (a->kind != ROW2_ROW || (a->epoch == b->epoch && a->n_data == b->n_data));
+           (a->kind != ROW2_ROW ||
+            (a->epoch == b->epoch && a->n_data == b->n_data && a->branch == b->branch));
+}
+
+/* Rows without entries of other branches keep the form that builds from before clones know. */
+static uint8_t row2_version(const struct row2 *row)
+{
+    for (unsigned i = 0; i < INDEX_FANOUT; i++)
+        if (row->entry[i].kind == ROW2_ROW && row->entry[i].branch)
+            return ROW2_VERSION_BRANCHES;
+    return ROW_VERSION;
 }
 
 size_t row2_encode(const struct row2 *row, struct slice key, uint8_t out[ROW_BYTES_MAX])
 {
-    uint8_t *at = out;
-    *at++ = ROW_VERSION;
+    uint8_t *at = out, version = row2_version(row);
+    *at++ = version;
     for (unsigned i = 0; i < INDEX_FANOUT;) {
         const struct row2_entry *e = &row->entry[i];
         CHECK(e->kind <= ROW2_ROW && e->n_data <= INDEX_FANOUT);
@@ -317,6 +333,8 @@ size_t row2_encode(const struct row2 *row, struct slice key, uint8_t out[ROW_BYT
         if (e->kind == ROW2_ROW) {
             at = put_varint(at, e->epoch);
             at = put_varint(at, e->n_data);
+            if (version == ROW2_VERSION_BRANCHES)
+                at = put_varint(at, e->branch);
         }
         i = end;
     }
@@ -325,6 +343,7 @@ size_t row2_encode(const struct row2 *row, struct slice key, uint8_t out[ROW_BYT
 
 static bool row2_decode_body(struct row2 *row, struct reader *r)
 {
+    bool branches = false;
     for (unsigned i = 0; i < INDEX_FANOUT;) {
         unsigned head = (unsigned)get_varint(r, (INDEX_FANOUT - i) << 2 | ROW2_ROW);
         unsigned len = head >> 2;
@@ -332,19 +351,23 @@ static bool row2_decode_body(struct row2 *row, struct reader *r)
         if (e.kind == ROW2_ROW) {
             e.epoch = get_varint(r, UINT64_MAX);
             e.n_data = (uint16_t)get_varint(r, INDEX_FANOUT);
+            if (r->version == ROW2_VERSION_BRANCHES)
+                e.branch = get_varint(r, UINT64_MAX);
+            branches |= e.branch != 0;
         }
         if (!r->ok || len == 0 || (i > 0 && row2_same(&e, &row->entry[i - 1])))
             return false;
         for (unsigned end = i + len; i < end; i++)
             row->entry[i] = e;
     }
-    return r->at == r->end;
+    /* A row has one stored form. */
+    return r->at == r->end && branches == (r->version == ROW2_VERSION_BRANCHES);
 }
 
 bool row2_decode(struct row2 *row, struct slice key, struct slice bytes)
 {
     row2_init(row);
-    struct reader r = unseal(key, bytes);
+    struct reader r = unseal(key, bytes, ROW2_VERSION_BRANCHES);
     if (r.ok && row2_decode_body(row, &r))
         return true;
     row2_init(row);

@@ -22,8 +22,8 @@
 
 /* A source is one of the three fixed ones, or an index into the row's table. */
 enum { SOURCE_ABSENT = 0, SOURCE_ZERO = 1, SOURCE_HOLE = 2, SOURCE_FIRST = 3 };
-/* ABSENT: ask the parent, else zeros (a hole). ZERO: zeros, allocated. HOLE: zeros,
- * whatever the parent has. */
+/* ABSENT: zeros, never written (a hole). ZERO: zeros, allocated. HOLE: zeros, trimmed in a clone.
+ * A row is complete by itself: what a clone has from its parent is named in it. */
 
 struct row_source {
     uint64_t branch, epoch;
@@ -42,6 +42,7 @@ struct row2_entry {
     uint64_t epoch; /* ROW2_ROW: the level-1 row's */
     uint16_t n_data; /* ROW2_ROW: data blocks in it, for usage (1024 fits) */
     uint8_t kind;
+    uint64_t branch; /* ROW2_ROW: the level-1 row's, where it is another than this row's; else 0 */
 };
 
 struct row2 {
@@ -74,9 +75,10 @@ int row1_uniform(const struct row1 *row);
 uint64_t row2_n_data(const struct row2 *row);
 
 /* The longest stored forms: of a level-1 row that names up to `n_sources` (INDEX_FANOUT at most)
- * sources, of a level-2 row with epochs up to `epoch`. */
+ * sources, of a level-2 row with epochs up to `epoch` and entries of other branches up to
+ * `branch` (0: it has none). */
 size_t row1_bytes_max(unsigned n_sources);
-size_t row2_bytes_max(uint64_t epoch);
+size_t row2_bytes_max(uint64_t epoch, uint64_t branch);
 
 /* Stored form: at most ROW_BYTES_MAX bytes, a version byte first, ending with a hash bound
  * to `key`. Decode initialises `row` first (row1: free what it held before calling) and

@@ -83,12 +83,25 @@ struct vol_seg {
     uint32_t offset, len;
 };
 
+/* What a block status tells, and what the flags of its extents mean. */
+enum vol_status_of {
+    VOL_STATUS_ALLOCATION, /* VOL_EXTENT_HOLE, VOL_EXTENT_ZERO */
+    /* The flags are a number: 0: never written; 1: in the volume itself; 2: inherited from the
+     * snapshot it is a clone of; 3: which that has inherited; ... */
+    VOL_STATUS_DEPTH,
+    /* VOL_EXTENT_CHANGED where the contents may differ from those of `since`, and there the flags of
+     * VOL_STATUS_ALLOCATION too. What lies behind the end of `since` has changed where it holds
+     * data. */
+    VOL_STATUS_CHANGED,
+};
+
 struct vol_extent {
     uint64_t length;
-    uint32_t flags; /* VOL_EXTENT_* */
+    uint32_t flags;
 };
 #define VOL_EXTENT_HOLE 1u /* the bits of base:allocation */
 #define VOL_EXTENT_ZERO 2u
+#define VOL_EXTENT_CHANGED 4u
 
 enum vol_io_flags {
     VOL_FUA = 1,      /* answered only when it would survive the machine */
@@ -123,6 +136,8 @@ struct vol_io {
     uint32_t n_segs, segs_cap;
     struct vol_extent *extents; /* status: memory of the caller's for extents_cap */
     uint32_t n_extents, extents_cap;
+    enum vol_status_of status_of; /* status: in */
+    struct volume *since;         /* status of changes, in: a view on the same shard */
 
     struct volume *vol; /* the volume's, from here on */
     struct list link;
@@ -145,9 +160,14 @@ struct vol_io {
 /* A volume as it must be known before any request: size for the negotiation. The same
  * structure serves all connections of a shard to that branch. Opening needs no ownership:
  * the first request that needs it takes it (replaying the log of an owner that died).
- * `done` may be called from inside. On failure *vol is NULL and `e` says why. */
+ * `done` may be called from inside. On failure *vol is NULL and `e` says why.
+ *
+ * A view is a snapshot. It never changes, so it needs no owner: any number of processes can have it
+ * open. All requests but those that change something work on it. If the snapshot is removed
+ * meanwhile, its watchers are told that it is lost. */
 struct volume_open {
     uint64_t branch;           /* in */
+    uint64_t epoch;            /* in: 0: the volume; else its snapshot of that epoch: a view */
     char name[NAME_BYTES_MAX + 1]; /* in: for messages */
     bool read_only;            /* in: clients may not change it */
     void (*done)(struct volume_open *op);
@@ -157,9 +177,9 @@ struct volume_open {
 
     struct shard *shard; /* the volume's, from here on */
     struct list link;
-    struct key keys[2];
+    struct key keys[4];
     struct store_read read;
-    struct store_get gets[2];
+    struct store_get gets[4];
 };
 void volume_open(struct shard *shard, struct volume_open *op);
 
@@ -172,6 +192,7 @@ void volume_close(struct volume *vol, void (*done)(void *arg), void *arg);
 uint64_t volume_size(const struct volume *vol);
 uint32_t volume_block_size(const struct volume *vol);
 uint64_t volume_branch(const struct volume *vol);
+uint64_t volume_epoch(const struct volume *vol); /* of a view; 0: the volume itself */
 const char *volume_name(const struct volume *vol); /* when it was opened */
 const char *volume_description(const struct volume *vol);
 
@@ -259,6 +280,47 @@ void volume_resize(struct volume *vol, struct vol_io *io, uint64_t size, bool sh
 
 /* Commits everything that was written so far. */
 void volume_sync(struct volume *vol, struct vol_io *io);
+
+/* A change of the volume's history, which takes its ownership as a write does. The caller owns it
+ * until io.done; io.st is the answer, and where that is not ST_OK `err` a sentence. */
+struct vol_history_op {
+    struct vol_io io;              /* in: done */
+    char name[NAME_BYTES_MAX + 1]; /* in: of the snapshot */
+    char to[NAME_BYTES_MAX + 1];   /* in: rename */
+    uint8_t id[SNAPSHOT_ID_BYTES]; /* in: create: random */
+    uint64_t token;                /* in: create: not 0: only if frozen under this token, else ST_BUSY */
+    uint64_t epoch;                /* out: of the snapshot */
+    struct err err;                /* out */
+
+    struct key key, end; /* the volume's, from here on */
+    uint8_t was[RECORD_BYTES_MAX], bytes[RECORD_BYTES_MAX];
+    struct store_check checks[3];
+    struct store_mutation mutation;
+    struct store_commit commit;
+};
+
+/* Makes a snapshot that holds exactly the writes that took effect before this call, and so all that
+ * were answered. ST_EXISTS, ST_NOSPC (SNAPSHOTS_MAX), ST_INVAL (no such name can be). */
+void volume_snapshot_create(struct volume *vol, struct vol_history_op *op);
+/* Removes one; what only it holds is given back in the background. ST_NOTFOUND; ST_BUSY where it has
+ * clones. Does not disturb clients of the volume. */
+void volume_snapshot_remove(struct volume *vol, struct vol_history_op *op);
+/* ST_NOTFOUND, ST_EXISTS, ST_INVAL. */
+void volume_snapshot_rename(struct volume *vol, struct vol_history_op *op);
+
+/* Changes that begin from now on wait, for `ms` at most or until volume_thaw() with the same token:
+ * for snapshots of several volumes at one instant. A freeze replaces the one before. */
+void volume_freeze(struct volume *vol, uint64_t token, uint32_t ms);
+void volume_thaw(struct volume *vol, uint64_t token);
+
+/* Whether the space behind trims, removed snapshots and rollbacks is all given back, as far as is
+ * known; only the owner's answer means something. It is worked on while the volume is owned. */
+bool volume_is_clean(const struct volume *vol);
+
+/* Makes blocks that the volume has from its parent its own, from byte op->io.offset on, some of them:
+ * then op->io.offset is where to go on. Past the end (io.offset == the size) the volume has no
+ * parent any more. ST_BUSY where it has snapshots, which hold inherited blocks too. */
+void volume_flatten(struct volume *vol, struct vol_history_op *op);
 
 struct volume_stats {
     uint64_t dirty_bytes, cached_bytes, generation, data_blocks;

@@ -36,7 +36,7 @@ static uint64_t row1_weight(const struct volume *vol)
 
 static uint64_t row2_weight(const struct volume *vol)
 {
-    return MUTATION_BYTES + row2_bytes_max(vol->header.epoch);
+    return MUTATION_BYTES + row2_bytes_max(vol->header.epoch, 0);
 }
 
 static uint64_t data_weight(const struct volume *vol, bool full)

@@ -334,11 +334,11 @@ static void removing(void **state)
     struct catalog_entry a = find(&m, "a"), b = find(&m, "b"), old = a;
 
     m.before_commit = taken_at_last_moment;
-    catalog_remove(fresh(&w), &m.store, &m.env, &a);
+    catalog_remove(fresh(&w), &m.store, &m.env, &a, false);
     assert_int_equal(wait_for(&m, &w), ST_BUSY);
     assert_non_null(strstr(w.op.err.text, "elsewhere"));
     a = find(&m, "a");
-    catalog_remove(fresh(&w), &m.store, &m.env, &old);
+    catalog_remove(fresh(&w), &m.store, &m.env, &old, false);
     assert_int_equal(wait_for(&m, &w), ST_BUSY);
 
     /* Its blocks, rows and trash, more than one batch, and neighbours that must stay. */
@@ -358,10 +358,10 @@ static void removing(void **state)
     key_block(&key, b.branch - 1, UINT64_MAX, UINT64_MAX);
     memory_set(&m, key_slice(&key), (struct slice){"x", 1});
     m.conflicts = 1;
-    catalog_remove(fresh(&w), &m.store, &m.env, &b);
+    catalog_remove(fresh(&w), &m.store, &m.env, &b, false);
     assert_int_equal(wait_for(&m, &w), ST_OK);
     find_fails(&m, "b");
-    catalog_remove(fresh(&w), &m.store, &m.env, &b);
+    catalog_remove(fresh(&w), &m.store, &m.env, &b, false);
     assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
     int rounds = 0;
     for (bool more = true; more; rounds++) {

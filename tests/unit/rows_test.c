@@ -140,7 +140,7 @@ static void the_largest_row_fits(void **state)
     static struct row2 row2, back2;
     row2_init(&row2);
     for (unsigned i = 0; i < INDEX_FANOUT; i++)
-        row2.entry[i] = (struct row2_entry){UINT64_MAX - i, INDEX_FANOUT, ROW2_ROW};
+        row2.entry[i] = (struct row2_entry){UINT64_MAX - i, INDEX_FANOUT, ROW2_ROW, UINT64_MAX - i % 2};
     len = row2_encode(&row2, key_slice(&k), bytes);
     assert_true(row2_decode(&back2, key_slice(&k), (struct slice){bytes, len}));
     assert_int_equal(row2_n_data(&back2), INDEX_FANOUT * INDEX_FANOUT);
@@ -163,6 +163,7 @@ static void level_2_round_trip(void **state)
             if (e.kind == ROW2_ROW) {
                 e.epoch = chance_wide(&c);
                 e.n_data = (uint16_t)chance_below(&c, INDEX_FANOUT + 1);
+                e.branch = round % 2 ? chance_wide(&c) : 0;
             }
             for (unsigned i = first; i < end && i < INDEX_FANOUT; i++)
                 row.entry[i] = e;
@@ -177,6 +178,7 @@ static void level_2_round_trip(void **state)
             assert_int_equal(back.entry[i].kind, row.entry[i].kind);
             assert_int_equal(back.entry[i].epoch, row.entry[i].epoch);
             assert_int_equal(back.entry[i].n_data, row.entry[i].n_data);
+            assert_int_equal(back.entry[i].branch, row.entry[i].branch);
         }
         assert_int_equal(row2_encode(&back, key_slice(&k), again), len);
         assert_memory_equal(bytes, again, len);
@@ -217,7 +219,7 @@ static void cut_and_flipped_rows_are_refused(void **state)
     for (unsigned i = 0; i < 40; i++) {
         row1_set_data(&row, (unsigned)chance_below(&c, INDEX_FANOUT), 1, chance_below(&c, 9));
         row2.entry[chance_below(&c, INDEX_FANOUT)] =
-            (struct row2_entry){chance_wide(&c), 17, ROW2_ROW};
+            (struct row2_entry){chance_wide(&c), 17, ROW2_ROW, 0};
     }
     for (unsigned level = 1; level <= 2; level++) {
         key_row(&k, 9, level, 0, 2);
@@ -264,7 +266,7 @@ static void sealed_nonsense_is_refused_or_canonical(void **state)
     for (unsigned i = 0; i < 100; i++) {
         row1_set_data(&row, (unsigned)chance_below(&c, INDEX_FANOUT), 1, chance_below(&c, 5));
         row2.entry[chance_below(&c, INDEX_FANOUT)] =
-            (struct row2_entry){chance_below(&c, 3), 17, ROW2_ROW};
+            (struct row2_entry){chance_below(&c, 3), 17, ROW2_ROW, 0};
     }
     for (int i = 0; i < 40000; i++) {
         bool level_1 = chance_below(&c, 2) == 0;
@@ -321,12 +323,12 @@ static void no_row_is_longer_than_its_bound(void **state)
                                     .epoch = epoch,
                                     .n_data = (uint16_t)(INDEX_FANOUT - i % 2)};
         len = row2_encode(&row2, key_slice(&k), out);
-        assert_true(len <= row2_bytes_max(epoch));
+        assert_true(len <= row2_bytes_max(epoch, 0));
         if (longest)
-            assert_int_equal(len, row2_bytes_max(epoch));
+            assert_int_equal(len, row2_bytes_max(epoch, 0));
     }
     assert_true(row1_bytes_max(INDEX_FANOUT) <= ROW_BYTES_MAX);
-    assert_true(row2_bytes_max(UINT64_MAX) <= ROW_BYTES_MAX);
+    assert_true(row2_bytes_max(UINT64_MAX, UINT64_MAX) <= ROW_BYTES_MAX);
 }
 
 int main(void)
