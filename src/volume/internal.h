@@ -9,6 +9,7 @@
  *   generation.c  from a sealed generation to a commit
  *   weight.c      the most a generation's commit can have, before it is built
  *   index.c       the rows in memory
+ *   history.c     the snapshots of a volume
  *   trash.c       space behind trims
  *   replay.c      the log of an owner that died
  *   timeout.c     requests that the store keeps waiting too long
@@ -24,8 +25,10 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "store/log.h"
+#include "volume/ancestry.h"
 #include "volume/blocks.h"
 #include "volume/codec.h"
+#include "volume/history.h"
 #include "volume/index.h"
 #include "volume/session.h"
 #include "volume/volume.h"
@@ -235,6 +238,14 @@ struct volume {
     struct acquire *acquire;
     struct release *release;
     struct state_record state; /* as of the newest committed generation */
+    struct ancestry_record ancestry; /* of an owner: as stored */
+    /* Of an owner. A snapshot is in it from when its generation was built (`history_changes` counts
+     * that), because what is built after that must leave alone what it names. */
+    struct history history;
+    uint64_t history_changes;
+    /* P: the newest live snapshot's epoch; 0: none. What the index drops of an epoch up to here, of
+     * this branch, a snapshot may name. */
+    uint64_t protected_epoch;
     /* Counts, from 1, how often somebody else was found to have changed the data while this process
      * did not own it: see struct vol_writer. */
     uint64_t lineage;

@@ -319,6 +319,7 @@ static void volume_free(struct volume *vol)
     trash_stop(vol);
     volume_drop_cache(vol);
     free(vol->index.table);
+    history_forget_all(&vol->history);
     list_splice_tail(&reopen, &vol->reopen);
     list_remove(&vol->link);
     free(vol);
