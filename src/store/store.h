@@ -169,8 +169,9 @@ enum store_liveness { STORE_SESSION_ALIVE, STORE_SESSION_DEAD, STORE_SESSION_UNK
 /* Space for bodies and keys of a later commit. */
 struct store_reservation {
     uint64_t body_bytes; /* each body rounded up by the caller to store_body_cost() */
-    uint64_t keys;       /* keys set, any kind; one more for every 2000 bytes of a long head */
+    uint64_t keys;       /* keys set, any kind; one more for every STORE_KEY_HEAD_BYTES of a long head */
 };
+#define STORE_KEY_HEAD_BYTES 2000u
 
 /* A request for space that is not there at once: the engine tries to make room (grows
  * its file) and answers ST_OK (taken) or ST_NOSPC. */

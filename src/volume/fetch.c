@@ -169,7 +169,7 @@ bool volume_read(struct volume *vol, struct vol_io *io)
     CHECK(io->length > 0 && io->length <= VOLUME_READ_BYTES_MAX);
     /* Without a log nothing may be shown that could still vanish. */
     bool committed = !shard_uses_log(vol->shard);
-    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt &&
+    if (volume_is_owned(vol) &&
         io->offset + io->length <= vol->size &&
         !(committed &&
           range_uncommitted(vol, io->offset >> vol->block_shift,
@@ -656,7 +656,8 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
         /* The answer comes from the index alone, so what was written must be in it. */
         if (io->stage == IO_LOOKED) {
             io_finish_soon(vol, io, ST_OK);
-        } else if (io->stage == IO_IDLE && (!gen_empty(vol->open) || vol->gens_queued)) {
+        } else if (io->stage == IO_IDLE && !vol->view_epoch &&
+                   (!gen_empty(vol->open) || vol->gens_queued)) {
             struct gen *newest = vol->open;
             io->stage = IO_WAITING;
             if (gen_empty(newest))

@@ -24,12 +24,14 @@ struct chunk {
     uint8_t bytes[];
 };
 
-/* A level-2 row that a range of the generation covers whole. */
+/* A level-2 row that is stored, and that a range of the generation covers whole. */
 struct gen_scan {
     uint64_t row2;
+    uint32_t place; /* where it was found: 0 is the branch itself, then the segments */
     uint32_t n_data;
-    bool other_epochs;
-    bool fixed; /* a range of this generation has changed it already */
+    uint64_t epoch; /* of its newest version in the branch itself; 0: none there */
+    bool versions;  /* there are others, older or in segments */
+    bool fixed;     /* a range of this generation has changed it already */
 };
 
 struct gen_base {
@@ -61,9 +63,11 @@ struct row2_read {
     struct store_read read;
     struct store_range range;
     struct key begin, end;
+    uint64_t after, upto; /* only these epochs count */
     struct gen *gen;
 };
 
+static void scan_place_done(struct gen *g);
 static void prepare_step(struct gen *g);
 static void pipeline_step(struct volume *vol);
 
@@ -128,11 +132,11 @@ void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
     CHECK(io->held_bytes >= vol->block_size);
     io->held_bytes -= vol->block_size;
     uint64_t cost = store_body_cost(s->store, vol->block_size);
-    CHECK(io->held_space.body_bytes >= cost && io->held_space.keys >= 2);
+    CHECK(io->held_space.body_bytes >= cost && io->held_space.keys >= io->held_keys_each);
     io->held_space.body_bytes -= cost;
-    io->held_space.keys -= 2;
+    io->held_space.keys -= io->held_keys_each;
     g->reserved.body_bytes += cost;
-    g->reserved.keys += 2;
+    g->reserved.keys += io->held_keys_each;
 }
 
 void gen_untouch(struct volume *vol, struct blk *e)
@@ -264,27 +268,30 @@ static void row2_scanned(struct store_read *read, enum status st)
         unsigned level;
         if (!key_parse_row(pair->key, &branch, &level, &no, &epoch))
             continue;
-        if (r2->range.more && i + 1 == r2->range.n_pairs)
-            g->scan_next = no + 1;
+        /* (The versions of one row may be more than one answer holds.) */
+        if (r2->range.more && i + 1 == r2->range.n_pairs) {
+            g->scan_next = no;
+            g->scan_epoch = epoch + 1;
+        }
+        if (epoch <= r2->after || epoch > r2->upto)
+            continue;
         struct gen_scan *s = g->n_scan ? &g->scan[g->n_scan - 1] : NULL;
-        if (!s || s->row2 != no) {
+        if (!s || s->row2 != no || s->place != g->scan_place) {
             mem_grow(&g->scan, &g->cap_scan, g->n_scan + 1, sizeof *g->scan);
             s = &g->scan[g->n_scan++];
-            *s = (struct gen_scan){.row2 = no};
+            *s = (struct gen_scan){.row2 = no, .place = g->scan_place, .versions = g->scan_place > 0};
         }
-        if (epoch > vol->header.epoch)
-            continue;
-        s->other_epochs |= epoch != vol->header.epoch;
+        s->versions |= s->epoch != 0;
+        if (!g->scan_place)
+            s->epoch = epoch;
         /* The newest comes last and is the one that counts. A damaged one counts nothing. */
         s->n_data = row2_decode(row, pair->key, pair->head) ? (uint32_t)row2_n_data(row) : 0;
     }
     free(row);
     store_read_release(read);
     free(r2);
-    if (g->scan_next >= end_row2) {
-        g->scan_range++;
-        g->scan_next = 0;
-    }
+    if (g->scan_next >= end_row2)
+        scan_place_done(g);
     prepare_step(g);
 }
 
@@ -294,22 +301,51 @@ static int by_row2(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+static int by_row2_and_place(const void *a, const void *b)
+{
+    const struct gen_scan *x = a, *y = b;
+    int order = by_row2(a, b);
+    return order ? order : x->place < y->place ? -1 : x->place > y->place;
+}
+
 static struct gen_scan *find_scan(struct gen *g, uint64_t row2)
 {
     struct gen_scan probe = {.row2 = row2};
     return g->n_scan ? bsearch(&probe, g->scan, g->n_scan, sizeof probe, by_row2) : NULL;
 }
 
-/* Several ranges may have found the same row: it counts once. */
+/* Several ranges may have found the same row: it counts once. Found in several places, the first
+ * counts. */
 static void scans_sort(struct gen *g)
 {
     size_t n = 0;
     if (g->n_scan)
-        qsort(g->scan, g->n_scan, sizeof *g->scan, by_row2);
-    for (size_t i = 0; i < g->n_scan; i++)
+        qsort(g->scan, g->n_scan, sizeof *g->scan, by_row2_and_place);
+    for (size_t i = 0; i < g->n_scan; i++) {
         if (!n || g->scan[n - 1].row2 != g->scan[i].row2)
             g->scan[n++] = g->scan[i];
+        else
+            g->scan[n - 1].versions |= g->scan[i].versions;
+    }
     g->n_scan = n;
+}
+
+/* This place is looked through: the next one, or the next range. */
+static void scan_place_done(struct gen *g)
+{
+    g->scan_next = g->scan_epoch = 0;
+    if (g->scan_place++ < g->vol->ancestry.n_segments)
+        return;
+    g->scan_place = 0;
+    g->scan_range++;
+}
+
+static struct ancestry_segment scan_segment(const struct gen *g)
+{
+    const struct volume *vol = g->vol;
+    if (g->scan_place)
+        return vol->ancestry.segments[g->scan_place - 1];
+    return (struct ancestry_segment){vol->branch, vol->ancestry.after, vol->header.epoch};
 }
 
 /* For each range: the rows at its edges, and which level-2 rows it covers whole. */
@@ -324,8 +360,7 @@ static bool range_rows(struct gen *g)
         uint64_t first = (range->first + unit - 1) / unit, end = range->end / unit;
         uint64_t from = max_u64(first, g->scan_next);
         if (from >= end) {
-            g->scan_range++;
-            g->scan_next = 0;
+            scan_place_done(g);
             continue;
         }
         if (g->link.prev != &vol->gens) {
@@ -334,9 +369,12 @@ static bool range_rows(struct gen *g)
             return false;
         }
         struct row2_read *r2 = mem_zalloc(sizeof *r2);
+        struct ancestry_segment at = scan_segment(g);
         r2->gen = g;
-        key_row(&r2->begin, vol->branch, 2, from, 0);
-        key_row(&r2->end, vol->branch, 2, end, 0);
+        r2->after = at.after;
+        r2->upto = at.upto;
+        key_row(&r2->begin, at.branch, 2, from, from == g->scan_next ? g->scan_epoch : 0);
+        key_row(&r2->end, at.branch, 2, end, 0);
         r2->range = (struct store_range){
             .begin = key_slice(&r2->begin), .end = key_slice(&r2->end), .limit = 1024};
         r2->read = owner_read(vol);
@@ -701,17 +739,38 @@ static void row_changed(struct gen *g, struct row_slot *r)
     r->changed = true;
 }
 
-/* A block leaves the index; what stands under its key in this epoch goes with it. */
+/* Whether nobody but the volume as it is now names what stands under a key of this branch and epoch:
+ * then it goes when the volume lets go of it. */
+static bool unshared(const struct volume *vol, uint64_t branch, uint64_t epoch)
+{
+    return branch == vol->branch && epoch > vol->protected_epoch && epoch > 0;
+}
+
+/* The index lets go of this version of a block. */
+static void drop_source(struct gen *g, const struct row_source *src, uint64_t no)
+{
+    if (unshared(g->vol, src->branch, src->epoch)) {
+        struct key key;
+        key_block(&key, src->branch, src->epoch, no);
+        clear_key(g, &key);
+    }
+}
+
 static void drop_block(struct gen *g, const struct row_slot *r1, uint64_t no)
 {
-    struct volume *vol = g->vol;
     const struct row_source *src = row1_data(&r1->row1, no & (INDEX_FANOUT - 1));
     if (!src)
         return;
-    vol->data_blocks--;
-    if (src->branch == vol->branch && src->epoch == vol->header.epoch) {
+    g->vol->data_blocks--;
+    drop_source(g, src, no);
+}
+
+/* A row that was stored under another epoch is stored under the current one from now on. */
+static void drop_row(struct gen *g, unsigned level, uint64_t no, uint64_t branch, uint64_t epoch)
+{
+    if (epoch != g->vol->header.epoch && unshared(g->vol, branch, epoch)) {
         struct key key;
-        key_block(&key, vol->branch, vol->header.epoch, no);
+        key_row(&key, branch, level, no, epoch);
         clear_key(g, &key);
     }
 }
@@ -808,9 +867,13 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     key_row(&key, vol->branch, 2, row2, vol->header.epoch);
     if (r2) {
         row_changed(g, r2); /* build_rows2() stores it */
-    } else if (kind == SOURCE_ABSENT && !(scan && scan->other_epochs)) {
+    } else if (!scan && kind != SOURCE_ZERO) {
+        CHECK(!rows); /* nothing is stored: that says it already */
+    } else if (kind == SOURCE_ABSENT && scan->epoch == vol->header.epoch && !scan->versions) {
         clear_key(g, &key);
     } else {
+        if (scan && scan->epoch)
+            drop_row(g, 2, row2, vol->branch, scan->epoch);
         struct row2 *row = mem_alloc(sizeof *row);
         uint8_t *bytes = mem_alloc(ROW_BYTES_MAX);
         for (unsigned i = 0; i < INDEX_FANOUT; i++)
@@ -843,8 +906,8 @@ static void build_range(struct gen *g, const struct gen_range *range)
         } else {
             uint64_t end_row2 = range->end / unit2;
             uint64_t row2 = no / unit2;
-            if (kind == SOURCE_ABSENT && !vol->header.parent_branch) {
-                /* Rows that are neither stored nor in memory say ABSENT already. */
+            if (kind != SOURCE_ZERO) {
+                /* Rows that are neither stored nor in memory say ABSENT already, which is as good. */
                 for (; row2 < end_row2; row2++) {
                     struct gen_scan *scan = find_scan(g, row2);
                     if (scan || index_knows_row2(vol, row2))
@@ -870,11 +933,13 @@ static void build_item(struct gen *g, const struct gen_item *item)
     uint64_t row = item->no >> INDEX_SHIFT;
     struct row_slot *r1 = index_edit_row1(vol, row);
     unsigned i = item->no & (INDEX_FANOUT - 1);
-    bool had = row1_data(&r1->row1, i) != NULL;
-    if (row1_set_data(&r1->row1, i, vol->branch, vol->header.epoch))
-        row_changed(g, r1);
+    const struct row_source *had = row1_data(&r1->row1, i);
     if (!had)
         vol->data_blocks++;
+    else if (had->branch != vol->branch || had->epoch != vol->header.epoch)
+        drop_source(g, had, item->no);
+    if (row1_set_data(&r1->row1, i, vol->branch, vol->header.epoch))
+        row_changed(g, r1);
     key_block(&key, vol->branch, vol->header.epoch, item->no);
     mutate(g, STORE_SET, &key, (struct slice){item->head, item->head_len}, item->body);
 }
@@ -981,7 +1046,8 @@ static void build_rows1(struct gen *g, uint8_t *bytes)
         key_row(&key, vol->branch, 1, r1->no, vol->header.epoch);
         if (uniform >= 0) {
             *entry = (struct row2_entry){.kind = (uint8_t)uniform};
-            if (was.kind == ROW2_ROW && was.epoch == vol->header.epoch)
+            if (was.kind == ROW2_ROW && row2_branch(vol, &was) == vol->branch &&
+                was.epoch == vol->header.epoch)
                 clear_key(g, &key);
         } else {
             *entry = (struct row2_entry){.kind = ROW2_ROW,
@@ -990,7 +1056,10 @@ static void build_rows1(struct gen *g, uint8_t *bytes)
             size_t len = row1_encode(&r1->row1, key_slice(&key), bytes);
             mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
         }
-        if (entry->kind != was.kind || entry->epoch != was.epoch || entry->n_data != was.n_data)
+        if (was.kind == ROW2_ROW)
+            drop_row(g, 1, r1->no, row2_branch(vol, &was), was.epoch);
+        if (entry->kind != was.kind || entry->epoch != was.epoch || entry->n_data != was.n_data ||
+            entry->branch != was.branch)
             row_changed(g, r2);
     }
 }
@@ -1003,7 +1072,7 @@ static void build_rows2(struct gen *g, uint8_t *bytes)
         if (r2->level != 2 || !r2->changed)
             continue;
         r2->changed = false;
-        bool absent = !vol->header.parent_branch && vol->header.epoch == 1;
+        bool absent = vol->header.epoch == 1 && !vol->ancestry.n_segments;
         for (unsigned k = 0; absent && k < INDEX_FANOUT; k++)
             absent = r2->row2.entry[k].kind == ROW2_ABSENT;
         struct key key;
@@ -1013,7 +1082,10 @@ static void build_rows2(struct gen *g, uint8_t *bytes)
         } else {
             size_t len = row2_encode(&r2->row2, key_slice(&key), bytes);
             mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
+            drop_row(g, 2, r2->no, r2->branch, r2->epoch);
         }
+        r2->branch = absent ? 0 : vol->branch;
+        r2->epoch = absent ? 0 : vol->header.epoch;
     }
 }
 
@@ -1037,9 +1109,18 @@ static void build_state(struct gen *g)
     key_state(&key, vol->branch);
     size_t len = state_encode(st, key_slice(&key), bytes);
     mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
-    if (g->new_size) {
+    if (g->snapshot) {
+        g->snapshot->size = vol->header.size;
+        g->snapshot->data_blocks = vol->data_blocks;
+        key_snapshot(&key, vol->branch, vol->header.epoch);
+        len = snapshot_encode(g->snapshot, key_slice(&key), bytes);
+        mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
+        snapshot_built(g);
+    }
+    if (g->new_size || g->snapshot) {
         struct header_record header = vol->header;
-        header.size = g->new_size;
+        if (g->new_size)
+            header.size = g->new_size;
         key_header(&key, vol->branch);
         len = header_encode(&header, key_slice(&key), bytes);
         mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
@@ -1119,19 +1200,24 @@ static void gen_free(struct gen *g)
     free(g->ranges);
     free(g->clears);
     free(g->trash_done);
+    free(g->snapshot);
     free(g->scan);
     free(g->pinned);
     free(g->mutations);
     free(g);
 }
 
-static void answer_waiters(struct volume *vol, struct list *waiters, enum status st)
+/* `snapshot_epoch`: of the snapshot that was committed; 0: none. */
+static void answer_waiters(struct volume *vol, struct list *waiters, uint64_t snapshot_epoch,
+                           enum status st)
 {
     struct list *l;
     while ((l = list_pop(waiters))) {
         struct vol_io *io = container_of(l, struct vol_io, link);
         if (io->kind == IO_READ || io->kind == IO_STATUS)
             fetch_resume(vol, io);
+        else if (io->kind == IO_SNAPSHOT)
+            snapshot_answer(io, snapshot_epoch, st);
         else
             volume_end_io(vol, io, st);
     }
@@ -1174,8 +1260,14 @@ static void commit_failed(struct gen *g, enum status st)
         }
     }
     struct list *l;
-    while ((l = list_pop(&told)))
-        volume_end_io(vol, container_of(l, struct vol_io, link), st == ST_NOSPC ? ST_NOSPC : ST_IO);
+    while ((l = list_pop(&told))) {
+        struct vol_io *io = container_of(l, struct vol_io, link);
+        enum status told_st = st == ST_NOSPC ? ST_NOSPC : ST_IO;
+        if (io->kind == IO_SNAPSHOT)
+            snapshot_answer(io, 0, told_st);
+        else
+            volume_end_io(vol, io, told_st);
+    }
     g->stage = GEN_COMMITTING;
     g->retry.fire = commit_retry;
     env_timer_start(vol->shard->env, &g->retry, RETRY_MS);
@@ -1204,6 +1296,9 @@ static void commit_done(struct store_commit *commit, enum status st)
     vol->stats.commits++;
     vol->state = g->state_after;
     vol->committed_gen = g->no;
+    uint64_t snapshot_epoch = g->snapshot ? g->snapshot_epoch : 0;
+    if (snapshot_epoch)
+        vol->committed_epoch = snapshot_epoch;
     if (g->new_size) {
         vol->header.size = g->new_size;
         vol->size = g->new_size;
@@ -1226,7 +1321,7 @@ static void commit_done(struct store_commit *commit, enum status st)
     if (!vol->gens_queued && !shard_uses_log(s))
         gen_seal(vol, false);
     pipeline_step(vol);
-    answer_waiters(vol, &waiters, ST_OK);
+    answer_waiters(vol, &waiters, snapshot_epoch, ST_OK);
     shard_wake_writers(s);
     volume_progress(vol);
 }
@@ -1306,7 +1401,7 @@ void gen_fail_waiters(struct volume *vol)
     struct list waiters = LIST_INIT(waiters);
     list_for_each(l, &vol->gens)
         list_splice_tail(&waiters, &container_of(l, struct gen, link)->waiters);
-    answer_waiters(vol, &waiters, ST_PERM);
+    answer_waiters(vol, &waiters, 0, ST_PERM);
 }
 
 void gen_free_all(struct volume *vol)

@@ -132,14 +132,21 @@ bool index_loading(const struct volume *vol)
     return false;
 }
 
+/* Where a level-2 row may be: the keys of some of its epochs in one branch. */
+struct row_place {
+    struct key begin, end;
+    uint64_t branch;
+};
+
 struct row_load {
     struct store_read read;
-    struct store_get get;
-    struct store_range range;
-    struct key key, end;
+    struct store_get get; /* level 1: the row; level 2 of a view: the record of its snapshot */
+    struct key key;
     struct row_slot *slot;
-    uint64_t epoch;
     struct env_timer retry;
+    uint32_t n_places; /* level 2: the first one that has a row counts */
+    struct store_range *ranges;
+    struct row_place places[];
 };
 
 /* Sources that name nothing: the store lacks them, so every read of them is EIO (G5). */
@@ -177,6 +184,32 @@ static void load_again(struct env_timer *timer)
     load_read(container_of(timer, struct row_load, retry));
 }
 
+/* Takes the row out of the first place that has one. False: it is damaged. */
+static bool take_row2(struct row_load *load)
+{
+    struct row_slot *r = load->slot;
+    for (uint32_t i = 0; i < load->n_places; i++) {
+        if (!load->ranges[i].n_pairs)
+            continue;
+        const struct store_pair *pair = &load->ranges[i].pairs[0];
+        uint64_t branch, no, epoch;
+        unsigned level;
+        if (!key_parse_row(pair->key, &branch, &level, &no, &epoch) ||
+            !row2_decode(&r->row2, pair->key, pair->head))
+            return false;
+        r->epoch = epoch;
+        r->branch = branch;
+        if (branch != r->vol->branch)
+            for (unsigned k = 0; k < INDEX_FANOUT; k++) {
+                struct row2_entry *entry = &r->row2.entry[k];
+                if (entry->kind == ROW2_ROW && !entry->branch)
+                    entry->branch = branch;
+            }
+        return true;
+    }
+    return true;
+}
+
 static void load_done(struct store_read *read, enum status st)
 {
     struct row_load *load = container_of(read, struct row_load, read);
@@ -194,15 +227,13 @@ static void load_done(struct store_read *read, enum status st)
     }
 
     if (r->level == 2) {
-        if (!bad && load->range.n_pairs) {
-            const struct store_pair *pair = &load->range.pairs[0];
-            uint64_t branch, no, epoch;
-            unsigned level;
-            bad = !key_parse_row(pair->key, &branch, &level, &no, &epoch) ||
-                  !row2_decode(&r->row2, pair->key, pair->head);
-        }
+        /* Without its snapshot a view would find older rows in the place of cleared ones. */
+        if (vol->view_epoch && !bad && !view_stands(&load->get))
+            volume_lose(vol, "the snapshot was removed");
+        bad = bad || vol->lost || !take_row2(load);
         if (bad)
             row2_make_bad(&r->row2);
+        bad = bad && !vol->lost;
     } else {
         bad = bad || load->get.st != ST_OK ||
               !row1_decode(&r->row1, load->get.key, load->get.head);
@@ -217,6 +248,7 @@ static void load_done(struct store_read *read, enum status st)
                   status_text(st != ST_OK ? st : load->get.st));
     }
     store_read_release(read);
+    free(load->ranges);
     free(load);
     r->loading = false;
     if (r->overridden) {
@@ -239,29 +271,53 @@ static void load_done(struct store_read *read, enum status st)
     volume_progress(vol);
 }
 
-static void load_start(struct row_slot *r, uint64_t epoch)
+uint64_t row2_branch(const struct volume *vol, const struct row2_entry *entry)
+{
+    return entry->branch ? entry->branch : vol->branch;
+}
+
+static void add_place(struct row_load *load, uint64_t branch, uint64_t after, uint64_t upto)
+{
+    struct row_place *place = &load->places[load->n_places];
+    place->branch = branch;
+    key_row(&place->begin, branch, 2, load->slot->no, after + 1);
+    key_row(&place->end, branch, 2, load->slot->no, upto + 1);
+    load->ranges[load->n_places++] = (struct store_range){.begin = key_slice(&place->begin),
+                                                          .end = key_slice(&place->end),
+                                                          .limit = 1,
+                                                          .reverse = true};
+}
+
+static void load_row2(struct row_slot *r)
 {
     struct volume *vol = r->vol;
-    struct row_load *load = mem_zalloc(sizeof *load);
-    r->loading = true;
+    const struct ancestry_record *a = &vol->ancestry;
+    uint32_t n = a->n_segments + 1;
+    struct row_load *load = mem_zalloc(sizeof *load + n * sizeof load->places[0]);
+    load->ranges = mem_zalloc(n * sizeof *load->ranges);
     load->slot = r;
-    load->epoch = epoch;
-    if (r->level == 2) {
-        /* What is stored may be older than a trim that is on its way. */
-        int kind = built_range_over(vol, r->no);
-        if (kind >= 0) {
-            r->overridden = true;
-            r->override = (uint8_t)kind;
-        }
-        key_row(&load->key, vol->branch, 2, r->no, 0);
-        key_row(&load->end, vol->branch, 2, r->no, vol->header.epoch + 1);
-        load->range = (struct store_range){.begin = key_slice(&load->key),
-                                           .end = key_slice(&load->end),
-                                           .limit = 1,
-                                           .reverse = true};
-    } else {
-        key_row(&load->key, vol->branch, 1, r->no, epoch);
+    r->loading = true;
+    /* What is stored may be older than a trim that is on its way. */
+    int kind = built_range_over(vol, r->no);
+    if (kind >= 0) {
+        r->overridden = true;
+        r->override = (uint8_t)kind;
     }
+    if (vol->view_epoch)
+        key_snapshot(&load->key, vol->branch, vol->view_epoch);
+    else
+        add_place(load, vol->branch, a->after, vol->header.epoch);
+    for (uint32_t i = 0; i < a->n_segments; i++)
+        add_place(load, a->segments[i].branch, a->segments[i].after, a->segments[i].upto);
+    load_read(load);
+}
+
+static void load_row1(struct row_slot *r, const struct row2_entry *entry)
+{
+    struct row_load *load = mem_zalloc(sizeof *load);
+    load->slot = r;
+    r->loading = true;
+    key_row(&load->key, row2_branch(r->vol, entry), 1, r->no, entry->epoch);
     load_read(load);
 }
 
@@ -270,14 +326,11 @@ static void load_read(struct row_load *load)
     struct volume *vol = load->slot->vol;
     load->read = owner_read(vol);
     load->read.done = load_done;
-    if (load->slot->level == 2) {
-        load->read.ranges = &load->range;
-        load->read.n_ranges = 1;
-    } else {
-        load->get = (struct store_get){.key = key_slice(&load->key)};
-        load->read.gets = &load->get;
-        load->read.n_gets = 1;
-    }
+    load->read.ranges = load->ranges;
+    load->read.n_ranges = load->n_places;
+    load->get = (struct store_get){.key = key_slice(&load->key)};
+    load->read.gets = &load->get;
+    load->read.n_gets = load->key.len ? 1 : 0;
     store_read(vol->shard->store, vol->shard->env, &load->read);
 }
 
@@ -302,7 +355,7 @@ bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wai
         struct row_slot *r2 = slot_find(vol, 2, no2);
         if (!r2) {
             r2 = slot_new(vol, 2, no2);
-            load_start(r2, 0);
+            load_row2(r2);
             started++;
         }
         if (r2->loading) {
@@ -319,7 +372,7 @@ bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wai
                  * meanwhile can't be overlooked. */
                 row_pin(r2);
                 r1 = slot_new(vol, 1, row);
-                load_start(r1, entry->epoch);
+                load_row1(r1, entry);
                 started++;
             }
             /* Also where a trim has overtaken the load and the entry names no row any more. */

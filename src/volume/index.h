@@ -31,6 +31,9 @@ struct row_slot {
     uint8_t override;
     unsigned pins;
     bool changed; /* by the generation that is being built */
+    /* Level 2: under which key it is stored, as far as generations were built; branch 0: it is not
+     * stored. */
+    uint64_t branch, epoch;
     union {
         struct row1 row1;
         struct row2 row2;
@@ -56,6 +59,9 @@ struct row_wait {
 void index_init(struct index *ix);
 void index_destroy(struct volume *vol);   /* drops all rows; none is loading */
 bool index_loading(const struct volume *vol);
+
+/* The branch of the level-1 row that an entry of a level-2 row names. */
+uint64_t row2_branch(const struct volume *vol, const struct row2_entry *entry);
 
 /* True when all rows for blocks [first, end) are in memory. Else loads what is missing and
  * calls wait->ready once when it makes sense to ask again. A row whose stored form is

@@ -9,7 +9,10 @@
  *   generation.c  from a sealed generation to a commit
  *   weight.c      the most a generation's commit can have, before it is built
  *   index.c       the rows in memory
+ *   ancestry.c    where the rows of a volume are
  *   history.c     the snapshots of a volume
+ *   snapshot.c    making, removing and renaming them
+ *   view.c        snapshots as volumes nobody owns
  *   trash.c       space behind trims
  *   replay.c      the log of an owner that died
  *   timeout.c     requests that the store keeps waiting too long
@@ -54,6 +57,9 @@ enum io_kind {
     IO_STATUS,
     IO_PREFETCH,
     IO_OWN,
+    IO_SNAPSHOT,
+    IO_SNAPSHOT_REMOVE,
+    IO_SNAPSHOT_RENAME,
 };
 enum io_stage {
     IO_IDLE,
@@ -169,6 +175,8 @@ struct gen {
     uint64_t first_seq, last_seq; /* log records; first 0: none */
     uint64_t replayed_log, replayed_seq; /* while replaying another log */
     uint64_t new_size; /* 0: the size stays */
+    struct snapshot_record *snapshot; /* made of all up to this generation; NULL: none ... */
+    uint64_t snapshot_epoch;          /* ... known when it is built */
     bool force; /* commit even with nothing in it */
     bool has_changes; /* of clients: see state_record.changed */
     uint64_t opened_ns;
@@ -187,7 +195,8 @@ struct gen {
     size_t n_scan, cap_scan;
     size_t scan_range;
     bool scan_waits; /* for the generations before it to be committed */
-    uint64_t scan_next;
+    uint64_t scan_next, scan_epoch; /* where to go on in the place that is looked through ... */
+    uint32_t scan_place;            /* ... the branch itself (0), or a segment of its ancestry */
     struct gen_encode *encodes;
     size_t encodes_left;
     struct store_mutation *mutations;
@@ -238,7 +247,14 @@ struct volume {
     struct acquire *acquire;
     struct release *release;
     struct state_record state; /* as of the newest committed generation */
-    struct ancestry_record ancestry; /* of an owner: as stored */
+    uint64_t view_epoch; /* 0: the volume itself; else it is a view of that snapshot */
+    struct view *view;
+    struct ancestry_record ancestry; /* of an owner: as stored; of a view: all its segments */
+    uint64_t committed_epoch;        /* of an owner: snapshots up to this one are in the store */
+    unsigned snapshots_unbuilt;      /* that generations hold */
+    bool frozen;                     /* changes that are not begun wait */
+    uint64_t freeze_token;
+    struct env_timer freeze_timer;
     /* Of an owner. A snapshot is in it from when its generation was built (`history_changes` counts
      * that), because what is built after that must leave alone what it names. */
     struct history history;
@@ -369,6 +385,27 @@ bool owner_quiet(const struct volume *vol);
 /* Stops what can be stopped: the volume is lost or about to be freed. */
 void owner_forget(struct volume *vol);
 
+/* --- snapshot.c ------------------------------------------------------------------ */
+
+/* A generation with a snapshot was built: what comes now belongs to the next epoch. */
+void snapshot_built(struct gen *g);
+/* Goes on with a change of the history that was parked. */
+void snapshot_resume(struct volume *vol, struct vol_io *io);
+/* Answers the one who asked for a snapshot. */
+void snapshot_answer(struct vol_io *io, uint64_t epoch, enum status st);
+/* Without resuming anything. */
+void freeze_end(struct volume *vol);
+
+/* --- view.c ---------------------------------------------------------------------- */
+
+/* Whether the snapshot record that was read says that the view's snapshot is still there. */
+bool view_stands(const struct store_get *get);
+/* Watches the snapshot of a view that was just opened. */
+void view_start(struct volume *vol);
+/* Whether nothing is under way; then it may stop. */
+bool view_quiet(const struct volume *vol);
+void view_stop(struct volume *vol);
+
 /* --- write.c --------------------------------------------------------------------- */
 
 /* Goes on with a request that was parked until the volume was owned. */
@@ -451,6 +488,9 @@ void weight_touch(struct gen *g, uint64_t no);
 void weight_data(struct gen *g, const struct blk *e);
 void weight_range(struct gen *g, uint64_t first, uint64_t end);
 void weight_clears(struct gen *g, uint64_t n);
+/* Keys to reserve in the store for each block that is written: its own and, after a snapshot, those of
+ * rows that have to be copied, as store_reservation counts them. */
+uint64_t weight_keys_each(const struct volume *vol);
 /* Before an operation takes effect that dirties up to `bytes` and adds up to `weight`: it must
  * fit into one generation (G3), so the open one is sealed where it would not. */
 void gen_make_fit(struct volume *vol, uint64_t bytes, uint64_t weight);

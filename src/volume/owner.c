@@ -28,6 +28,7 @@
 /* Then it is left to others: they evict this server, or it ends. */
 #define GIVE_BACK_TRIES_MAX 5u
 #define ADRIFT_MS 50u /* how often is looked whether there is a new session of ours */
+#define FREEZE_MS_MAX 10000u
 #define ASK_AGAIN_MS 200u /* after an owner said no, or could not be asked */
 
 struct acquire {
@@ -63,6 +64,11 @@ struct acquire {
     struct session_sight sight;
     bool fence; /* taken together with it */
     bool by_force;
+    /* Why it can't be had although it was taken. */
+    enum status st;
+    char why[128];
+    struct key history_begin, history_end;
+    struct store_range history_range;
     uint8_t fenced[RECORD_BYTES_MAX];
     uint64_t incarnation; /* of ours that takes it */
 };
@@ -95,6 +101,7 @@ struct mailbox {
     struct store_commit commit;
     struct env_timer timer;
     struct vol_io io;
+    struct vol_history_op history;
     uint64_t requests_then;
     unsigned inflight;
     bool handling;
@@ -102,6 +109,7 @@ struct mailbox {
 
 static void acquire_read(struct acquire *a);
 static void acquire_look(struct acquire *a);
+static void history_read(struct acquire *a);
 static void mailbox_look(struct mailbox *m);
 static void mailbox_start(struct volume *vol);
 
@@ -178,11 +186,24 @@ static void refuse_outdated(struct volume *vol)
 
 /* --- taking -------------------------------------------------------------------------- */
 
+/* Whether `io` waits for the end of a freeze. */
+static bool is_frozen(const struct volume *vol, const struct vol_io *io)
+{
+    return vol->frozen && (io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM ||
+                           io->kind == IO_RESIZE);
+}
+
 static void resume_parked(struct volume *vol)
 {
-    struct list parked = LIST_INIT(parked);
-    list_splice_tail(&parked, &vol->parked);
-    resume(vol, &parked);
+    struct list ready = LIST_INIT(ready);
+    list_for_each_safe(l, next, &vol->parked)
+    {
+        if (!is_frozen(vol, container_of(l, struct vol_io, link))) {
+            list_remove(l);
+            list_add_tail(&ready, l);
+        }
+    }
+    resume(vol, &ready);
 }
 
 static void acquire_end(struct acquire *a)
@@ -312,8 +333,9 @@ static void disowned(struct store_commit *commit, enum status st)
     struct volume *vol = a->vol;
     (void)st; /* at worst the owner key still names us, and whoever asks is answered so */
     a->inflight = false;
-    volume_lose(vol, "the write log of its last owner can't be replayed");
-    acquire_fail(a, ST_IO, "the write log of its last owner can't be replayed");
+    if (!vol->lost)
+        volume_lose(vol, a->why);
+    acquire_fail(a, a->st, a->why);
 }
 
 /* A volume nobody can have must not look owned: others would wait for its owner's answer and
@@ -345,6 +367,8 @@ static void replayed(struct volume *vol, enum status st)
     if (st != ST_OK || vol->lost) {
         vol->replaying = false;
         if (!vol->lost) {
+            a->st = ST_IO;
+            snprintf(a->why, sizeof a->why, "the write log of its last owner can't be replayed");
             disown(a);
             return;
         }
@@ -362,6 +386,94 @@ static void replayed(struct volume *vol, enum status st)
     volume_begin_io(vol, &a->sync);
     a->sync.kind = IO_SYNC;
     flush_by_commit(vol, &a->sync);
+}
+
+/* What is known of the volume is whole: what its log holds is next. */
+static void acquire_opened(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    CHECK(list_empty(&vol->gens));
+    gen_open(vol);
+    bool mine = a->state.n_logs == 0 ||
+                (a->state.n_logs == 1 && shard_uses_log(vol->shard) &&
+                 a->state.logs[0].log_id == store_log_id(vol->shard->log));
+    if (mine) {
+        owned(vol);
+        return;
+    }
+    vol->replaying = true;
+    a->inflight = true;
+    replay_start(vol, replayed);
+}
+
+static void history_again(struct env_timer *timer)
+{
+    history_read(container_of(timer, struct acquire, timer));
+}
+
+/* Nobody but the owner changes these, so they hold for as long as the volume is owned. */
+static void history_got(struct store_read *read, enum status st)
+{
+    struct acquire *a = container_of(read, struct acquire, read);
+    struct volume *vol = a->vol;
+    const struct store_get *get = &a->gets[0];
+    const struct store_range *range = &a->history_range;
+    const char *damaged = NULL;
+    a->inflight = false;
+    if (st == ST_OK && get->st != ST_NOTFOUND)
+        st = get->st;
+    if (st == ST_OK && get->st == ST_OK && !ancestry_decode(get->key, get->head, &vol->ancestry))
+        damaged = "the record of where it comes from is damaged";
+    for (uint32_t i = 0; st == ST_OK && !damaged && i < range->n_pairs; i++) {
+        uint64_t branch, epoch;
+        struct snapshot_record rec;
+        if (!key_parse_snapshot(range->pairs[i].key, &branch, &epoch) ||
+            !snapshot_decode(range->pairs[i].key, range->pairs[i].head, &rec))
+            damaged = "the record of a snapshot of it is damaged";
+        else
+            history_add(&vol->history, epoch, &rec);
+    }
+    if (range->more)
+        damaged = "it has more snapshots than there can be";
+    store_read_release(read);
+    if (damaged || (st != ST_OK && st != ST_UNAVAIL)) {
+        a->st = damaged ? ST_IO : st;
+        snprintf(a->why, sizeof a->why, "%s", damaged ? damaged : status_text(st));
+        disown(a);
+        return;
+    }
+    if (st != ST_OK) {
+        a->timer.fire = history_again;
+        env_timer_start(vol->shard->env, &a->timer, AGAIN_MS);
+        return;
+    }
+    vol->protected_epoch = history_newest_live(&vol->history);
+    if (!shard_has_session(vol->shard, a->incarnation)) {
+        acquire_later(a, ADRIFT_MS);
+        return;
+    }
+    acquire_opened(a);
+}
+
+static void history_read(struct acquire *a)
+{
+    struct volume *vol = a->vol;
+    key_ancestry(&a->header_key, vol->branch);
+    key_prefix_branch(&a->history_begin, 'v', vol->branch);
+    a->history_end = a->history_begin;
+    key_prefix_end(&a->history_end);
+    a->gets[0] = (struct store_get){.key = key_slice(&a->header_key)};
+    a->history_range = (struct store_range){.begin = key_slice(&a->history_begin),
+                                            .end = key_slice(&a->history_end),
+                                            .limit = 2 * SNAPSHOTS_MAX};
+    a->read = (struct store_read){.gets = a->gets,
+                                  .n_gets = 1,
+                                  .ranges = &a->history_range,
+                                  .n_ranges = 1,
+                                  .done = history_got};
+    history_forget_all(&vol->history);
+    a->inflight = true;
+    store_read(vol->shard->store, vol->shard->env, &a->read);
 }
 
 static void acquire_committed(struct store_commit *commit, enum status st)
@@ -404,18 +516,14 @@ static void acquire_committed(struct store_commit *commit, enum status st)
     vol->data_blocks = a->state.data_blocks;
     vol->committed_gen = vol->gen_next = a->state.generation;
     vol->last_seq = 0;
-    CHECK(list_empty(&vol->gens));
-    gen_open(vol);
-    bool mine = a->state.n_logs == 0 ||
-                (a->state.n_logs == 1 && shard_uses_log(vol->shard) &&
-                 a->state.logs[0].log_id == store_log_id(vol->shard->log));
-    if (mine) {
-        owned(vol);
-        return;
-    }
-    vol->replaying = true;
-    a->inflight = true;
-    replay_start(vol, replayed);
+    vol->committed_epoch = vol->header.epoch - 1;
+    vol->ancestry = (struct ancestry_record){0};
+    history_forget_all(&vol->history);
+    vol->protected_epoch = 0;
+    if (vol->header.features.incompat & FEATURE_INCOMPAT_HISTORY)
+        history_read(a);
+    else
+        acquire_opened(a);
 }
 
 static void acquire_take(struct acquire *a)
@@ -712,7 +820,9 @@ static void acquire_start(struct volume *vol)
 
 bool owner_ready(struct volume *vol, struct vol_io *io)
 {
-    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt)
+    if (vol->view_epoch && !vol->lost)
+        return true;
+    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt && !is_frozen(vol, io))
         return true;
     io->stage = IO_PARKED;
     list_add_tail(&vol->parked, &io->link);
@@ -731,7 +841,7 @@ void owner_settle(struct volume *vol)
 
 void owner_resume(struct volume *vol)
 {
-    if (vol->ownership == VOL_OWNED)
+    if (vol->ownership == VOL_OWNED && !vol->shard->in_doubt)
         resume_parked(vol);
 }
 
@@ -833,6 +943,7 @@ void owner_progress(struct volume *vol)
 void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *arg), void *arg)
 {
     CHECK(vol->ownership == VOL_OWNED && !vol->release);
+    freeze_end(vol);
     vol->ownership = VOL_RELEASING;
     vol->release = mem_zalloc(sizeof *vol->release);
     vol->release->vol = vol;
@@ -867,11 +978,13 @@ static void mailbox_answered(struct store_commit *commit, enum status st)
     volume_progress(m->vol);
 }
 
-static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
+static void mailbox_answer_number(struct mailbox *m, enum status st, const char *text,
+                                  uint64_t number)
 {
     struct volume *vol = m->vol;
     struct shard *s = vol->shard;
-    struct answer_record answer = {.id = m->mail.id, .status = (uint8_t)st};
+    struct answer_record answer = {
+        .id = m->mail.id, .status = (uint8_t)st, .number = number};
     size_t n_checks = 1;
     if (s->member && vol->lost) {
         /* The question is not for us, but for whoever owns the volume now. */
@@ -900,6 +1013,11 @@ static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
                                       .done = mailbox_answered};
     m->inflight++;
     store_commit(s->store, s->env, &m->commit);
+}
+
+static void mailbox_answer(struct mailbox *m, enum status st, const char *text)
+{
+    mailbox_answer_number(m, st, text, 0);
 }
 
 static void mail_released(struct volume *vol, void *arg)
@@ -953,6 +1071,36 @@ static void mail_io_done(struct vol_io *io)
     mailbox_answer(m, io->st, text);
 }
 
+static void mail_history_done(struct vol_io *io)
+{
+    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
+    struct mailbox *m = container_of(op, struct mailbox, history);
+    m->inflight--;
+    mailbox_answer_number(m, io->st, io->st == ST_OK ? "done" : op->err.text,
+                          op->epoch);
+}
+
+static void mail_history(struct mailbox *m)
+{
+    struct volume *vol = m->vol;
+    struct vol_history_op *op = &m->history;
+    *op = (struct vol_history_op){.io = {.done = mail_history_done}, .token = m->mail.token};
+    memcpy(op->name, m->mail.name, sizeof op->name);
+    memcpy(op->to, m->mail.to, sizeof op->to);
+    memcpy(op->id, m->mail.snapshot_id, sizeof op->id);
+    m->inflight++;
+    switch (m->mail.kind) {
+    case MAIL_SNAPSHOT_CREATE:
+        volume_snapshot_create(vol, op);
+        break;
+    case MAIL_SNAPSHOT_REMOVE:
+        volume_snapshot_remove(vol, op);
+        break;
+    default:
+        volume_snapshot_rename(vol, op);
+    }
+}
+
 static void mail_evicted(struct env_timer *timer)
 {
     struct mailbox *m = container_of(timer, struct mailbox, timer);
@@ -999,6 +1147,19 @@ static void mailbox_handle(struct mailbox *m)
             volume_sync(vol, &m->io);
         else
             volume_resize(vol, &m->io, m->mail.size, m->mail.shrink);
+        break;
+    case MAIL_SNAPSHOT_CREATE:
+    case MAIL_SNAPSHOT_REMOVE:
+    case MAIL_SNAPSHOT_RENAME:
+        mail_history(m);
+        break;
+    case MAIL_FREEZE:
+        volume_freeze(vol, m->mail.token, (uint32_t)min_u64(m->mail.number, FREEZE_MS_MAX));
+        mailbox_answer(m, ST_OK, "frozen");
+        break;
+    case MAIL_THAW:
+        volume_thaw(vol, m->mail.token);
+        mailbox_answer(m, ST_OK, "done");
         break;
     default:
         mailbox_answer(m, ST_UNSUP, "this server does not know what was asked; upgrade it");

@@ -6,12 +6,12 @@
 
 #include "volume/internal.h"
 
-static struct volume *find(struct shard *s, uint64_t branch)
+static struct volume *find(struct shard *s, uint64_t branch, uint64_t epoch)
 {
     list_for_each(l, &s->volumes)
     {
         struct volume *vol = container_of(l, struct volume, link);
-        if (vol->branch == branch)
+        if (vol->branch == branch && vol->view_epoch == epoch)
             return vol;
     }
     return NULL;
@@ -44,6 +44,28 @@ enum status volume_set_header(struct volume *vol, const struct header_record *h,
     return ST_OK;
 }
 
+/* What a view sees: the size and the rows of its snapshot. */
+static enum status open_view(struct volume *vol, const struct store_get *ancestry,
+                             const struct store_get *snapshot, struct err *e)
+{
+    struct ancestry_record now = {0};
+    struct snapshot_record rec;
+    if (!view_stands(snapshot))
+        return fail(e, ST_NOTFOUND, "there is no snapshot %s any more", vol->name);
+    if (ancestry->st != ST_NOTFOUND &&
+        (ancestry->st != ST_OK || !ancestry_decode(ancestry->key, ancestry->head, &now)))
+        return fail(e, ST_IO, "the record of where volume %s comes from is damaged", vol->name);
+    if (!ancestry_of_snapshot(&now, vol->branch, vol->view_epoch, &vol->ancestry))
+        return fail(e, ST_IO, "the record of where volume %s comes from does not fit its snapshot",
+                    vol->name);
+    bool decoded = snapshot_decode(snapshot->key, snapshot->head, &rec);
+    CHECK(decoded);
+    vol->size = rec.size;
+    vol->data_blocks = rec.data_blocks;
+    vol->read_only = vol->served_read_only = true;
+    return ST_OK;
+}
+
 static void open_read(struct store_read *read, enum status st)
 {
     struct volume_open *op = container_of(read, struct volume_open, read);
@@ -63,9 +85,9 @@ static void open_read(struct store_read *read, enum status st)
         st = fail(&op->err, ST_IO, "the header of volume %s is damaged", op->name);
     if (st == ST_OK && op->gets[1].st == ST_OK)
         state_known = state_decode(op->gets[1].key, op->gets[1].head, &state);
-    store_read_release(read);
-    if (st == ST_OK && find(s, op->branch)) {
+    if (st == ST_OK && find(s, op->branch, op->epoch)) {
         /* Another open of the same volume was faster. */
+        store_read_release(read);
         volume_open(s, op);
         return;
     }
@@ -73,14 +95,18 @@ static void open_read(struct store_read *read, enum status st)
         vol = mem_zalloc(sizeof *vol);
         vol->shard = s;
         vol->branch = op->branch;
+        vol->view_epoch = op->epoch;
         vol->served_read_only = op->read_only;
         memcpy(vol->name, op->name, sizeof vol->name);
         st = volume_set_header(vol, &header, &op->err);
+        if (st == ST_OK && op->epoch)
+            st = open_view(vol, &op->gets[2], &op->gets[3], &op->err);
         if (st != ST_OK) {
             free(vol);
             vol = NULL;
         }
     }
+    store_read_release(read);
     if (vol) {
         vol->tag = ++s->next_tag;
         vol->refs = 1;
@@ -96,6 +122,8 @@ static void open_read(struct store_read *read, enum status st)
         index_init(&vol->index);
         key_owner(&vol->owner_key, vol->branch);
         list_add_tail(&s->volumes, &vol->link);
+        if (vol->view_epoch)
+            view_start(vol);
     }
     op->vol = vol;
     op->st = st;
@@ -104,7 +132,7 @@ static void open_read(struct store_read *read, enum status st)
 
 void volume_open(struct shard *shard, struct volume_open *op)
 {
-    struct volume *vol = find(shard, op->branch);
+    struct volume *vol = find(shard, op->branch, op->epoch);
     op->shard = shard;
     op->vol = NULL;
     op->err.text[0] = 0;
@@ -123,7 +151,14 @@ void volume_open(struct shard *shard, struct volume_open *op)
     op->gets[0] = (struct store_get){.key = key_slice(&op->keys[0])};
     key_state(&op->keys[1], op->branch);
     op->gets[1] = (struct store_get){.key = key_slice(&op->keys[1])};
-    op->read = (struct store_read){.gets = op->gets, .n_gets = 2, .done = open_read};
+    if (op->epoch) {
+        key_ancestry(&op->keys[2], op->branch);
+        op->gets[2] = (struct store_get){.key = key_slice(&op->keys[2])};
+        key_snapshot(&op->keys[3], op->branch, op->epoch);
+        op->gets[3] = (struct store_get){.key = key_slice(&op->keys[3])};
+    }
+    op->read = (struct store_read){
+        .gets = op->gets, .n_gets = op->epoch ? 4 : 2, .done = open_read};
     store_read(shard->store, shard->env, &op->read);
 }
 
@@ -276,6 +311,7 @@ static void lose(struct volume *vol, const char *why)
 {
     vol->lost = true;
     vol->ownership = VOL_UNOWNED;
+    freeze_end(vol);
     owner_forget(vol);
     trash_stop(vol);
     gen_fail_waiters(vol);
@@ -317,6 +353,8 @@ static void volume_free(struct volume *vol)
 
     owner_forget(vol);
     trash_stop(vol);
+    view_stop(vol);
+    freeze_end(vol);
     volume_drop_cache(vol);
     free(vol->index.table);
     history_forget_all(&vol->history);
@@ -333,7 +371,7 @@ static void volume_free(struct volume *vol)
 static bool may_free(const struct volume *vol)
 {
     return vol->closing && !vol->fail_posted && !vol->busy && !vol->fetches &&
-           !index_loading(vol) && owner_quiet(vol) && !trash_busy(vol) &&
+           !index_loading(vol) && owner_quiet(vol) && !trash_busy(vol) && view_quiet(vol) &&
            (vol->lost ? list_empty(&vol->gens)
                       : vol->ownership == VOL_UNOWNED && !vol->may_be_ours);
 }
@@ -391,8 +429,15 @@ const char *volume_description(const struct volume *vol)
     return vol->header.description;
 }
 
+uint64_t volume_epoch(const struct volume *vol)
+{
+    return vol->view_epoch;
+}
+
 bool volume_is_owned(const struct volume *vol)
 {
+    if (vol->view_epoch)
+        return !vol->lost;
     return vol->ownership == VOL_OWNED && !vol->shard->in_doubt;
 }
 

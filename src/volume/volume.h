@@ -145,6 +145,7 @@ struct vol_io {
     struct store_log_sync sync;
     uint64_t sync_upto;
     uint64_t held_bytes, held_log;
+    uint32_t held_keys_each; /* of held_space.keys, for each block */
     uint64_t new_size;
     struct store_reservation held_space;
     uint32_t tick; /* since then it waits for the store; see timeout.c */
@@ -196,7 +197,8 @@ uint64_t volume_epoch(const struct volume *vol); /* of a view; 0: the volume its
 const char *volume_name(const struct volume *vol); /* when it was opened */
 const char *volume_description(const struct volume *vol);
 
-/* Whether this process owns it just now. While it does not, requests wait for the ownership. */
+/* Whether this process owns it just now (a view is everybody's). While it does not, requests wait for
+ * the ownership. */
 bool volume_is_owned(const struct volume *vol);
 
 /* How often this process took it; and whether somebody changed its data between the first request
@@ -292,11 +294,14 @@ struct vol_history_op {
     uint64_t epoch;                /* out: of the snapshot */
     struct err err;                /* out */
 
-    struct key key, end; /* the volume's, from here on */
+    struct key key, children, children_end; /* the volume's, from here on */
     uint8_t was[RECORD_BYTES_MAX], bytes[RECORD_BYTES_MAX];
     struct store_check checks[3];
     struct store_mutation mutation;
     struct store_commit commit;
+    struct store_read read;
+    struct store_get get;
+    struct store_range range;
 };
 
 /* Makes a snapshot that holds exactly the writes that took effect before this call, and so all that

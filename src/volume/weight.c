@@ -16,8 +16,8 @@
  * behind a prefix of up to 66, 358 bytes; a clear counts as a range of its own, up to 464. */
 #define MUTATION_BYTES 480u
 #define UNIFORM_ROW_BYTES 64u /* a level-2 row of one kind, a trash record */
-/* State, header, and the check of the owner key. */
-#define RECORDS_BYTES (3 * RECORD_BYTES_MAX)
+/* State, header, a snapshot, the ancestry, and the check of the owner key. */
+#define RECORDS_BYTES (5 * RECORD_BYTES_MAX)
 #define ROW_BLOCKS ((uint64_t)INDEX_FANOUT)
 #define ROW2_BLOCKS (ROW_BLOCKS << INDEX_SHIFT)
 
@@ -26,22 +26,51 @@ uint64_t weight_of_mutation(const struct store_mutation *m)
     return MUTATION_BYTES + m->head.len + m->body.len;
 }
 
+/* The epoch that the open generation will belong to: those that hold snapshots come first. */
+static uint64_t epoch_then(const struct volume *vol)
+{
+    return vol->header.epoch + vol->snapshots_unbuilt;
+}
+
+/* Of a row or block that is written the version of an older epoch may go, where there can be one. */
+static uint64_t older_weight(const struct volume *vol)
+{
+    return epoch_then(vol) > 1 ? MUTATION_BYTES : 0;
+}
+
 static uint64_t row1_weight(const struct volume *vol)
 {
     /* In a clone a row may name a source of its own for each block. The sources of a volume
      * without a parent are its epochs, and what a damaged row is replaced by. */
-    uint64_t sources = vol->header.parent_branch ? INDEX_FANOUT : vol->header.epoch + 1;
-    return MUTATION_BYTES + row1_bytes_max((unsigned)min_u64(sources, INDEX_FANOUT));
+    uint64_t sources = vol->header.parent_branch ? INDEX_FANOUT : epoch_then(vol) + 1;
+    return MUTATION_BYTES + older_weight(vol) + row1_bytes_max((unsigned)min_u64(sources, INDEX_FANOUT));
 }
 
 static uint64_t row2_weight(const struct volume *vol)
 {
-    return MUTATION_BYTES + row2_bytes_max(vol->header.epoch, 0);
+    uint64_t epoch = epoch_then(vol), branch = 0;
+    for (uint32_t i = 0; i < vol->ancestry.n_segments; i++) {
+        epoch = max_u64(epoch, vol->ancestry.segments[i].upto);
+        branch = vol->branch; /* those of ancestors are lower */
+    }
+    return MUTATION_BYTES + older_weight(vol) + row2_bytes_max(epoch, branch);
+}
+
+static uint64_t head_keys(size_t head_bytes)
+{
+    return 1 + head_bytes / STORE_KEY_HEAD_BYTES;
+}
+
+uint64_t weight_keys_each(const struct volume *vol)
+{
+    if (epoch_then(vol) == 1 && !vol->ancestry.n_segments)
+        return 2;
+    return 1 + head_keys(row1_weight(vol)) + head_keys(row2_weight(vol));
 }
 
 static uint64_t data_weight(const struct volume *vol, bool full)
 {
-    return vol->block_size + BLOCK_HEAD_BYTES_MAX + (full ? 0 : mask_bytes_max(vol->block_size));
+    return older_weight(vol) + vol->block_size + BLOCK_HEAD_BYTES_MAX + (full ? 0 : mask_bytes_max(vol->block_size));
 }
 
 /* Rows of both levels of all blocks in [first, end), which may be many of level 1. */
@@ -65,11 +94,17 @@ static uint64_t rows2_covered(uint64_t first, uint64_t end)
     return to > from ? to - from : 0;
 }
 
+/* A level-2 row of one kind. */
+static uint64_t uniform_weight(const struct volume *vol)
+{
+    return MUTATION_BYTES + older_weight(vol) + UNIFORM_ROW_BYTES;
+}
+
 /* A range without the rows at its two ends. */
-static uint64_t range_weight(uint64_t first, uint64_t end)
+static uint64_t range_weight(const struct volume *vol, uint64_t first, uint64_t end)
 {
     return edge_blocks(first, end) * MUTATION_BYTES +
-           (rows2_covered(first, end) + 1) * (MUTATION_BYTES + UNIFORM_ROW_BYTES);
+           (rows2_covered(first, end) + 1) * uniform_weight(vol);
 }
 
 static uint64_t range_ends_weight(const struct volume *vol)
@@ -88,7 +123,7 @@ uint64_t weight_of_zeros(const struct volume *vol, uint64_t first, uint64_t end)
     uint64_t ends = 2 * (MUTATION_BYTES + data_weight(vol, false));
     if (end - first <= TRIM_EACH_MAX)
         return ends + (end - first) * MUTATION_BYTES + rows_weight(vol, first, end);
-    return ends + range_weight(first, end) + range_ends_weight(vol);
+    return ends + range_weight(vol, first, end) + range_ends_weight(vol);
 }
 
 uint64_t weight_zeros_max(const struct volume *vol)
@@ -97,8 +132,8 @@ uint64_t weight_zeros_max(const struct volume *vol)
     if (limit == UINT64_MAX)
         return UINT64_MAX;
     uint64_t ends = weight_of_zeros(vol, 1, 3 * ROW_BLOCKS - 1) + RECORDS_BYTES;
-    CHECK(limit > ends + MUTATION_BYTES + UNIFORM_ROW_BYTES);
-    return (limit - ends) / (MUTATION_BYTES + UNIFORM_ROW_BYTES) * ROW2_BLOCKS;
+    CHECK(limit > ends + uniform_weight(vol));
+    return (limit - ends) / uniform_weight(vol) * ROW2_BLOCKS;
 }
 
 uint64_t weight_of_clears(uint64_t n)
@@ -149,7 +184,7 @@ void weight_data(struct gen *g, const struct blk *e)
 
 void weight_range(struct gen *g, uint64_t first, uint64_t end)
 {
-    g->weight += range_weight(first, end);
+    g->weight += range_weight(g->vol, first, end);
     if (first % ROW_BLOCKS)
         count_row1(g, first);
     if (end % ROW_BLOCKS)

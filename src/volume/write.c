@@ -34,7 +34,7 @@ static struct store_reservation space_for(const struct volume *vol, uint64_t blo
 {
     return (struct store_reservation){
         .body_bytes = blocks * store_body_cost(vol->shard->store, vol->block_size),
-        .keys = blocks * 2};
+        .keys = blocks * weight_keys_each(vol)};
 }
 
 static bool space_covers(struct store_reservation have, struct store_reservation want)
@@ -156,6 +156,7 @@ bool write_try_grant(struct volume *vol, struct vol_io *io)
     }
     s->write_bytes += bytes;
     io->held_bytes = bytes;
+    io->held_keys_each = blocks ? (uint32_t)(io->held_space.keys / blocks) : 0;
     s->log_held += record;
     io->held_log = record;
     io->st = ST_OK;
@@ -745,6 +746,11 @@ void write_resume(struct volume *vol, struct vol_io *io)
         break;
     case IO_RESIZE:
         resize_begin(vol, io);
+        break;
+    case IO_SNAPSHOT:
+    case IO_SNAPSHOT_REMOVE:
+    case IO_SNAPSHOT_RENAME:
+        snapshot_resume(vol, io);
         break;
     default:
         fetch_resume(vol, io);

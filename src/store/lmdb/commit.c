@@ -187,7 +187,7 @@ static enum status commit_measure(const struct store_commit *c, uint64_t *units,
         if (m->head.len > LM_HEAD_BYTES_MAX || m->body.len > LM_BODY_BYTES_MAX)
             return ST_INVAL;
         *units += (m->body.len + SPACE_UNIT_BYTES - 1) / SPACE_UNIT_BYTES;
-        *keys += 1 + m->head.len / 2000;
+        *keys += 1 + m->head.len / STORE_KEY_HEAD_BYTES;
     }
     return ST_OK;
 }
