@@ -52,6 +52,8 @@ static void looked(struct store_read *read, enum status st)
         env_timer_start(vol->shard->env, &v->retry, LOOK_AGAIN_MS);
     } else if (!unknown && !stands) {
         volume_lose(vol, "the snapshot was removed");
+    } else if (!v->armed && !vol->lost && !vol->closing) {
+        look(v); /* it fired during the read */
     }
     volume_progress(vol);
 }

@@ -1,0 +1,355 @@
+/*
+ * Snapshots, one thing at a time: what is in one, what its view shows, what survives, and the
+ * freeze (G7). Random mixes of all this are in volume_model_test.
+ */
+#include "test.h"
+
+#include <stdio.h>
+
+#include "../sim/driver.h"
+#include "base/mem.h"
+
+#define SIZE (64u << 20)
+#define BS 4096u
+#define LOOK_BYTES (1u << 20) /* tests write in here */
+
+static struct drv *start(uint64_t seed, bool log)
+{
+    struct drv_config config = {
+        .seed = seed,
+        .size = SIZE,
+        .block_size = BS,
+        .codec = CODEC_LZ4,
+        .n_regions = 1,
+        .cache_bytes = 64u << 20,
+        .damaged = true, /* its check of the store knows no snapshots */
+        .no_log = !log,
+    };
+    struct drv *d = drv_new(&config);
+    drv_open(d);
+    drv_request_ownership(d);
+    drv_drain(d);
+    return d;
+}
+
+static void end(struct drv *d)
+{
+    drv_close(d);
+    assert_true(drv_free(d));
+}
+
+struct change {
+    struct vol_history_op op;
+    bool answered;
+};
+
+static void changed(struct vol_io *io)
+{
+    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
+    container_of(op, struct change, op)->answered = true;
+}
+
+static bool is_answered(void *arg)
+{
+    return ((struct change *)arg)->answered;
+}
+
+static struct change asked(const char *name)
+{
+    struct change c = {.op = {.io = {.done = changed}}};
+    snprintf(c.op.name, sizeof c.op.name, "%s", name);
+    return c;
+}
+
+static enum status wait_for(struct drv *d, struct change *c)
+{
+    assert_true(world_run_until(d->world, d->p->env, is_answered, c));
+    if (c->op.io.st != ST_OK)
+        assert_true(c->op.err.text[0]);
+    return c->op.io.st;
+}
+
+static enum status snapshot(struct drv *d, const char *name, uint64_t *epoch)
+{
+    struct change c = asked(name);
+    volume_snapshot_create(d->p->vol, &c.op);
+    enum status st = wait_for(d, &c);
+    if (epoch)
+        *epoch = c.op.epoch;
+    return st;
+}
+
+struct looking {
+    struct volume_open open;
+    struct vol_io io;
+    struct volume_watcher watcher;
+    bool opened, read, closed, lost;
+};
+
+static void view_opened(struct volume_open *op)
+{
+    container_of(op, struct looking, open)->opened = true;
+}
+
+static bool is_opened(void *arg)
+{
+    return ((struct looking *)arg)->opened;
+}
+
+static void was_read(struct vol_io *io)
+{
+    container_of(io, struct looking, io)->read = true;
+}
+
+static bool is_read(void *arg)
+{
+    return ((struct looking *)arg)->read;
+}
+
+static void view_closed(void *arg)
+{
+    ((struct looking *)arg)->closed = true;
+}
+
+static bool is_closed(void *arg)
+{
+    return ((struct looking *)arg)->closed;
+}
+
+static void view_lost(struct volume_watcher *w, const char *why)
+{
+    (void)why;
+    container_of(w, struct looking, watcher)->lost = true;
+}
+
+static bool is_lost(void *arg)
+{
+    return ((struct looking *)arg)->lost;
+}
+
+static enum status view_open(struct drv *d, uint64_t epoch, struct looking *v)
+{
+    *v = (struct looking){
+        .open = {.branch = d->branch, .epoch = epoch, .name = "v@s", .done = view_opened},
+        .watcher = {.lost = view_lost}};
+    volume_open(d->p->shard, &v->open);
+    assert_true(world_run_until(d->world, d->p->env, is_opened, v));
+    if (v->open.st == ST_OK)
+        volume_watch_loss(v->open.vol, &v->watcher);
+    return v->open.st;
+}
+
+static enum status view_read(struct drv *d, struct looking *v, uint64_t off, uint8_t *out,
+                             uint32_t len)
+{
+    struct vol_seg segs[VOL_SEGS(LOOK_BYTES, BS)];
+    v->io = (struct vol_io){.done = was_read,
+                            .offset = off,
+                            .length = len,
+                            .segs = segs,
+                            .segs_cap = VOL_SEGS(LOOK_BYTES, BS)};
+    v->read = volume_read(v->open.vol, &v->io);
+    assert_true(world_run_until(d->world, d->p->env, is_read, v));
+    if (v->io.st != ST_OK)
+        return v->io.st;
+    for (uint32_t i = 0; i < v->io.n_segs; i++) {
+        const struct vol_seg *s = &v->io.segs[i];
+        if (s->buf)
+            memcpy(out, s->buf->data + s->offset, s->len);
+        else
+            memset(out, 0, s->len);
+        out += s->len;
+    }
+    volume_release_segs(&v->io);
+    return ST_OK;
+}
+
+static void view_close(struct drv *d, struct looking *v)
+{
+    volume_unwatch_loss(&v->watcher);
+    volume_close(v->open.vol, view_closed, v);
+    assert_true(world_run_until(d->world, d->p->env, is_closed, v));
+}
+
+static uint8_t seen[LOOK_BYTES], now[LOOK_BYTES], before[LOOK_BYTES];
+
+/* What a snapshot holds stays, whatever is written, zeroed or trimmed later, also when its blocks
+ * are read again by another process. */
+static void holds_what_was_written_before(void **state)
+{
+    (void)state;
+    for (unsigned log = 0; log < 2; log++) {
+        struct drv *d = start(1 + log, log);
+        uint64_t epoch, second;
+        struct looking v;
+        drv_write(d, 100, 50000, 0);
+        drv_write(d, 200000, 70000, 0);
+        drv_read(d, 0, LOOK_BYTES, before);
+        assert_int_equal(snapshot(d, "one", &epoch), ST_OK);
+        drv_write(d, 4000, 9000, 0);
+        drv_zero(d, 210000, 30000, true, 0);
+        assert_int_equal(snapshot(d, "two", &second), ST_OK);
+        assert_int_equal(second, epoch + 1);
+        drv_write(d, 0, LOOK_BYTES, 0);
+        for (unsigned again = 0; again < 2; again++) {
+            assert_int_equal(view_open(d, epoch, &v), ST_OK);
+            assert_int_equal(volume_epoch(v.open.vol), epoch);
+            assert_int_equal(view_read(d, &v, 0, seen, LOOK_BYTES), ST_OK);
+            assert_memory_equal(seen, before, LOOK_BYTES);
+            view_close(d, &v);
+            drv_reopen(d, true);
+        }
+        drv_read(d, 0, LOOK_BYTES, now);
+        drv_verify_all(d);
+        end(d);
+    }
+}
+
+/* A view cannot be changed, and needs no owner. */
+static void a_view_is_read_only(void **state)
+{
+    (void)state;
+    struct drv *d = start(3, true);
+    uint64_t epoch;
+    struct looking v;
+    drv_write(d, 0, 5000, 0);
+    assert_int_equal(snapshot(d, "s", &epoch), ST_OK);
+    assert_int_equal(view_open(d, epoch, &v), ST_OK);
+    v.io = (struct vol_io){.done = was_read, .offset = 0, .length = 4096};
+    volume_trim(v.open.vol, &v.io);
+    assert_true(world_run_until(d->world, d->p->env, is_read, &v));
+    assert_int_equal(v.io.st, ST_PERM);
+    struct change c = asked("t");
+    volume_snapshot_create(v.open.vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_PERM);
+    v.read = false;
+    v.io = (struct vol_io){.done = was_read};
+    volume_flush(v.open.vol, &v.io);
+    assert_true(world_run_until(d->world, d->p->env, is_read, &v));
+    assert_int_equal(v.io.st, ST_OK);
+    view_close(d, &v);
+    struct looking none;
+    assert_int_equal(view_open(d, epoch + 7, &none), ST_NOTFOUND);
+    end(d);
+}
+
+/* Names: taken ones, impossible ones, unknown ones. */
+static void names(void **state)
+{
+    (void)state;
+    struct drv *d = start(4, true);
+    assert_int_equal(snapshot(d, "a", NULL), ST_OK);
+    assert_int_equal(snapshot(d, "a", NULL), ST_EXISTS);
+    assert_int_equal(snapshot(d, "-a", NULL), ST_INVAL);
+    assert_int_equal(snapshot(d, "b", NULL), ST_OK);
+    struct change c = asked("a");
+    snprintf(c.op.to, sizeof c.op.to, "b");
+    volume_snapshot_rename(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_EXISTS);
+    c = asked("a");
+    snprintf(c.op.to, sizeof c.op.to, "c");
+    volume_snapshot_rename(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_OK);
+    c = asked("a");
+    volume_snapshot_remove(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_NOTFOUND);
+    drv_reopen(d, true);
+    drv_request_ownership(d);
+    assert_int_equal(snapshot(d, "c", NULL), ST_EXISTS);
+    assert_int_equal(snapshot(d, "a", NULL), ST_OK);
+    end(d);
+}
+
+/* A removed snapshot's view is lost, and never shows anything else meanwhile; a clone keeps it. */
+static void removal(void **state)
+{
+    (void)state;
+    struct drv *d = start(5, true);
+    uint64_t epoch;
+    struct looking v;
+    drv_write(d, 0, 100000, 0);
+    assert_int_equal(snapshot(d, "s", &epoch), ST_OK);
+    drv_write(d, 0, 100000, 0);
+
+    struct key child;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct child_record rec = {.created_ns = 1};
+    key_child(&child, d->branch, epoch, 77);
+    size_t len = child_encode(&rec, key_slice(&child), bytes);
+    mem_store_put(d->db, key_slice(&child), (struct slice){bytes, len}, (struct slice){0});
+    struct change c = asked("s");
+    volume_snapshot_remove(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_BUSY);
+    assert_true(mem_store_damage(d->db, key_slice(&child), MEM_REMOVE));
+
+    assert_int_equal(view_open(d, epoch, &v), ST_OK);
+    c = asked("s");
+    volume_snapshot_remove(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_OK);
+    assert_true(world_run_until(d->world, d->p->env, is_lost, &v));
+    assert_int_not_equal(view_read(d, &v, 0, seen, 4096), ST_OK);
+    view_close(d, &v);
+    assert_int_equal(view_open(d, epoch, &v), ST_NOTFOUND);
+    drv_verify_all(d);
+    end(d);
+}
+
+/* Changes wait while frozen; with the token of the freeze a snapshot is made, with another not. */
+static void freeze(void **state)
+{
+    (void)state;
+    struct drv *d = start(6, true);
+    uint64_t epoch;
+    struct looking v;
+    drv_write(d, 0, 4096, 0);
+    drv_read(d, 0, LOOK_BYTES, before);
+    volume_freeze(d->p->vol, 5, 1000);
+    struct change write = asked("");
+    write.op.io.offset = 0;
+    write.op.io.length = 8192;
+    volume_zero(d->p->vol, &write.op.io);
+    drv_wait_ms(d, 500);
+    assert_false(write.answered);
+    struct change c = asked("s");
+    c.op.token = 6;
+    volume_snapshot_create(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_BUSY);
+    c = asked("s");
+    c.op.token = 5;
+    volume_snapshot_create(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_OK);
+    epoch = c.op.epoch;
+    volume_thaw(d->p->vol, 6);
+    assert_false(write.answered);
+    volume_thaw(d->p->vol, 5);
+    shard_submit(d->p->shard);
+    assert_int_equal(wait_for(d, &write), ST_OK);
+    assert_int_equal(view_open(d, epoch, &v), ST_OK);
+    assert_int_equal(view_read(d, &v, 0, seen, LOOK_BYTES), ST_OK);
+    assert_memory_equal(seen, before, LOOK_BYTES);
+    view_close(d, &v);
+    /* Nobody comes back: it ends by itself. */
+    volume_freeze(d->p->vol, 7, 1000);
+    write.answered = false;
+    volume_zero(d->p->vol, &write.op.io);
+    drv_wait_ms(d, 1500);
+    shard_submit(d->p->shard);
+    assert_int_equal(wait_for(d, &write), ST_OK);
+    c = asked("t");
+    c.op.token = 7;
+    volume_snapshot_create(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_BUSY);
+    end(d);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(holds_what_was_written_before),
+        cmocka_unit_test(a_view_is_read_only),
+        cmocka_unit_test(names),
+        cmocka_unit_test(removal),
+        cmocka_unit_test(freeze),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
