@@ -100,10 +100,15 @@ void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
 void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *env,
                        uint64_t branch);
 
-/* The clones of a snapshot, by name, into op->entries (name and branch only), those of all snapshots
- * of the branch where epoch is 0. One that is being removed is not there any more. */
+/* The clones of a snapshot, by name, into op->entries (name and branch only), those of all
+ * snapshots of the branch where epoch is 0. One that is being removed is not there any more. */
 void catalog_clones(struct catalog_op *op, struct store *store, struct env *env, uint64_t branch,
                     uint64_t epoch);
+
+/* What a clone was made from, into op->entries (one; its name, branch and snapshot only).
+ * ST_NOTFOUND: it is not a clone, or not any more. */
+void catalog_parent(struct catalog_op *op, struct store *store, struct env *env,
+                    const struct catalog_entry *clone);
 
 /* Makes a volume from a snapshot (`from` as catalog_find gave it): one commit. spec: name,
  * description; the rest is the snapshot's. ST_EXISTS, ST_INVAL, ST_NOTFOUND (the snapshot is gone),

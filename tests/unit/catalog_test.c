@@ -381,6 +381,510 @@ static void removing(void **state)
     memory_store_free(&m);
 }
 
+/* --- history ------------------------------------------------------------------------- */
+
+static void put_header(struct memory_store *m, uint64_t branch, const struct header_record *header)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    key_header(&key, branch);
+    size_t len = header_encode(header, key_slice(&key), bytes);
+    memory_set(m, key_slice(&key), (struct slice){bytes, len});
+}
+
+static void put_snapshot(struct memory_store *m, uint64_t branch, uint64_t epoch, const char *name,
+                         bool removed)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct snapshot_record rec = {.removed = removed,
+                                  .size = (1 << 20) + epoch * 512,
+                                  .data_blocks = 10 * epoch,
+                                  .created_ns = epoch};
+    snprintf(rec.name, sizeof rec.name, "%s", name);
+    key_snapshot(&key, branch, epoch);
+    size_t len = snapshot_encode(&rec, key_slice(&key), bytes);
+    memory_set(m, key_slice(&key), (struct slice){bytes, len});
+}
+
+/* What an owner's commit makes of a volume. */
+static uint64_t snapshot(struct memory_store *m, const char *volume, const char *name)
+{
+    struct catalog_entry entry = find(m, volume);
+    uint64_t epoch = entry.header.epoch++;
+    entry.header.features.incompat |= FEATURE_INCOMPAT_HISTORY;
+    put_header(m, entry.branch, &entry.header);
+    put_snapshot(m, entry.branch, epoch, name, false);
+    return epoch;
+}
+
+static void clear_snapshot(struct memory_store *m, uint64_t branch, uint64_t epoch)
+{
+    struct key key;
+    key_snapshot(&key, branch, epoch);
+    size_t at = memory_lower(m, key_slice(&key));
+    assert_non_null(memory_find(m, key_slice(&key)));
+    memory_clear_range(m, at, at + 1);
+}
+
+static enum status clone(struct memory_store *m, const char *from, const char *to, struct err *e)
+{
+    struct waited w;
+    struct volume_spec spec = spec_of(to, 0);
+    struct catalog_entry entry = find(m, from);
+    catalog_clone(fresh(&w), &m->store, &m->env, &entry, &spec);
+    enum status st = wait_for(m, &w);
+    if (e)
+        *e = w.op.err;
+    return st;
+}
+
+static enum status roll_back(struct memory_store *m, const char *to, bool destroy_newer,
+                             struct err *e)
+{
+    struct waited w;
+    struct catalog_entry entry = find(m, to);
+    catalog_rollback(fresh(&w), &m->store, &m->env, &entry, destroy_newer);
+    enum status st = wait_for(m, &w);
+    if (e)
+        *e = w.op.err;
+    return st;
+}
+
+static enum status remove_volume(struct memory_store *m, const char *name, bool with_snapshots,
+                                 struct err *e)
+{
+    struct waited w;
+    struct catalog_entry entry = find(m, name);
+    catalog_remove(fresh(&w), &m->store, &m->env, &entry, with_snapshots);
+    enum status st = wait_for(m, &w);
+    if (e)
+        *e = w.op.err;
+    return st;
+}
+
+static bool ancestry_of(struct memory_store *m, uint64_t branch, struct ancestry_record *out)
+{
+    struct key key;
+    key_ancestry(&key, branch);
+    const struct memory_pair *p = memory_find(m, key_slice(&key));
+    if (!p)
+        return false;
+    assert_true(ancestry_decode(key_slice(&key), (struct slice){p->value, p->value_len}, out));
+    return true;
+}
+
+static bool is_child(struct memory_store *m, uint64_t branch, uint64_t epoch, uint64_t child)
+{
+    struct key key;
+    key_child(&key, branch, epoch, child);
+    return memory_find(m, key_slice(&key)) != NULL;
+}
+
+static void snapshots_are_listed_and_found(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    enum { N = 2100 }; /* several pages */
+    memory_store_init(&m, "snapshots");
+    create(&m, "v");
+    create(&m, "other");
+    assert_non_null(strstr(find_fails(&m, "v@x").text, "it has none"));
+    for (int i = 1; i <= N; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "day-%d", i);
+        assert_int_equal(snapshot(&m, "v", name), i);
+    }
+    put_snapshot(&m, 1, 7, "day-7", true);
+    catalog_snapshots(fresh(&w), &m.store, &m.env, 1);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_snapshots, N - 1);
+    for (int i = 0; i < N - 1; i++) {
+        assert_int_equal(w.op.snapshots[i].epoch, i + (i < 6 ? 1 : 2));
+        assert_int_equal(w.op.snapshots[i].rec.data_blocks, 10 * w.op.snapshots[i].epoch);
+    }
+    catalog_op_free(&w.op);
+    catalog_snapshots(fresh(&w), &m.store, &m.env, 2);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_snapshots, 0);
+
+    struct catalog_entry entry = find(&m, "v@day-2000");
+    assert_string_equal(entry.name, "v");
+    assert_int_equal(entry.branch, 1);
+    assert_int_equal(entry.snapshot.epoch, 2000);
+    assert_string_equal(entry.snapshot.rec.name, "day-2000");
+    assert_int_equal(find(&m, "v").snapshot.epoch, 0);
+    assert_non_null(
+        strstr(find_fails(&m, "v@day-7").text, "no snapshot \"day-7\" of volume \"v\""));
+    assert_non_null(strstr(find_fails(&m, "v@DAY-9").text, "did you mean \"v@day-9\" or"));
+    assert_non_null(strstr(find_fails(&m, "w@day-9").text, "no volume \"w\""));
+    assert_non_null(strstr(find_fails(&m, "v@").text, "no volume \"v@\""));
+    assert_non_null(strstr(find_fails(&m, "v@a b").text, "\"v@a b\""));
+    assert_non_null(strstr(find_fails(&m, "v@day-1@day-2").text, "no volume"));
+
+    /* A damaged record hides itself only. */
+    struct key key;
+    key_snapshot(&key, 1, 3);
+    memory_find(&m, key_slice(&key))->value[9] ^= 1;
+    catalog_snapshots(fresh(&w), &m.store, &m.env, 1);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_snapshots, N - 2);
+    catalog_op_free(&w.op);
+    memory_store_free(&m);
+}
+
+static uint64_t race_branch, race_epoch;
+
+static void snapshot_goes_at_last_moment(struct memory_store *m)
+{
+    clear_snapshot(m, race_branch, race_epoch);
+}
+
+static void snapshot_is_removed_at_last_moment(struct memory_store *m)
+{
+    put_snapshot(m, race_branch, race_epoch, "s", true);
+}
+
+static void snapshot_comes_at_last_moment(struct memory_store *m)
+{
+    struct key key;
+    struct header_record header;
+    key_header(&key, race_branch);
+    const struct memory_pair *p = memory_find(m, key_slice(&key));
+    assert_true(header_decode(key_slice(&key), (struct slice){p->value, p->value_len}, &header));
+    put_snapshot(m, race_branch, header.epoch++, "late", false);
+    put_header(m, race_branch, &header);
+}
+
+static void cloning(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    struct err e;
+    memory_store_init(&m, "clone");
+    create(&m, "a");
+    uint64_t one = snapshot(&m, "a", "one"), two = snapshot(&m, "a", "two");
+    assert_int_equal(clone(&m, "a@two", "b", NULL), ST_OK);
+    struct catalog_entry a = find(&m, "a"), b = find(&m, "b");
+    assert_int_equal(b.header.features.incompat, FEATURE_INCOMPAT_HISTORY);
+    assert_int_equal(b.header.size, (1 << 20) + two * 512);
+    assert_int_equal(b.header.block_size, a.header.block_size);
+    assert_int_equal(b.header.codec, a.header.codec);
+    assert_int_equal(b.header.epoch, 1);
+    assert_int_equal(b.header.parent_branch, a.branch);
+    assert_int_equal(b.header.parent_epoch, two);
+    assert_int_equal(b.state.data_blocks, 10 * two);
+    assert_int_equal(b.owner.token, 0);
+    assert_true(is_child(&m, a.branch, two, b.branch));
+    assert_false(is_child(&m, a.branch, one, b.branch));
+    struct ancestry_record line;
+    assert_true(ancestry_of(&m, b.branch, &line));
+    assert_int_equal(line.after, 0);
+    assert_int_equal(line.n_segments, 1);
+    assert_memory_equal(&line.segments[0], (&(struct ancestry_segment){a.branch, 0, two}),
+                        sizeof line.segments[0]);
+
+    /* A clone of a clone sees its own line first. */
+    assert_int_equal(snapshot(&m, "b", "s"), 1);
+    m.conflicts = 3;
+    assert_int_equal(clone(&m, "b@s", "c", NULL), ST_OK);
+    struct catalog_entry c = find(&m, "c");
+    assert_true(ancestry_of(&m, c.branch, &line));
+    assert_int_equal(line.n_segments, 2);
+    assert_int_equal(line.segments[0].branch, b.branch);
+    assert_int_equal(line.segments[0].upto, 1);
+    assert_int_equal(line.segments[1].branch, a.branch);
+    assert_int_equal(line.segments[1].upto, two);
+
+    /* Who is whose. */
+    assert_int_equal(clone(&m, "a@two", "a2", NULL), ST_OK);
+    catalog_clones(fresh(&w), &m.store, &m.env, a.branch, two);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 2);
+    assert_string_equal(w.op.entries[0].name, "a2");
+    assert_string_equal(w.op.entries[1].name, "b");
+    assert_int_equal(w.op.entries[1].branch, b.branch);
+    catalog_op_free(&w.op);
+    catalog_clones(fresh(&w), &m.store, &m.env, a.branch, one);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 0);
+    assert_int_equal(clone(&m, "a@one", "z", NULL), ST_OK);
+    catalog_clones(fresh(&w), &m.store, &m.env, a.branch, 0);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 3);
+    catalog_op_free(&w.op);
+    catalog_parent(fresh(&w), &m.store, &m.env, &c);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_string_equal(w.op.entries[0].name, "b");
+    assert_string_equal(w.op.entries[0].snapshot.rec.name, "s");
+    catalog_op_free(&w.op);
+    catalog_parent(fresh(&w), &m.store, &m.env, &a);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+
+    assert_int_equal(clone(&m, "a@one", "b", &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"b\""));
+    assert_int_equal(clone(&m, "a@one", "no name", NULL), ST_INVAL);
+
+    /* Something came in between. */
+    race_branch = a.branch;
+    race_epoch = one;
+    m.before_commit = snapshot_comes_at_last_moment;
+    assert_int_equal(clone(&m, "a@one", "d", NULL), ST_OK);
+    put_snapshot(&m, a.branch, one, "s", false);
+    m.before_commit = snapshot_is_removed_at_last_moment;
+    size_t before = m.n_pairs;
+    assert_int_equal(clone(&m, "a@s", "e", &e), ST_NOTFOUND);
+    assert_non_null(strstr(e.text, "a@s"));
+    put_snapshot(&m, a.branch, one, "s", false);
+    m.before_commit = snapshot_goes_at_last_moment;
+    assert_int_equal(clone(&m, "a@s", "e", NULL), ST_NOTFOUND);
+    assert_int_equal(m.n_pairs, before - 1);
+    find_fails(&m, "e");
+    memory_store_free(&m);
+}
+
+static void chains_of_clones_have_an_end(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct err e;
+    memory_store_init(&m, "chain");
+    create(&m, "v0");
+    enum status st = ST_OK;
+    unsigned n = 0;
+    while (st == ST_OK) {
+        char from[32], volume[32], to[32];
+        snprintf(volume, sizeof volume, "v%u", n);
+        snprintf(from, sizeof from, "v%u@s", n);
+        snprintf(to, sizeof to, "v%u", n + 1);
+        snapshot(&m, volume, "s");
+        size_t before = m.n_pairs;
+        st = clone(&m, from, to, &e);
+        if (st == ST_OK)
+            n++;
+        else
+            assert_int_equal(m.n_pairs, before);
+    }
+    assert_int_equal(st, ST_NOSPC);
+    assert_non_null(strstr(e.text, "flatten"));
+    assert_int_equal(n, ANCESTRY_MAX);
+    memory_store_free(&m);
+}
+
+static void removing_what_has_history(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    struct err e;
+    memory_store_init(&m, "remove history");
+    create(&m, "a");
+    snapshot(&m, "a", "one");
+    uint64_t two = snapshot(&m, "a", "two");
+    assert_int_equal(remove_volume(&m, "a", false, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"one\" and \"two\""));
+    assert_non_null(strstr(e.text, "--snapshots"));
+    clone(&m, "a@two", "b", NULL);
+    clone(&m, "a@two", "c", NULL);
+    for (int with = 0; with < 2; with++) {
+        assert_int_equal(remove_volume(&m, "a", with, &e), ST_EXISTS);
+        assert_non_null(strstr(e.text, "\"a@two\" has clones: \"b\" and \"c\""));
+    }
+
+    /* A clone is its parent's no more when its name is gone, though its keys are still there. */
+    uint64_t b = find(&m, "b").branch;
+    assert_int_equal(remove_volume(&m, "b", false, NULL), ST_OK);
+    assert_false(is_child(&m, 1, two, b));
+    catalog_clones(fresh(&w), &m.store, &m.env, 1, 0);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_entries, 1);
+    catalog_op_free(&w.op);
+    assert_int_equal(remove_volume(&m, "a", true, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "has a clone: \"c\""));
+    assert_int_equal(remove_volume(&m, "c", false, NULL), ST_OK);
+
+    /* A snapshot or a clone that comes at the last moment. */
+    create(&m, "fresh");
+    race_branch = find(&m, "fresh").branch;
+    m.before_commit = snapshot_comes_at_last_moment;
+    assert_int_equal(remove_volume(&m, "fresh", false, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"late\""));
+    /* One that is removed and being cleared is in nobody's way. */
+    put_snapshot(&m, race_branch, 1, "late", true);
+    assert_int_equal(remove_volume(&m, "fresh", false, NULL), ST_OK);
+
+    /* Clearing: its snapshots before anything that they need. */
+    struct key key;
+    for (uint64_t i = 0; i < 3000; i++) {
+        key_block(&key, 1, 1, i);
+        memory_set(&m, key_slice(&key), (struct slice){"x", 1});
+    }
+    create(&m, "keep");
+    snapshot(&m, "keep", "s");
+    clone(&m, "keep@s", "kept", NULL);
+    size_t others = m.n_pairs;
+    assert_int_equal(remove_volume(&m, "a", true, NULL), ST_OK);
+    for (bool more = true; more;) {
+        catalog_clear_removed(fresh(&w), &m.store, &m.env, &more);
+        assert_int_equal(wait_for(&m, &w), ST_OK);
+        key_block(&key, 1, 1, 0);
+        bool blocks = memory_find(&m, key_slice(&key)) != NULL;
+        key_snapshot(&key, 1, 1);
+        bool snapshots = memory_find(&m, key_slice(&key)) != NULL;
+        assert_true(blocks || !snapshots);
+    }
+    assert_true(others > m.n_pairs);
+    for (uint64_t branch = 1; branch <= 4; branch++) {
+        for (const char *tag = "vdlhoatqrbig"; *tag; tag++) {
+            struct key end;
+            key_prefix_branch(&key, *tag, branch);
+            end = key;
+            key_prefix_end(&end);
+            assert_int_equal(memory_lower(&m, key_slice(&key)), memory_lower(&m, key_slice(&end)));
+        }
+    }
+    assert_true(find(&m, "keep@s").snapshot.epoch == 1);
+    assert_int_equal(remove_volume(&m, "keep", true, NULL), ST_EXISTS);
+    memory_store_free(&m);
+}
+
+static void rolling_back(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    struct err e;
+    struct ancestry_record line;
+    memory_store_init(&m, "rollback");
+    create(&m, "a");
+    uint64_t one = snapshot(&m, "a", "one");
+    own(&m, 1, 5, 9);
+    struct catalog_entry was = find(&m, "a");
+    assert_int_equal(roll_back(&m, "a@one", false, NULL), ST_OK);
+    struct catalog_entry a = find(&m, "a");
+    assert_int_equal(a.header.epoch, was.header.epoch + 1);
+    assert_int_equal(a.header.size, (1 << 20) + one * 512);
+    assert_int_equal(a.state.data_blocks, 10 * one);
+    assert_int_equal(a.state.generation, was.state.generation + 1);
+    assert_int_equal(a.state.changed, a.state.generation);
+    assert_int_equal(a.state.n_logs, 0);
+    assert_int_equal(a.owner.token, 6);
+    static const uint8_t nobody[SESSION_ID_BYTES];
+    assert_memory_equal(a.owner.session, nobody, sizeof nobody);
+    assert_true(ancestry_of(&m, 1, &line));
+    assert_int_equal(line.after, was.header.epoch);
+    assert_int_equal(line.n_segments, 1);
+    assert_int_equal(line.segments[0].branch, 1);
+    assert_int_equal(line.segments[0].upto, one);
+    assert_true(find(&m, "a@one").snapshot.epoch == one);
+
+    /* Newer ones, living and removed. */
+    snapshot(&m, "a", "two");
+    snapshot(&m, "a", "three");
+    put_snapshot(&m, 1, snapshot(&m, "a", "gone"), "gone", true);
+    assert_int_equal(roll_back(&m, "a@one", false, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"two\" and \"three\";"));
+    assert_non_null(strstr(e.text, "--destroy-newer"));
+    clone(&m, "a@two", "b", NULL);
+    assert_int_equal(roll_back(&m, "a@one", true, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"a@two\" has a clone: \"b\""));
+    assert_int_equal(roll_back(&m, "a@three", false, NULL), ST_OK);
+    find_fails(&m, "a@gone");
+    assert_int_equal(remove_volume(&m, "b", false, NULL), ST_OK);
+    m.conflicts = 2;
+    assert_int_equal(roll_back(&m, "a@one", true, NULL), ST_OK);
+    catalog_snapshots(fresh(&w), &m.store, &m.env, 1);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_snapshots, 1);
+    catalog_op_free(&w.op);
+
+    /* Somebody was faster: a new owner, a new snapshot, the snapshot removed. */
+    create(&m, "c");
+    uint64_t c = find(&m, "c").branch;
+    snapshot(&m, "c", "s");
+    struct catalog_entry to = find(&m, "c@s");
+    own(&m, c, 1, 9);
+    catalog_rollback(fresh(&w), &m.store, &m.env, &to, true);
+    assert_int_equal(wait_for(&m, &w), ST_BUSY);
+    assert_non_null(strstr(w.op.err.text, "elsewhere"));
+    race_branch = c;
+    race_epoch = 1;
+    m.before_commit = snapshot_comes_at_last_moment;
+    assert_int_equal(roll_back(&m, "c@s", false, &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"late\""));
+    m.before_commit = snapshot_comes_at_last_moment;
+    assert_int_equal(roll_back(&m, "c@s", true, NULL), ST_OK);
+    find_fails(&m, "c@late");
+    m.before_commit = snapshot_is_removed_at_last_moment;
+    assert_int_equal(roll_back(&m, "c@s", true, NULL), ST_NOTFOUND);
+    put_snapshot(&m, c, 1, "s", false);
+    to = find(&m, "c@s");
+    catalog_rename(fresh(&w), &m.store, &m.env, "c", "d");
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    catalog_rollback(fresh(&w), &m.store, &m.env, &to, true);
+    assert_int_equal(wait_for(&m, &w), ST_NOTFOUND);
+
+    /* As often as can be noted. */
+    enum status st = ST_OK;
+    unsigned n = 0;
+    create(&m, "often");
+    while (st == ST_OK && n <= ANCESTRY_MAX) {
+        char name[32], path[40];
+        snprintf(name, sizeof name, "s%u", n);
+        snprintf(path, sizeof path, "often@s%u", n++);
+        snapshot(&m, "often", name);
+        st = roll_back(&m, path, false, &e);
+    }
+    assert_int_equal(st, ST_NOSPC);
+    assert_int_equal(n, ANCESTRY_MAX + 1);
+    memory_store_free(&m);
+}
+
+/* A clone against the removal of what it is made from, and against a rollback to before it, each
+ * begun at each moment of the other: one of them gets through, and what is left fits. */
+static void clones_against_removals(void **state)
+{
+    (void)state;
+    for (int turns = 0; turns < 30; turns++) {
+        for (int kind = 0; kind < 4; kind++) {
+            bool rollback = kind & 1, clone_first = kind & 2;
+            struct memory_store m;
+            struct waited cloned, other;
+            memory_store_init(&m, "against");
+            create(&m, "a");
+            uint64_t old = snapshot(&m, "a", "old"), s = snapshot(&m, "a", "s");
+            struct catalog_entry entry = find(&m, "a@s"), to = find(&m, "a@old");
+            struct volume_spec spec = spec_of("clone", 0);
+            for (int i = 0; i < 2; i++) {
+                if ((i == 0) == clone_first)
+                    catalog_clone(fresh(&cloned), &m.store, &m.env, &entry, &spec);
+                else if (rollback)
+                    catalog_rollback(fresh(&other), &m.store, &m.env, &to, true);
+                else
+                    catalog_remove(fresh(&other), &m.store, &m.env, &entry, true);
+                for (int n = 0; i == 0 && n < turns; n++)
+                    memory_turn_once(&m);
+            }
+            enum status clone_st = wait_for(&m, &cloned), other_st = wait_for(&m, &other);
+            if (clone_st == ST_OK) {
+                assert_int_equal(other_st, ST_EXISTS);
+                assert_non_null(strstr(other.op.err.text, "\"clone\""));
+                assert_true(is_child(&m, entry.branch, s, find(&m, "clone").branch));
+                assert_int_equal(find(&m, "a@s").snapshot.epoch, s);
+            } else {
+                assert_int_equal(clone_st, ST_NOTFOUND);
+                assert_int_equal(other_st, ST_OK);
+                find_fails(&m, "clone");
+                if (rollback)
+                    assert_int_equal(find(&m, "a@old").snapshot.epoch, old);
+            }
+            memory_store_free(&m);
+        }
+    }
+}
+
 /* The other end of the mailbox. */
 struct server {
     struct memory_store *m;
@@ -400,7 +904,7 @@ static void answer(struct server *s, uint64_t id, enum status st, const char *te
 {
     struct key key;
     uint8_t bytes[RECORD_BYTES_MAX];
-    struct answer_record rec = {.id = id, .status = (uint8_t)st};
+    struct answer_record rec = {.id = id, .status = (uint8_t)st, .number = id + 1};
     snprintf(rec.text, sizeof rec.text, "%s", text);
     key_answer(&key, s->branch);
     size_t len = answer_encode(&rec, key_slice(&key), bytes);
@@ -454,6 +958,7 @@ static void asking(void **state)
         answer(&s, got.id, said[i], "so it is");
         assert_int_equal(wait_for(&m, &w), said[i] == ST_NOTFOUND ? ST_BUSY : said[i]);
         assert_string_equal(w.op.err.text, "so it is");
+        assert_int_equal(w.op.number, got.id + 1);
         assert_true(m.now_ns - began < 5000000000ull);
         assert_mailbox_empty(&s);
     }
@@ -596,6 +1101,12 @@ int main(void)
         cmocka_unit_test(listing_many),
         cmocka_unit_test(renaming),
         cmocka_unit_test(removing),
+        cmocka_unit_test(snapshots_are_listed_and_found),
+        cmocka_unit_test(cloning),
+        cmocka_unit_test(chains_of_clones_have_an_end),
+        cmocka_unit_test(removing_what_has_history),
+        cmocka_unit_test(rolling_back),
+        cmocka_unit_test(clones_against_removals),
         cmocka_unit_test(asking),
         cmocka_unit_test(asking_at_the_limits),
         cmocka_unit_test(sessions),
