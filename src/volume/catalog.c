@@ -30,10 +30,8 @@ static void prepare_write(struct job *job)
     uint8_t bytes[RECORD_BYTES_MAX];
     struct meta_record *meta = &job->op->meta;
     key_store_meta(&key);
+    /* All features so far are those of single volumes. */
     *meta = (struct meta_record){.format = STORE_FORMAT,
-                                 .features = {.compat = FEATURES_COMPAT_KNOWN,
-                                              .ro_compat = FEATURES_RO_COMPAT_KNOWN,
-                                              .incompat = FEATURES_INCOMPAT_KNOWN},
                                  .created_ns = env_realtime_ns(job->op->env)};
     env_random(job->op->env, meta->uuid, sizeof meta->uuid);
     job_check(job, &job->gets[0]);
