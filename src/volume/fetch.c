@@ -1,6 +1,6 @@
 /*
  * Reads: from the cache where it can, else one load for all that a request
- * misses; and the block status, which only asks the index.
+ * misses.
  */
 #include <stdlib.h>
 
@@ -8,7 +8,6 @@
 
 #define AHEAD_MIN (128u << 10)
 #define AHEAD_MAX (1u << 20)
-#define STATUS_ROWS_MAX 256u /* rows loaded for one status request before it answers in part */
 
 struct fetch_block {
     struct blk *e;
@@ -518,89 +517,6 @@ void volume_own(struct volume *vol, struct vol_io *io)
         fetch_resume(vol, io);
 }
 
-/* --- block status -------------------------------------------------------------------- */
-
-struct status_walk {
-    struct row_wait wait;
-    struct vol_io *io;
-    struct list link; /* in shard->walks */
-    uint64_t at;
-    unsigned loads;
-};
-
-static uint32_t extent_flags(int kind)
-{
-    return kind == SOURCE_FIRST  ? 0
-           : kind == SOURCE_ZERO ? VOL_EXTENT_ZERO
-                                 : VOL_EXTENT_ZERO | VOL_EXTENT_HOLE;
-}
-
-/* Without a log: the newest generation that the index shows already and that has not committed,
- * or NULL. */
-static struct gen *newest_shown(struct volume *vol)
-{
-    if (shard_uses_log(vol->shard))
-        return NULL;
-    for (struct list *l = vol->gens.prev; l != &vol->gens; l = l->prev) {
-        struct gen *g = container_of(l, struct gen, link);
-        if (g->stage >= GEN_BUILT)
-            return g;
-    }
-    return NULL;
-}
-
-static void status_step(struct row_wait *wait)
-{
-    struct status_walk *w = container_of(wait, struct status_walk, wait);
-    struct vol_io *io = w->io;
-    struct volume *vol = io->vol;
-    uint64_t stop = io->offset + io->length;
-
-    while (!vol->lost && w->at < stop) {
-        uint64_t no = w->at >> vol->block_shift;
-        if (!index_have(vol, no, no + 1, &w->wait)) {
-            if (++w->loads <= STATUS_ROWS_MAX || !io->n_extents)
-                return;
-            index_wait_stop(&w->wait);
-            break;
-        }
-        int kind;
-        uint64_t last = ((stop - 1) >> vol->block_shift) + 1;
-        uint64_t n = index_run(vol, no, last, &kind);
-        uint64_t end = min_u64((no + n) << vol->block_shift, stop);
-        uint32_t flags = extent_flags(kind);
-        if (io->n_extents && io->extents[io->n_extents - 1].flags == flags) {
-            io->extents[io->n_extents - 1].length += end - w->at;
-        } else {
-            if (io->n_extents == io->extents_cap ||
-                (io->n_extents && (io->flags & VOL_REQ_ONE)))
-                break;
-            io->extents[io->n_extents++] = (struct vol_extent){end - w->at, flags};
-        }
-        w->at = end;
-    }
-    list_remove(&w->link);
-    free(w);
-    struct gen *shown = vol->lost ? NULL : newest_shown(vol);
-    if (shown) {
-        io->stage = IO_LOOKED;
-        list_add_tail(&shown->waiters, &io->link);
-        return;
-    }
-    io_finish_soon(vol, io, vol->lost ? ST_PERM : ST_OK);
-}
-
-static void status_begin(struct volume *vol, struct vol_io *io)
-{
-    struct status_walk *w = mem_zalloc(sizeof *w);
-    io->n_extents = 0;
-    w->io = io;
-    w->at = io->offset;
-    w->wait.ready = status_step;
-    list_add_tail(&vol->shard->walks, &w->link);
-    status_step(&w->wait);
-}
-
 void fetch_collect(struct shard *s, bool (*late)(const struct shard *s, const struct vol_io *io),
                    struct list *to)
 {
@@ -613,26 +529,6 @@ void fetch_collect(struct shard *s, bool (*late)(const struct shard *s, const st
         list_add_tail(to, &f->io->link);
         f->io = NULL;
     }
-    list_for_each_safe(l, next, &s->walks)
-    {
-        struct status_walk *w = container_of(l, struct status_walk, link);
-        if (!late(s, w->io))
-            continue;
-        index_wait_stop(&w->wait);
-        list_remove(&w->link);
-        list_add_tail(to, &w->io->link);
-        free(w);
-    }
-}
-
-void volume_status(struct volume *vol, struct vol_io *io)
-{
-    CHECK(io->length > 0 && io->extents_cap > 0 && io->offset + io->length <= vol->size);
-    io->kind = IO_STATUS;
-    io->stage = IO_IDLE;
-    volume_begin_io(vol, io);
-    if (owner_ready(vol, io))
-        fetch_resume(vol, io);
 }
 
 void fetch_resume(struct volume *vol, struct vol_io *io)
@@ -653,22 +549,6 @@ void fetch_resume(struct volume *vol, struct vol_io *io)
         io_finish_soon(vol, io, ST_OK);
         break;
     default:
-        /* The answer comes from the index alone, so what was written must be in it. */
-        if (io->stage == IO_LOOKED) {
-            io_finish_soon(vol, io, ST_OK);
-        } else if (io->stage == IO_IDLE && !vol->view_epoch &&
-                   (!gen_empty(vol->open) || vol->gens_queued)) {
-            struct gen *newest = vol->open;
-            io->stage = IO_WAITING;
-            if (gen_empty(newest))
-                newest = container_of(newest->link.prev, struct gen, link);
-            list_add_tail(&newest->waiters, &io->link);
-            if (shard_uses_log(vol->shard))
-                gen_seal(vol, false);
-            else
-                vol->shard->seal_wanted = true;
-        } else {
-            status_begin(vol, io);
-        }
+        extents_resume(vol, io);
     }
 }

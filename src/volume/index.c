@@ -5,6 +5,7 @@
 #include "volume/internal.h"
 
 #define ROWS_LOADED_AT_ONCE 512u
+#define ROWS2_AHEAD 16u
 #define RETRY_MS 1000u
 
 void index_init(struct index *ix)
@@ -388,6 +389,26 @@ bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wai
     return !missing;
 }
 
+bool index_have_row2(struct volume *vol, uint64_t row2, uint64_t end_row2, struct row_wait *wait)
+{
+    struct row_slot *r = slot_find(vol, 2, row2);
+    if (r && !r->loading) {
+        touch(r);
+        return true;
+    }
+    if (!r) {
+        bool goes_on = row2 && slot_find(vol, 2, row2 - 1);
+        uint64_t end = goes_on ? min_u64(row2 + ROWS2_AHEAD, end_row2) : row2 + 1;
+        r = slot_new(vol, 2, row2);
+        load_row2(r);
+        for (uint64_t no = row2 + 1; no < end; no++)
+            if (!slot_find(vol, 2, no))
+                load_row2(slot_new(vol, 2, no));
+    }
+    list_add_tail(&r->waiters, &wait->link);
+    return false;
+}
+
 void index_wait_stop(struct row_wait *wait)
 {
     if (wait->link.next)
@@ -412,37 +433,6 @@ int index_lookup(struct volume *vol, uint64_t no, struct row_source *src)
     uint8_t kind = r2->row2.entry[row & (INDEX_FANOUT - 1)].kind;
     CHECK(kind != ROW2_ROW);
     return kind;
-}
-
-uint64_t index_run(struct volume *vol, uint64_t no, uint64_t end, int *kind)
-{
-    uint64_t at = no;
-    *kind = index_lookup(vol, no, NULL);
-    while (at < end) {
-        uint64_t row = at >> INDEX_SHIFT;
-        struct row_slot *r2 = slot_find(vol, 2, row >> INDEX_SHIFT);
-        if (!r2 || r2->loading)
-            break;
-        const struct row2_entry *entry = &r2->row2.entry[row & (INDEX_FANOUT - 1)];
-        if (entry->kind != ROW2_ROW) {
-            if (entry->kind != *kind)
-                break;
-            at = (row + 1) << INDEX_SHIFT;
-            continue;
-        }
-        struct row_slot *r1 = slot_find(vol, 1, row);
-        if (!r1 || r1->loading)
-            break;
-        unsigned i = at & (INDEX_FANOUT - 1);
-        for (; i < INDEX_FANOUT; i++, at++) {
-            int k = r1->row1.source[i] >= SOURCE_FIRST ? SOURCE_FIRST : r1->row1.source[i];
-            if (k != *kind)
-                break;
-        }
-        if (i < INDEX_FANOUT)
-            break;
-    }
-    return max_u64(min_u64(at, end), no + 1) - no;
 }
 
 struct row_slot *index_row2(struct volume *vol, uint64_t row2)

@@ -69,14 +69,13 @@ uint64_t row2_branch(const struct volume *vol, const struct row2_entry *entry);
 bool index_have(struct volume *vol, uint64_t first, uint64_t end, struct row_wait *wait);
 void index_wait_stop(struct row_wait *wait);
 
+/* The same for a level-2 row alone. Where the one before it is in memory, which is how a walk
+ * comes along, some of those that follow below `end_row2` are loaded with it. */
+bool index_have_row2(struct volume *vol, uint64_t row2, uint64_t end_row2, struct row_wait *wait);
+
 /* The source of a block whose rows are in memory: SOURCE_ABSENT, ZERO, HOLE, or
  * SOURCE_FIRST with *src filled. */
 int index_lookup(struct volume *vol, uint64_t no, struct row_source *src);
-
-/* The same for a run: how many blocks from `no` on (below `end`) have the same kind of source
- * (data counts as one kind); only as far as rows are in memory without loading more. At
- * least 1. */
-uint64_t index_run(struct volume *vol, uint64_t no, uint64_t end, int *kind);
 
 /* Level-2 row, level-1 row in memory, or NULL. */
 struct row_slot *index_row2(struct volume *vol, uint64_t row2);

@@ -6,6 +6,7 @@
  *   owner.c       taking and giving back ownership, the mailbox
  *   write.c       writes, zeroes, trims, flushes into the open generation
  *   fetch.c       reads, and what must be loaded for them
+ *   extents.c     the block status
  *   generation.c  from a sealed generation to a commit
  *   weight.c      the most a generation's commit can have, before it is built
  *   index.c       the rows in memory
@@ -118,7 +119,7 @@ struct shard {
     uint32_t tick;
     struct env_timer tick_timer;
     bool tick_running, timeout_told;
-    struct list fetches, walks; /* loads that somebody waits for; see fetch.c */
+    struct list fetches, walks; /* loads that somebody waits for; see fetch.c, extents.c */
 };
 
 struct gen_range {
@@ -441,6 +442,14 @@ void blk_complete(struct volume *vol, struct blk *e, struct buf *base);
 /* Takes the requests for which `late` holds away from what is loaded for them. */
 void fetch_collect(struct shard *s, bool (*late)(const struct shard *s, const struct vol_io *io),
                    struct list *to);
+
+/* --- extents.c ------------------------------------------------------------------- */
+
+/* Goes on with a block status that was parked, or that waited for a commit. */
+void extents_resume(struct volume *vol, struct vol_io *io);
+/* Takes the requests for which `late` holds away from their walks. */
+void extents_collect(struct shard *s, bool (*late)(const struct shard *s, const struct vol_io *io),
+                     struct list *to);
 
 /* --- timeout.c ------------------------------------------------------------------- */
 

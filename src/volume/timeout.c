@@ -81,6 +81,7 @@ static void tick(struct env_timer *timer)
         busy |= vol->busy != 0;
     }
     fetch_collect(s, late, &told);
+    extents_collect(s, late, &told);
     if (busy)
         timeout_start(s);
     if (list_empty(&told))

@@ -137,7 +137,8 @@ struct vol_io {
     struct vol_extent *extents; /* status: memory of the caller's for extents_cap */
     uint32_t n_extents, extents_cap;
     enum vol_status_of status_of; /* status: in */
-    struct volume *since;         /* status of changes, in: a view on the same shard */
+    struct volume *since;         /* status of changes, in: a view on the same shard, with blocks of
+                                     the same size; a reference of the caller's */
 
     struct volume *vol; /* the volume's, from here on */
     struct list link;
@@ -272,7 +273,7 @@ void volume_prefetch(struct volume *vol, struct vol_io *io);
 
 /* Block status of `length` bytes into io->extents: at least one extent, none empty, together
  * at least one byte and at most `length` bytes long; shorter where extents_cap is reached
- * or it would take long. */
+ * or it would take long. ST_NOTFOUND: the snapshot that io->since is a view of was removed. */
 void volume_status(struct volume *vol, struct vol_io *io);
 
 /* --- control --------------------------------------------------------------------- */
