@@ -54,8 +54,11 @@ static void put_text(uint8_t *p, const char *text, size_t len)
 static void free_option(struct handshake *h)
 {
     free(h->data);
+    free(h->queries);
     free(h->asked_name);
     h->data = NULL;
+    h->queries = NULL;
+    h->n_queries = 0;
     h->asked_name = NULL;
 }
 
@@ -196,13 +199,16 @@ uint16_t nbd_transmission_flags(bool read_only, bool structured, bool extended, 
     return (uint16_t)flags;
 }
 
+bool handshake_selected_for(const struct handshake *h, const char *name)
+{
+    return h->result.n_contexts && h->contexts_name && strcmp(h->contexts_name, name) == 0;
+}
+
 static uint16_t flags_for(const struct handshake *h, const struct nbd_export *export)
 {
     /* Contexts set for another export don't count for this one. */
-    bool contexts =
-        h->result.n_contexts && h->contexts_name && strcmp(h->contexts_name, export->name) == 0;
     return nbd_transmission_flags(export->read_only, h->result.structured, h->result.extended,
-                                  contexts);
+                                  handshake_selected_for(h, export->name));
 }
 
 static void enter_transmission(struct handshake *h, const struct nbd_export *export)
@@ -290,13 +296,85 @@ static void option_info(struct handshake *h)
     ask_export(h, name, len);
 }
 
-/* The next query at *at, whose form option_meta_context() has checked. */
-static const uint8_t *next_query(const struct handshake *h, size_t *at, uint32_t *len)
+/* --- metadata contexts ------------------------------------------------------------------- */
+
+/* There may be many queries and many contexts, so the former are sorted. */
+struct meta_query {
+    const uint8_t *text;
+    uint32_t len;
+};
+
+static int compare_texts(const uint8_t *a, size_t a_len, const uint8_t *b, size_t b_len)
 {
-    const uint8_t *query = h->data + *at + 4;
-    *len = get_be32(h->data + *at);
-    *at += 4 + (size_t)*len;
-    return query;
+    size_t len = min_u64(a_len, b_len);
+    int c = len ? memcmp(a, b, len) : 0;
+    return c ? c : a_len < b_len ? -1 : a_len > b_len;
+}
+
+static int compare_queries(const void *a, const void *b)
+{
+    const struct meta_query *x = a, *y = b;
+    return compare_texts(x->text, x->len, y->text, y->len);
+}
+
+static bool has_query(const struct handshake *h, const char *text, size_t len)
+{
+    uint32_t low = 0, high = h->n_queries;
+    while (low < high) {
+        uint32_t at = (low + high) / 2;
+        const struct meta_query *q = &h->queries[at];
+        int c = compare_texts(q->text, q->len, (const uint8_t *)text, len);
+        if (c == 0)
+            return true;
+        if (c < 0)
+            low = at + 1;
+        else
+            high = at;
+    }
+    return false;
+}
+
+static bool is_listing(const struct handshake *h)
+{
+    return h->option == NBD_OPT_LIST_META_CONTEXT;
+}
+
+static bool asks_contexts(const struct handshake *h)
+{
+    return is_listing(h) || h->option == NBD_OPT_SET_META_CONTEXT;
+}
+
+/* Whether the client lists everything that begins with a part of `name` that ends with a colon
+ * ("base:", "qemu:", "qemu:dirty-bitmap:"), or everything. */
+static bool lists_part_of(const struct handshake *h, const char *name)
+{
+    if (!is_listing(h))
+        return false;
+    if (!h->n_queries)
+        return true;
+    for (const char *colon = strchr(name, ':'); colon; colon = strchr(colon + 1, ':'))
+        if (has_query(h, name, (size_t)(colon + 1 - name)))
+            return true;
+    return false;
+}
+
+bool handshake_asks_for(const struct handshake *h, const char *context)
+{
+    CHECK(h->want == HANDSHAKE_EXPORT);
+    return asks_contexts(h) &&
+           (has_query(h, context, strlen(context)) || lists_part_of(h, context));
+}
+
+bool handshake_asks_below(const struct handshake *h, const char *prefix)
+{
+    size_t len = strlen(prefix);
+    CHECK(h->want == HANDSHAKE_EXPORT);
+    if (!asks_contexts(h) || lists_part_of(h, prefix))
+        return asks_contexts(h);
+    for (uint32_t i = 0; i < h->n_queries; i++)
+        if (h->queries[i].len > len && memcmp(h->queries[i].text, prefix, len) == 0)
+            return true;
+    return false;
 }
 
 static void put_context(struct handshake *h, uint32_t id, const char *name)
@@ -307,43 +385,17 @@ static void put_context(struct handshake *h, uint32_t id, const char *name)
     put_text(p + 4, name, len);
 }
 
-/* Whether a query means a context: its very name, or, when listing, a beginning of it that
- * ends with a colon ("base:", "qemu:", "qemu:dirty-bitmap:"). */
-static bool query_matches(const uint8_t *query, uint32_t len, const char *context, bool listing)
-{
-    size_t context_len = strlen(context);
-    if (len > context_len || memcmp(query, context, len) != 0)
-        return false;
-    return len == context_len || (listing && len > 0 && query[len - 1] == ':');
-}
-
-static bool is_wanted(const struct handshake *h, const char *context, bool listing)
-{
-    size_t at = 4 + (size_t)get_be32(h->data);
-    uint32_t n = get_be32(h->data + at);
-    at += 4;
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t len;
-        const uint8_t *query = next_query(h, &at, &len);
-        if (query_matches(query, len, context, listing))
-            return true;
-    }
-    return false;
-}
-
 static void answer_meta_context(struct handshake *h, const struct nbd_export *export)
 {
-    bool listing = h->option == NBD_OPT_LIST_META_CONTEXT;
-    uint32_t n_queries = get_be32(h->data + 4 + get_be32(h->data));
+    bool listing = is_listing(h);
     for (size_t i = 0; i < export->n_contexts; i++) {
         const char *name = export->contexts[i];
+        if (!handshake_asks_for(h, name))
+            continue;
         if (listing) {
-            if (n_queries == 0 || is_wanted(h, name, true))
-                put_context(h, 0, name);
+            put_context(h, 0, name);
             continue;
         }
-        if (!is_wanted(h, name, false))
-            continue;
         if (h->result.n_contexts == HANDSHAKE_CONTEXTS_MAX) {
             forget_contexts(h);
             refuse(h, NBD_REP_ERR_TOO_BIG, "too many metadata contexts");
@@ -358,6 +410,24 @@ static void answer_meta_context(struct handshake *h, const struct nbd_export *ex
     if (!listing)
         h->contexts_name = mem_strdup(export->name);
     ack(h);
+}
+
+/* Reads `n` queries at *at of the option's data. */
+static struct fault take_queries(struct handshake *h, size_t *at, uint32_t n)
+{
+    struct fault wrong = fault(0, NULL);
+    uint32_t keep = (uint32_t)min_u64(n, HANDSHAKE_QUERIES_MAX);
+    h->queries = mem_alloc(keep * sizeof *h->queries);
+    /* A number that the data cannot hold is found at its first missing query. */
+    for (uint32_t i = 0; i < n && !wrong.type; i++) {
+        struct meta_query q;
+        wrong = take_string(h, at, &q.text, &q.len);
+        if (!wrong.type && i >= HANDSHAKE_QUERIES_MAX)
+            wrong = fault(NBD_REP_ERR_TOO_BIG, "too many queries");
+        else if (!wrong.type)
+            h->queries[h->n_queries++] = q;
+    }
+    return wrong;
 }
 
 static void option_meta_context(struct handshake *h)
@@ -375,20 +445,15 @@ static void option_meta_context(struct handshake *h)
     }
 
     size_t at = 0;
-    const uint8_t *name, *query;
-    uint32_t name_len, len;
+    const uint8_t *name;
+    uint32_t name_len;
     struct fault wrong = take_string(h, &at, &name, &name_len);
     if (!wrong.type && h->option_len - at < 4)
         wrong = fault(NBD_REP_ERR_INVALID, "the option's data ends before the number of queries");
     if (!wrong.type) {
         uint32_t n = get_be32(h->data + at);
         at += 4;
-        /* A number that the data cannot hold is found at its first missing query. */
-        for (uint32_t i = 0; i < n && !wrong.type; i++) {
-            wrong = take_string(h, &at, &query, &len);
-            if (!wrong.type && i >= HANDSHAKE_QUERIES_MAX)
-                wrong = fault(NBD_REP_ERR_TOO_BIG, "too many queries");
-        }
+        wrong = take_queries(h, &at, n);
         if (!wrong.type && at != h->option_len)
             wrong = fault(NBD_REP_ERR_INVALID, "there is data behind the last query");
     }
@@ -396,6 +461,8 @@ static void option_meta_context(struct handshake *h)
         refuse(h, wrong.type, wrong.why);
         return;
     }
+    if (h->n_queries)
+        qsort(h->queries, h->n_queries, sizeof *h->queries, compare_queries);
     ask_export(h, name, name_len);
 }
 

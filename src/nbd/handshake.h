@@ -58,12 +58,13 @@ struct nbd_export {
     uint64_t size;           /* bytes */
     uint32_t block_size;     /* bytes, the preferred one, a power of two */
     bool read_only;
-    /* Metadata contexts this export offers, as full names ("base:allocation"). */
+    /* Metadata contexts this export offers, as full names ("base:allocation"): at least those that
+     * handshake_asks_for(). Only of use where the client asks about contexts. */
     const char *const *contexts;
     size_t n_contexts;
 };
 
-/* What was agreed; valid from HANDSHAKE_READY until handshake_free. */
+/* What was agreed; valid from HANDSHAKE_READY until handshake_free, the contexts before that too. */
 struct handshake_result {
     char *name; /* canonical name of the export */
     bool structured, extended;
@@ -87,6 +88,8 @@ struct handshake {
     uint32_t head_len;
     uint32_t option, option_len, option_got, n_options;
     uint8_t *data;        /* of the current option; NULL where it is read over */
+    struct meta_query *queries; /* in `data`, sorted */
+    uint32_t n_queries;
     char *asked_name;     /* HANDSHAKE_EXPORT is about this */
     char *contexts_name;  /* canonical name the contexts were set for */
     uint8_t *out;
@@ -121,6 +124,15 @@ void handshake_list_done(struct handshake *h, enum status st, const char *why);
 /* During HANDSHAKE_EXPORT: the name the client gave, UTF-8 without NULs; "" is the default
  * export. *opens: the client means to enter the transmission phase with it. */
 const char *handshake_export_name(const struct handshake *h, bool *opens);
+
+/* During HANDSHAKE_EXPORT: whether the client asks about the metadata context of this name; about any
+ * whose names begin with `prefix`, which ends with a colon. */
+bool handshake_asks_for(const struct handshake *h, const char *context);
+bool handshake_asks_below(const struct handshake *h, const char *prefix);
+
+/* Whether the contexts in h->result are selected for the export of this canonical name, so that the
+ * client uses them if it enters that one. */
+bool handshake_selected_for(const struct handshake *h, const char *name);
 
 /* During HANDSHAKE_EXPORT: the answer. `st` ST_OK: `export` describes it; else `why` is a
  * sentence for the client: ST_NOTFOUND is ERR_UNKNOWN, ST_SHUTDOWN ERR_SHUTDOWN, all else

@@ -69,13 +69,21 @@ static void go(uint32_t number, const char *name, uint16_t n_infos, const uint16
         u16(infos[i]);
 }
 
+static void meta_all(uint32_t number, const char *name, uint32_t n, const char *const *queries)
+{
+    size_t len = 4 + strlen(name) + 4;
+    for (uint32_t i = 0; i < n; i++)
+        len += 4 + strlen(queries[i]);
+    option(number, (uint32_t)len);
+    text(name);
+    u32(n);
+    for (uint32_t i = 0; i < n; i++)
+        text(queries[i]);
+}
+
 static void meta(uint32_t number, const char *name, const char *query)
 {
-    option(number, (uint32_t)(4 + strlen(name) + 4 + (query ? 4 + strlen(query) : 0)));
-    text(name);
-    u32(query ? 1 : 0);
-    if (query)
-        text(query);
+    meta_all(number, name, query ? 1 : 0, &query);
 }
 
 /* What the server said, and where it ended. */
@@ -643,6 +651,131 @@ static void meta_contexts(void **state) /* A.10 */
     assert_int_equal(out.n_contexts, 1);
 }
 
+/* A handshake that waits for an answer about the contexts of "disk". */
+static void ask_contexts(struct handshake *h, uint32_t number, uint32_t n,
+                         const char *const *queries)
+{
+    begin(3);
+    option(NBD_OPT_STRUCTURED_REPLY, 0);
+    meta_all(number, "disk", n, queries);
+    handshake_init(h, NBD_TLS_OFF);
+    size_t used = handshake_feed(h, in.bytes, in.len);
+    assert_int_equal(used, in.len);
+    assert_int_equal(h->want, HANDSHAKE_EXPORT);
+    handshake_sent(h, h->out_len);
+}
+
+/* What the owner is told of the question, so that it need not look up what nobody wants. */
+static void owners_learn_what_is_asked_for(void **state)
+{
+    (void)state;
+    static const char below[] = "qemu:dirty-bitmap:", tuesday[] = "qemu:dirty-bitmap:tuesday";
+    static const struct {
+        uint32_t number, n;
+        const char *queries[3];
+        bool asks_below, asks_tuesday, asks_base;
+    } cases[] = {
+        {NBD_OPT_LIST_META_CONTEXT, 0, {NULL}, true, true, true},
+        {NBD_OPT_LIST_META_CONTEXT, 1, {"base:"}, false, false, true},
+        {NBD_OPT_LIST_META_CONTEXT, 1, {"qemu:"}, true, true, false},
+        {NBD_OPT_LIST_META_CONTEXT, 2, {"x:", "qemu:dirty-bitmap:"}, true, true, false},
+        {NBD_OPT_LIST_META_CONTEXT, 1, {"qemu"}, false, false, false},
+        {NBD_OPT_LIST_META_CONTEXT, 1, {"qemu:dirty-bitmap:monday"}, true, false, false},
+        {NBD_OPT_SET_META_CONTEXT, 0, {NULL}, false, false, false},
+        {NBD_OPT_SET_META_CONTEXT, 1, {"qemu:dirty-bitmap:"}, false, false, false},
+        {NBD_OPT_SET_META_CONTEXT, 2, {"base:allocation", "qemu:"}, false, false, true},
+        {NBD_OPT_SET_META_CONTEXT, 3, {tuesday, "a", "qemu:dirty-bitmap:t"}, true, true, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct handshake h;
+        ask_contexts(&h, cases[i].number, cases[i].n, cases[i].queries);
+        assert_int_equal(handshake_asks_below(&h, below), cases[i].asks_below);
+        assert_int_equal(handshake_asks_for(&h, tuesday), cases[i].asks_tuesday);
+        assert_int_equal(handshake_asks_for(&h, "base:allocation"), cases[i].asks_base);
+        handshake_free(&h);
+    }
+    /* To enter an export is no question about contexts. */
+    struct handshake h;
+    begin(3);
+    go(NBD_OPT_GO, "disk", 0, NULL);
+    handshake_init(&h, NBD_TLS_OFF);
+    handshake_feed(&h, in.bytes, in.len);
+    assert_int_equal(h.want, HANDSHAKE_EXPORT);
+    assert_false(handshake_asks_below(&h, below) || handshake_asks_for(&h, tuesday));
+    handshake_free(&h);
+}
+
+enum { BITMAPS = 3000 };
+
+/* An export with as many dirty bitmaps; answers what is asked, and gives the number of contexts
+ * that were named in the reply. */
+static uint32_t answer_bitmaps(struct handshake *h, uint32_t *last_reply)
+{
+    static char names[BITMAPS][32];
+    static const char *contexts[BITMAPS];
+    for (unsigned i = 0; i < BITMAPS; i++) {
+        snprintf(names[i], sizeof names[i], "qemu:dirty-bitmap:s%u", i);
+        contexts[i] = names[i];
+    }
+    struct nbd_export e = {.name = "disk",
+                           .description = "",
+                           .size = 1 << 20,
+                           .block_size = 16384,
+                           .contexts = contexts,
+                           .n_contexts = BITMAPS};
+    handshake_export(h, ST_OK, &e, NULL);
+    size_t len;
+    const uint8_t *p = handshake_output(h, &len);
+    uint32_t n = 0;
+    for (size_t at = 0; at < len; at += NBD_OPTION_REPLY_BYTES + get_be32(p + at + 16)) {
+        *last_reply = get_be32(p + at + 12);
+        n += *last_reply == NBD_REP_META_CONTEXT;
+    }
+    handshake_sent(h, len);
+    return n;
+}
+
+static void contexts_of_many_snapshots(void **state) /* A.10 */
+{
+    (void)state;
+    struct handshake h;
+    uint32_t last;
+    ask_contexts(&h, NBD_OPT_LIST_META_CONTEXT, 1, (const char *[]){"qemu:dirty-bitmap:"});
+    assert_int_equal(answer_bitmaps(&h, &last), BITMAPS);
+    assert_int_equal(last, NBD_REP_ACK);
+    handshake_free(&h);
+
+    /* In any order, and each one once. */
+    ask_contexts(&h, NBD_OPT_SET_META_CONTEXT, 4,
+                 (const char *[]){"qemu:dirty-bitmap:s7", "qemu:dirty-bitmap:s2999",
+                                  "qemu:dirty-bitmap:s7", "qemu:dirty-bitmap:s3000"});
+    assert_int_equal(answer_bitmaps(&h, &last), 2);
+    assert_int_equal(last, NBD_REP_ACK);
+    assert_int_equal(h.result.n_contexts, 2);
+    assert_string_equal(h.result.contexts[0].name, "qemu:dirty-bitmap:s7");
+    assert_string_equal(h.result.contexts[1].name, "qemu:dirty-bitmap:s2999");
+    assert_true(handshake_selected_for(&h, "disk"));
+    assert_false(handshake_selected_for(&h, "disk@monday"));
+    handshake_free(&h);
+
+    /* As many as there can be at once, and one more. */
+    for (uint32_t n = HANDSHAKE_CONTEXTS_MAX; n <= HANDSHAKE_CONTEXTS_MAX + 1; n++) {
+        char names[HANDSHAKE_CONTEXTS_MAX + 1][32];
+        const char *queries[HANDSHAKE_CONTEXTS_MAX + 1];
+        for (uint32_t i = 0; i < n; i++) {
+            snprintf(names[i], sizeof names[i], "qemu:dirty-bitmap:s%u", 2000 - i);
+            queries[i] = names[i];
+        }
+        ask_contexts(&h, NBD_OPT_SET_META_CONTEXT, n, queries);
+        answer_bitmaps(&h, &last);
+        bool fits = n == HANDSHAKE_CONTEXTS_MAX;
+        assert_int_equal(last, fits ? NBD_REP_ACK : NBD_REP_ERR_TOO_BIG);
+        assert_int_equal(h.result.n_contexts, fits ? n : 0);
+        assert_int_equal(handshake_selected_for(&h, "disk"), fits);
+        handshake_free(&h);
+    }
+}
+
 static void failed_set_clears(void **state) /* A.10 */
 {
     (void)state;
@@ -798,6 +931,8 @@ int main(void)
         cmocka_unit_test_setup(starttls_forgets, setup),
         cmocka_unit_test_setup(tls_required, setup),
         cmocka_unit_test_setup(meta_contexts, setup),
+        cmocka_unit_test_setup(owners_learn_what_is_asked_for, setup),
+        cmocka_unit_test_setup(contexts_of_many_snapshots, setup),
         cmocka_unit_test_setup(failed_set_clears, setup),
         cmocka_unit_test_setup(too_many_queries, setup),
         cmocka_unit_test_setup(transmission_flags, setup),
