@@ -243,7 +243,7 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
     st = shard_new(&config, &owned->shard, e);
     if (st == ST_OK && entry) {
         struct opening opening = {.open = {.branch = entry->branch, .done = opened}};
-        memcpy(opening.open.name, entry->name, sizeof opening.open.name);
+        memcpy(opening.open.name, entry->name, sizeof entry->name);
         volume_open(owned->shard, &opening.open);
         run_until(run, &opening.done);
         owned->vol = opening.open.vol;

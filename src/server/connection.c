@@ -321,7 +321,7 @@ static void search_came(struct export_search *search)
     uint64_t branch = search->entry.branch;
     l->target = &server->lanes[branch % server->n_lanes];
     l->open.branch = branch;
-    memcpy(l->open.name, search->entry.name, sizeof l->open.name);
+    memcpy(l->open.name, search->entry.name, sizeof search->entry.name);
     l->open.read_only = server->config->read_only;
     l->open.done = open_done;
     l->task.run = open_there;

@@ -222,7 +222,7 @@ struct volume {
     struct list link; /* shard->volumes */
     uint64_t tag;
     uint64_t branch;
-    char name[NAME_BYTES_MAX + 1];
+    char name[FULL_NAME_BYTES];
     bool read_only;        /* its format has features this build can only read */
     bool served_read_only; /* clients may not write; commands may resize */
     bool lost, closing, in_progress;

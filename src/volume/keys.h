@@ -16,6 +16,7 @@
 
 #define KEY_BYTES_MAX 192u
 #define NAME_BYTES_MAX 128u
+#define FULL_NAME_BYTES (2 * NAME_BYTES_MAX + 2) /* VOLUME@SNAPSHOT and its NUL */
 
 struct key {
     uint8_t bytes[KEY_BYTES_MAX];

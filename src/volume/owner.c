@@ -663,7 +663,8 @@ static void acquire_ask(struct acquire *a, uint32_t wait_ms)
     struct shard *s = a->vol->shard;
     struct mail_record mail = {.kind = MAIL_RELEASE};
     snprintf(mail.from, sizeof mail.from, "%.100s pid %u", s->session->host, s->session->pid);
-    snprintf(a->entry.name, sizeof a->entry.name, "%s", a->vol->name);
+    /* (No view has an owner: the name is a volume's.) */
+    memcpy(a->entry.name, a->vol->name, sizeof a->entry.name - 1);
     a->entry.branch = a->vol->branch;
     a->ask = (struct catalog_op){.done = acquire_asked};
     a->inflight = true;

@@ -172,7 +172,7 @@ static void next_volume(struct recover *r)
         if (!owner_dead(r, &e->owner))
             continue;
         r->open = (struct volume_open){.branch = e->branch, .done = volume_opened};
-        memcpy(r->open.name, e->name, sizeof r->open.name);
+        memcpy(r->open.name, e->name, sizeof e->name);
         volume_open(r->shard, &r->open);
         return;
     }

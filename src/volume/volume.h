@@ -170,7 +170,7 @@ struct vol_io {
 struct volume_open {
     uint64_t branch;           /* in */
     uint64_t epoch;            /* in: 0: the volume; else its snapshot of that epoch: a view */
-    char name[NAME_BYTES_MAX + 1]; /* in: for messages */
+    char name[FULL_NAME_BYTES]; /* in: for messages */
     bool read_only;            /* in: clients may not change it */
     void (*done)(struct volume_open *op);
     struct volume *vol;        /* out: one reference, see volume_close */
