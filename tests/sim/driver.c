@@ -12,6 +12,7 @@
 #include "base/hash.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "stored.h"
 #include "volume/internal.h"
 
 #define FLYING_MAX 40u
@@ -1303,154 +1304,11 @@ void drv_open(struct drv *d)
 
 /* --- the stored form ----------------------------------------------------------------- */
 
-struct trash_range {
-    uint64_t first, end;
-};
-
-struct check {
-    struct drv *d;
-    uint64_t data_blocks;
-    struct trash_range *trash;
-    size_t n_trash, cap_trash;
-    struct row1 row1; /* the level-1 row looked at last */
-    uint64_t row1_no;
-    bool row1_there;
-};
-
-static bool in_trash(const struct check *c, uint64_t first, uint64_t end)
-{
-    for (size_t i = 0; i < c->n_trash; i++)
-        if (c->trash[i].first <= first && end <= c->trash[i].end)
-            return true;
-    return false;
-}
-
-static void check_trash(void *arg, struct slice key, struct slice head)
-{
-    struct check *c = arg;
-    struct trash_record rec;
-    if (!trash_decode(key, head, &rec)) {
-        drv_violation(c->d, "a trash record does not decode");
-        return;
-    }
-    mem_grow(&c->trash, &c->cap_trash, c->n_trash + 1, sizeof *c->trash);
-    c->trash[c->n_trash++] = (struct trash_range){rec.first_block, rec.end_block};
-}
-
-/* The level-1 row `no`, where level 2 names it. */
-static bool load_row1(struct check *c, uint64_t no)
-{
-    struct drv *d = c->d;
-    struct key key;
-    struct slice head;
-    static struct row2 row2;
-    if (c->row1_no == no)
-        return c->row1_there;
-    row1_free(&c->row1);
-    row1_init(&c->row1);
-    c->row1_no = no;
-    c->row1_there = false;
-    key_row(&key, d->branch, 2, no >> INDEX_SHIFT, 1);
-    if (!world_peek(d->world, key_slice(&key), &head))
-        return false;
-    if (!row2_decode(&row2, key_slice(&key), head)) {
-        drv_violation(d, "a level-2 row does not decode");
-        return false;
-    }
-    const struct row2_entry *e = &row2.entry[no & (INDEX_FANOUT - 1)];
-    if (e->kind != ROW2_ROW)
-        return false;
-    key_row(&key, d->branch, 1, no, e->epoch);
-    if (!world_peek(d->world, key_slice(&key), &head) ||
-        !row1_decode(&c->row1, key_slice(&key), head)) {
-        drv_violation(d, "level-1 row %llu is named and not there", (unsigned long long)no);
-        return false;
-    }
-    if (c->row1.n_data != e->n_data)
-        drv_violation(d, "level-1 row %llu has %u data blocks, level 2 says %u",
-                      (unsigned long long)no, c->row1.n_data, e->n_data);
-    c->row1_there = true;
-    return true;
-}
-
-static void check_row(void *arg, struct slice key, struct slice head)
-{
-    struct check *c = arg;
-    struct drv *d = c->d;
-    uint64_t branch, no, epoch;
-    unsigned level;
-    if (!key_parse_row(key, &branch, &level, &no, &epoch)) {
-        drv_violation(d, "a key among the rows is none");
-    } else if (level == 2) {
-        struct row2 *row2 = mem_alloc(sizeof *row2);
-        if (!row2_decode(row2, key, head))
-            drv_violation(d, "a level-2 row does not decode");
-        for (unsigned i = 0; i < INDEX_FANOUT && !d->violated; i++)
-            if (row2->entry[i].kind == ROW2_ROW)
-                load_row1(c, (no << INDEX_SHIFT) + i);
-        free(row2);
-    } else if (!load_row1(c, no)) {
-        if (!in_trash(c, no << INDEX_SHIFT, (no + 1) << INDEX_SHIFT))
-            drv_violation(d, "level-1 row %llu is there and nothing names it",
-                          (unsigned long long)no);
-    } else {
-        for (unsigned i = 0; i < INDEX_FANOUT && !d->violated; i++) {
-            const struct row_source *s = row1_data(&c->row1, i);
-            struct slice h;
-            struct key k;
-            if (!s)
-                continue;
-            c->data_blocks++;
-            key_block(&k, s->branch, s->epoch, (no << INDEX_SHIFT) + i);
-            if (!world_peek(d->world, key_slice(&k), &h))
-                drv_violation(d, "block %llu is named and not there",
-                              (unsigned long long)((no << INDEX_SHIFT) + i));
-        }
-    }
-}
-
-static void check_block(void *arg, struct slice key, struct slice head)
-{
-    struct check *c = arg;
-    uint64_t branch, epoch, no;
-    (void)head;
-    if (!key_parse_block(key, &branch, &epoch, &no))
-        drv_violation(c->d, "a key among the blocks is none");
-    else if ((!load_row1(c, no >> INDEX_SHIFT) || !row1_data(&c->row1, no & (INDEX_FANOUT - 1))) &&
-             !in_trash(c, no, no + 1))
-        drv_violation(c->d, "block %llu is there and nothing names it", (unsigned long long)no);
-}
-
-static void check_keys(struct check *c, char tag,
-                       void (*see)(void *arg, struct slice key, struct slice head))
-{
-    struct key begin, stop;
-    key_prefix_branch(&begin, tag, c->d->branch);
-    stop = begin;
-    key_prefix_end(&stop);
-    world_each(c->d->world, key_slice(&begin), key_slice(&stop), see, c);
-}
-
 void drv_check_store(struct drv *d)
 {
-    struct check c = {.d = d, .row1_no = UINT64_MAX};
-    struct key key;
-    struct slice head;
-    struct state_record state = {0};
-    world_look(d->world);
-    row1_init(&c.row1);
-    key_state(&key, d->branch);
-    if (!world_peek(d->world, key_slice(&key), &head) ||
-        !state_decode(key_slice(&key), head, &state))
-        drv_violation(d, "the state record is not there");
-    check_keys(&c, 't', check_trash);
-    check_keys(&c, 'i', check_row);
-    check_keys(&c, 'b', check_block);
-    if (c.data_blocks != state.data_blocks)
-        drv_violation(d, "%llu data blocks, and the state record says %llu",
-                      (unsigned long long)c.data_blocks, (unsigned long long)state.data_blocks);
-    row1_free(&c.row1);
-    free(c.trash);
+    const char *wrong = stored_check(d->world, false, NULL);
+    if (wrong)
+        drv_violation(d, "%s", wrong);
 }
 
 void drv_close(struct drv *d)

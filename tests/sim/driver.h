@@ -151,8 +151,7 @@ bool drv_drain(struct drv *d);
 /* The process dies, or the machine; the volume is opened by another one and compared. */
 void drv_crash(struct drv *d, bool power);
 void drv_recover(struct drv *d, bool power);
-/* Looks at the stored form of the closed volume: every block the index names is there, nothing
- * else is but what trash records name, and the counts are right. */
+/* Looks at all that is stored (stored.h); the volume is closed. */
 void drv_check_store(struct drv *d);
 /* Reads everything and compares with the array: nothing may be missing. */
 void drv_verify_all(struct drv *d);
