@@ -38,6 +38,16 @@ enum status store_open(const char *uri, const struct store_options *options, str
                 forms);
 }
 
+enum status store_backup(struct store *store, struct store_backup *backup, struct err *e)
+{
+    atomic_store(&backup->done_bytes, 0);
+    atomic_store(&backup->total_bytes, 0);
+    backup->n_damaged = 0;
+    if (!store->ops->backup)
+        return fail(e, ST_UNSUP, "this kind of store is not copied from here");
+    return store->ops->backup(store, backup, e);
+}
+
 void store_shutdown(void)
 {
     for (size_t i = 0; i < N_ENGINES; i++)

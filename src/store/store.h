@@ -16,6 +16,7 @@
 #ifndef STORE_STORE_H
 #define STORE_STORE_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -197,6 +198,15 @@ struct store_info {
     uint64_t bytes_available; /* the store could still grow by this much; may be UNKNOWN */
 };
 
+/* A copy of a whole store, made while others change it. */
+struct store_backup {
+    const char *to; /* in: where, in the engine's own terms */
+    /* In: called every now and then on the calling thread, may be NULL. False: stop. */
+    bool (*progress)(struct store_backup *backup);
+    _Atomic uint64_t done_bytes, total_bytes; /* out, while it runs too; `total`: 0 until it is known */
+    uint64_t n_damaged; /* out: things that are damaged in the store, and so in the copy */
+};
+
 struct store_ops {
     void (*close)(struct store *store);
     void (*read)(struct store *store, struct env *env, struct store_read *read);
@@ -215,6 +225,8 @@ struct store_ops {
     enum status (*info)(struct store *store, struct store_info *info, struct err *e);
     enum status (*usage)(struct store *store, struct slice begin, struct slice end, uint64_t *keys,
                          uint64_t *bytes, struct err *e);
+    /* NULL: the engine has means of its own. */
+    enum status (*backup)(struct store *store, struct store_backup *backup, struct err *e);
     const struct store_log_ops *log; /* NULL where limits.has_log is false */
 };
 
@@ -356,5 +368,12 @@ static inline enum status store_usage(struct store *store, struct slice begin, s
 {
     return store->ops->usage(store, begin, end, keys, bytes, e);
 }
+
+/* Copies the store as it is at one moment after the call, with every write that was answered before
+ * the call. The copy opens as a store of its own in which no session lives. All or nothing: where
+ * this fails, nothing is at `to`. ST_UNSUP, ST_EXISTS (there is something at `to`), ST_BUSY
+ * (another backup goes there), ST_SHUTDOWN (progress() said so), ST_NOSPC, ST_UNAVAIL, ST_IO. Blocks
+ * for as long as it takes. */
+enum status store_backup(struct store *store, struct store_backup *backup, struct err *e);
 
 #endif

@@ -503,6 +503,7 @@ static const struct store_ops ops = {
     .session_kill = lm_session_kill,
     .info = lm_info,
     .usage = lm_usage,
+    .backup = lm_backup,
     .log = &lm_log_ops,
 };
 

@@ -378,7 +378,9 @@ enum status lm_log_start_get(struct lm *lm, MDB_txn *txn, uint64_t id, struct lm
 enum status lm_log_start_put(struct lm *lm, MDB_txn *txn, uint64_t id,
                              const struct lm_log_start *start);
 
-/* Reads and checks the header of log file `fd`. */
+/* The header of a log's file; and reads and checks that of `fd`. */
+void lm_log_header_build(uint8_t block[LM_LOG_HEADER_BYTES], uint64_t id,
+                         const uint8_t session[STORE_ID_BYTES], uint64_t capacity);
 enum status lm_log_header_read(int fd, uint64_t *id, uint8_t session[STORE_ID_BYTES],
                                uint64_t *capacity);
 
@@ -399,5 +401,17 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
                           struct err *e);
 enum status lm_log_remove_unused(struct store *store, const uint64_t *needed, size_t n_needed,
                                  struct err *e);
+
+/* Copies log `id` into the empty file `to_fd` while its session may append: every record that
+ * was appended before the call and that LMDB does not call unneeded by then, and no later one
+ * without those before it. *start: what LMDB of the copy has to say; the copy's ring is as long
+ * as what is in it. Damage is copied as it is and counted. ST_NOTFOUND: nobody needs the log any more;
+ * ST_IO, ST_NOSPC. */
+enum status lm_log_copy(struct lm *lm, uint64_t id, int to_fd, struct lm_log_start *start,
+                        uint64_t *n_damaged, struct err *e);
+
+/* ---- backup.c ---- */
+
+enum status lm_backup(struct store *store, struct store_backup *backup, struct err *e);
 
 #endif

@@ -135,13 +135,14 @@ enum status lm_log_start_put(struct lm *lm, MDB_txn *txn, uint64_t id,
 
 /* ---- the file's header ---- */
 
-static void header_build(const struct lm_log *log, uint8_t block[LM_LOG_HEADER_BYTES])
+void lm_log_header_build(uint8_t block[LM_LOG_HEADER_BYTES], uint64_t id,
+                         const uint8_t session[STORE_ID_BYTES], uint64_t capacity)
 {
     memset(block, 0, LM_LOG_HEADER_BYTES);
     memcpy(block, header_magic, sizeof header_magic);
-    put_le64(block + 8, log->id);
-    memcpy(block + 16, log->session, STORE_ID_BYTES);
-    put_le64(block + 32, log->capacity);
+    put_le64(block + 8, id);
+    memcpy(block + 16, session, STORE_ID_BYTES);
+    put_le64(block + 32, capacity);
     put_le32(block + 40, 1);
     put_le64(block + 48, hash64(block, 48, 0));
 }
@@ -460,7 +461,7 @@ static enum status file_make(struct lm_log *log)
         st = fill_through(log->fd, bytes);
     }
     uint8_t block[LM_LOG_HEADER_BYTES];
-    header_build(log, block);
+    lm_log_header_build(block, log->id, log->session, log->capacity);
     struct iovec iov = {block, sizeof block};
     if (!st)
         st = lm_write_all(log->fd, &iov, 1, 0);

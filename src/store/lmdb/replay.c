@@ -1,6 +1,6 @@
 /*
- * Reading the log of a session that is gone, and clearing away logs that nobody
- * needs.
+ * Reading the log of a session that is gone, copying one that may be in use, and
+ * clearing away logs that nobody needs.
  *
  * A replay begins where LMDB says and ends at the first record that does not
  * fit: the number after the last one's, hashes that are this log's. So it yields
@@ -27,6 +27,9 @@
 #include "store/lmdb/engine.h"
 
 #define WINDOW_BYTES (8u << 20)
+#define COPY_UNIT_BYTES 4096u
+#define COPY_TRIES 5
+#define COPY_PAUSE_US 2000u
 #define FILES_MAX 65536u
 
 /* A window over the ring, by positions that only rise. */
@@ -189,6 +192,198 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
                      .window = mem_alloc(WINDOW_BYTES)};
     st = scan_records(&s, &start, stream, after_seq, take, arg, e);
     free(s.window);
+    close(fd);
+    return st;
+}
+
+/* ---- a copy ---- */
+
+/*
+ * Whoever owns the log may append to it and use the room of records again that a commit made
+ * unneeded. So what does not fit is looked at again, then LMDB is asked whether it is needed at all,
+ * and the copy begins anew behind it where it is not. Records are written in order, header before
+ * payload: one that follows proves that those before it had been written.
+ */
+struct copying {
+    struct scan s;
+    struct lm_log_start base; /* of the first record in the copy */
+    uint64_t offset, seq;     /* of the next one */
+    int to_fd;
+    uint64_t n_damaged;
+};
+
+enum found { FOUND_NONE, FOUND_WHOLE, FOUND_DAMAGED };
+
+static enum found record_look(struct copying *c, uint32_t *len)
+{
+    const uint8_t *h = scan_bytes(&c->s, c->offset, LM_LOG_RECORD_BYTES);
+    if (!h || !header_fits(&c->s, h) || get_le64(h + 8) != c->seq)
+        return FOUND_NONE;
+    *len = get_le32(h + 4);
+    h = scan_bytes(&c->s, c->offset, LM_LOG_RECORD_BYTES + *len);
+    if (!h)
+        return FOUND_NONE;
+    return hash64(h + LM_LOG_RECORD_BYTES, *len, 0) == get_le64(h + 56) ? FOUND_WHOLE
+                                                                       : FOUND_DAMAGED;
+}
+
+static enum found record_find(struct copying *c, uint32_t *len)
+{
+    enum found found = record_look(c, len);
+    if (found == FOUND_WHOLE)
+        return found;
+    /* The window was filled before the record was written, perhaps. */
+    c->s.len = 0;
+    found = record_look(c, len);
+    if (found != FOUND_DAMAGED)
+        return found;
+    const uint8_t *next =
+        scan_bytes(&c->s, c->offset + store_log_record_bytes(*len), LM_LOG_RECORD_BYTES);
+    if (!next || !header_fits(&c->s, next) || get_le64(next + 8) != c->seq + 1)
+        return FOUND_NONE; /* still on its way, or cut short by the end of its process */
+    c->s.len = 0;
+    return record_look(c, len);
+}
+
+static enum status copy_write(struct copying *c, uint64_t offset, const void *data, size_t len)
+{
+    struct iovec iov = {(void *)(uintptr_t)data, len};
+    return lm_write_all(c->to_fd, &iov, 1, LM_LOG_HEADER_BYTES + (offset - c->base.offset));
+}
+
+static enum status start_now(struct lm *lm, uint64_t id, struct lm_log_start *start)
+{
+    struct lm_reader *reader;
+    enum status st = lm_read_begin(lm, &reader);
+    if (st)
+        return st;
+    st = lm_log_start_get(lm, reader->txn, id, start);
+    lm_read_end(lm, reader, false);
+    return st;
+}
+
+/* Up to the first record that is not there. ST_NOTFOUND: the log is needed no more. */
+static enum status copy_records(struct lm *lm, struct copying *c, enum tail *tail, struct err *e)
+{
+    for (int tries = 0;;) {
+        uint32_t len;
+        enum found found = record_find(c, &len);
+        if (found != FOUND_NONE) {
+            const uint8_t *h = scan_bytes(&c->s, c->offset, LM_LOG_RECORD_BYTES + len);
+            enum status st = copy_write(c, c->offset, h, LM_LOG_RECORD_BYTES + len);
+            if (st)
+                return fail(e, st, "cannot copy write log %016" PRIx64 ": %s", c->s.id,
+                            strerror(errno));
+            c->n_damaged += found == FOUND_DAMAGED;
+            c->offset += store_log_record_bytes(len);
+            c->seq++;
+            tries = 0;
+            continue;
+        }
+        struct lm_log_start start;
+        enum status st = start_now(lm, c->s.id, &start);
+        if (st)
+            return st == ST_NOTFOUND ? st : fail(e, st, "cannot read the store %s", lm->dir);
+        if (start.seq > c->seq) {
+            c->base = start;
+            c->offset = start.offset;
+            c->seq = start.seq;
+            if (ftruncate(c->to_fd, 0) < 0)
+                return fail(e, ST_IO, "cannot copy write log %016" PRIx64 ": %s", c->s.id,
+                            strerror(errno));
+            continue;
+        }
+        if (c->s.read_failed)
+            return read_error(&c->s, e);
+        *tail = tail_at(&c->s, c->offset, c->seq);
+        if (c->s.read_failed && *tail != TAIL_SYNCED)
+            return read_error(&c->s, e);
+        if (*tail == TAIL_EMPTY || tries++ == COPY_TRIES)
+            return ST_OK;
+        usleep(COPY_PAUSE_US);
+    }
+}
+
+/* What is behind a record that is lost, so that the copy is found damaged too. */
+static enum status copy_rest(struct copying *c)
+{
+    enum status st = ST_OK;
+    c->n_damaged++;
+    while (!st && c->offset < c->s.limit) {
+        size_t len = min_u64(COPY_UNIT_BYTES, c->s.limit - c->offset);
+        const uint8_t *data = scan_bytes(&c->s, c->offset, len);
+        if (!data)
+            return ST_IO;
+        st = copy_write(c, c->offset, data, len);
+        c->offset += len;
+    }
+    return st;
+}
+
+/* Fills the ring up and puts the header before it. */
+static enum status copy_finish(struct copying *c, struct lm_log_start *start)
+{
+    static const uint8_t zeros[COPY_UNIT_BYTES];
+    uint64_t used = c->offset - c->base.offset;
+    *start = (struct lm_log_start){.capacity = round_up_u64(used ? used : 1, COPY_UNIT_BYTES),
+                                   .seq = c->base.seq};
+    memcpy(start->session, c->base.session, STORE_ID_BYTES);
+    enum status st = ST_OK;
+    if (start->capacity > used)
+        st = copy_write(c, c->offset, zeros, start->capacity - used);
+    uint8_t block[LM_LOG_HEADER_BYTES];
+    lm_log_header_build(block, c->s.id, start->session, start->capacity);
+    struct iovec iov = {block, sizeof block};
+    if (!st)
+        st = lm_write_all(c->to_fd, &iov, 1, 0);
+    /* The last record may end short of a multiple of 8. */
+    if (!st && ftruncate(c->to_fd, (off_t)(LM_LOG_HEADER_BYTES + start->capacity)) < 0)
+        st = ST_IO;
+    return !st && fsync(c->to_fd) < 0 ? ST_IO : st;
+}
+
+enum status lm_log_copy(struct lm *lm, uint64_t id, int to_fd, struct lm_log_start *start,
+                        uint64_t *n_damaged, struct err *e)
+{
+    struct copying c = {.to_fd = to_fd};
+    enum status st = start_now(lm, id, start);
+    if (st)
+        return st == ST_NOTFOUND ? st
+                                 : fail(e, st, "the record of write log %016" PRIx64 " is damaged", id);
+    char name[24];
+    snprintf(name, sizeof name, "%016" PRIx64, id);
+    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
+    uint64_t header_id, capacity;
+    uint8_t session[STORE_ID_BYTES];
+    if (fd < 0 || lm_log_header_read(fd, &header_id, session, &capacity) || header_id != id ||
+        capacity != start->capacity || capacity == 0) {
+        if (fd >= 0)
+            close(fd);
+        /* Its file was given away, or it is damaged, as the empty file in the copy then is. */
+        st = start_now(lm, id, start);
+        *n_damaged += st == ST_OK;
+        return st;
+    }
+    c.s = (struct scan){.fd = fd,
+                        .id = id,
+                        .capacity = capacity,
+                        .limit = start->offset + capacity,
+                        .window = mem_alloc(WINDOW_BYTES)};
+    c.base = *start;
+    c.offset = start->offset;
+    c.seq = start->seq;
+    enum tail tail = TAIL_EMPTY;
+    st = copy_records(lm, &c, &tail, e);
+    if (!st) {
+        if (tail == TAIL_SYNCED)
+            st = copy_rest(&c);
+        if (!st)
+            st = copy_finish(&c, start);
+        if (st)
+            fail(e, st, "cannot copy write log %016" PRIx64 ": %s", id, strerror(errno));
+    }
+    *n_damaged += c.n_damaged;
+    free(c.s.window);
     close(fd);
     return st;
 }
