@@ -55,6 +55,14 @@ static bool is_resizing(const struct volume *vol)
 static void create_begin(struct volume *vol, struct vol_history_op *op)
 {
     struct gen *g = vol->open;
+    const struct history_entry *same = history_find_name(&vol->history, op->name);
+    if (same && same->epoch <= vol->committed_epoch &&
+        memcmp(same->rec.id, op->id, sizeof op->id) == 0) {
+        /* It was made when this was asked for the first time, and the answer got lost. */
+        op->epoch = same->epoch;
+        io_finish_soon(vol, &op->io, ST_OK);
+        return;
+    }
     enum status st = vol->read_only ? ST_PERM : name_is_free(vol, op->name, &op->err);
     if (st == ST_OK && is_resizing(vol))
         st = fail(&op->err, ST_BUSY, "volume %s is being resized: try again", vol->name);

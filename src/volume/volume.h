@@ -306,7 +306,8 @@ struct vol_history_op {
 };
 
 /* Makes a snapshot that holds exactly the writes that took effect before this call, and so all that
- * were answered. ST_EXISTS, ST_NOSPC (SNAPSHOTS_MAX), ST_INVAL (no such name can be). */
+ * were answered. ST_EXISTS, ST_NOSPC (SNAPSHOTS_MAX), ST_INVAL (no such name can be). Asked for again
+ * with the same name and id, it is ST_OK: whoever got no answer asks again. */
 void volume_snapshot_create(struct volume *vol, struct vol_history_op *op);
 /* Removes one; what only it holds is given back in the background. ST_NOTFOUND; ST_BUSY where it has
  * clones. Does not disturb clients of the volume. */

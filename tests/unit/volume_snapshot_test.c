@@ -58,6 +58,8 @@ static struct change asked(const char *name)
 {
     struct change c = {.op = {.io = {.done = changed}}};
     snprintf(c.op.name, sizeof c.op.name, "%s", name);
+    static uint8_t ids;
+    c.op.id[0] = ++ids;
     return c;
 }
 
@@ -239,10 +241,21 @@ static void names(void **state)
     (void)state;
     struct drv *d = start(4, true);
     assert_int_equal(snapshot(d, "a", NULL), ST_OK);
-    assert_int_equal(snapshot(d, "a", NULL), ST_EXISTS);
     assert_int_equal(snapshot(d, "-a", NULL), ST_INVAL);
     assert_int_equal(snapshot(d, "b", NULL), ST_OK);
-    struct change c = asked("a");
+    struct change c = asked("d");
+    memset(c.op.id, 0xa1, sizeof c.op.id);
+    volume_snapshot_create(d->p->vol, &c.op);
+    assert_int_equal(wait_for(d, &c), ST_OK);
+    uint64_t epoch = c.op.epoch;
+    for (unsigned same = 0; same < 2; same++) {
+        c = asked("d");
+        memset(c.op.id, same ? 0xa1 : 0xa2, sizeof c.op.id);
+        volume_snapshot_create(d->p->vol, &c.op);
+        assert_int_equal(wait_for(d, &c), same ? ST_OK : ST_EXISTS);
+    }
+    assert_int_equal(c.op.epoch, epoch);
+    c = asked("a");
     snprintf(c.op.to, sizeof c.op.to, "b");
     volume_snapshot_rename(d->p->vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_EXISTS);
