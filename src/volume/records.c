@@ -16,6 +16,7 @@
 #define STATE_VERSION 2   /* 1 did not say what clients changed last */
 #define MAIL_VERSION 2    /* with what is asked about a volume's history */
 #define ANSWER_VERSION 2  /* with a number */
+#define TRASH_VERSION 2   /* of several epochs */
 #define HASH_BYTES 8u
 #define SIZE_UNIT 512u
 #define SIZE_MAX_BYTES (1ull << 62)
@@ -457,20 +458,24 @@ bool session_decode(struct slice key, struct slice bytes, struct session_record 
 
 size_t trash_encode(const struct trash_record *rec, struct slice key, uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    bool one = rec->after + 1 == rec->epoch;
+    struct writer w = write_begin_version(out, one ? RECORD_VERSION : TRASH_VERSION);
     put_u64(&w, rec->epoch);
     put_u64(&w, rec->first_block);
     put_u64(&w, rec->end_block);
+    if (!one)
+        put_u64(&w, rec->after);
     return write_end(&w, key);
 }
 
 bool trash_decode(struct slice key, struct slice bytes, struct trash_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, TRASH_VERSION);
     *rec = (struct trash_record){.epoch = get_u64(&r)};
     rec->first_block = get_u64(&r);
     rec->end_block = get_u64(&r);
-    require(&r, rec->first_block <= rec->end_block);
+    rec->after = r.version == RECORD_VERSION ? rec->epoch - 1 : get_u64(&r);
+    require(&r, rec->first_block <= rec->end_block && rec->after < rec->epoch);
     return read_end(&r);
 }
 

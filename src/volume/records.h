@@ -149,9 +149,11 @@ struct session_record {
     char address[HOST_BYTES_MAX + 1];
 };
 
-/* ("t", branch, n): keys that the index no longer names, to be removed in batches. */
+/* ("t", branch, n): keys of the epochs after `after`, up to `epoch`, that the index no longer names, to
+ * be removed in batches. No snapshot of an epoch between the two was there when it was written, so
+ * the oldest one from `epoch` on, or the volume, is who may name any of them. */
 struct trash_record {
-    uint64_t epoch;
+    uint64_t after, epoch;
     uint64_t first_block, end_block;
 };
 

@@ -113,7 +113,9 @@ ROUND_TRIP(session, key_owner, rec.state = (uint8_t)(1 + chance_below(&c, 2)); W
            NARROW(lease_ms); WIDE(started_ns); BYTES(process.boot); WIDE(process.pid_namespace);
            WIDE(process.time_namespace); WIDE(process.start_ticks); NARROW(process.pid); TEXT(host);
            TEXT(address))
-ROUND_TRIP(trash, key_removed, WIDE(epoch); rec.first_block = chance_wide(&c) / 2;
+ROUND_TRIP(trash, key_removed, rec.epoch = 1 + chance_wide(&c) / 2;
+           rec.after = chance_below(&c, 2) ? rec.epoch - 1 : chance_below(&c, rec.epoch);
+           rec.first_block = chance_wide(&c) / 2;
            rec.end_block = rec.first_block + chance_wide(&c) / 2)
 ROUND_TRIP(removed, key_removed, WIDE(removed_ns); TEXT(name))
 ROUND_TRIP(mail, key_mailbox, WIDE(id); rec.kind = (uint8_t)chance_u64(&c); WIDE(size);
@@ -245,6 +247,29 @@ static void old_state_records_are_read(void **state)
     assert_false(state_decode(key_slice(&k), (struct slice){bytes, 50}, &rec));
 }
 
+/* Of one epoch it is what it always was; the epochs of another have to be some. */
+static void trash_of_one_epoch_has_its_old_form(void **state)
+{
+    (void)state;
+    struct key k;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct trash_record rec = {.after = 6, .epoch = 7, .first_block = 8, .end_block = 9}, back;
+    key_trash(&k, 5, 1);
+    assert_int_equal(trash_encode(&rec, key_slice(&k), bytes), 33);
+    assert_int_equal(bytes[0], 1);
+    assert_true(trash_decode(key_slice(&k), (struct slice){bytes, 33}, &back));
+    assert_int_equal(back.after, 6);
+    rec.after = 3;
+    size_t len = trash_encode(&rec, key_slice(&k), bytes);
+    assert_int_equal(bytes[0], 2);
+    assert_true(trash_decode(key_slice(&k), (struct slice){bytes, len}, &back));
+    assert_int_equal(back.after, 3);
+    assert_int_equal(back.epoch, 7);
+    rec.after = 7;
+    len = trash_encode(&rec, key_slice(&k), bytes);
+    assert_false(trash_decode(key_slice(&k), (struct slice){bytes, len}, &back));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -252,6 +277,7 @@ int main(void)
         cmocka_unit_test(name_round_trip),    cmocka_unit_test(header_round_trip),
         cmocka_unit_test(owner_round_trip),   cmocka_unit_test(state_round_trip),
         cmocka_unit_test(session_round_trip), cmocka_unit_test(trash_round_trip),
+        cmocka_unit_test(trash_of_one_epoch_has_its_old_form),
         cmocka_unit_test(removed_round_trip), cmocka_unit_test(mail_round_trip),
         cmocka_unit_test(answer_round_trip),  cmocka_unit_test(impossible_records_are_refused),
         cmocka_unit_test(old_session_records_are_read),
