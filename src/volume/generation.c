@@ -101,7 +101,7 @@ struct gen *gen_open(struct volume *vol)
 bool gen_empty(const struct gen *g)
 {
     return !g->n_dirty && !g->n_ranges && !g->n_clears && !g->force && list_empty(&g->waiters) &&
-           !g->n_trash_done && !g->new_size;
+           !g->n_trash_done && !g->n_snapshots_done && !g->gap_closed.upto && !g->new_size;
 }
 
 void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
@@ -394,7 +394,7 @@ static bool clear_rows(struct gen *g)
     while (g->prepare_at < g->n_items + g->n_clears) {
         const struct gen_clear *c = &g->clears[g->prepare_at - g->n_items];
         uint64_t no = c->level ? c->no << INDEX_SHIFT : c->no;
-        if (!have_rows(g, no))
+        if (!c->certain && !have_rows(g, no))
             return false;
         g->prepare_at++;
     }
@@ -800,7 +800,8 @@ static void put_trash(struct gen *g)
 {
     if (g->trash_first == g->trash_end)
         return;
-    trash_record(g, &(struct trash_record){.epoch = g->vol->header.epoch,
+    trash_record(g, &(struct trash_record){.after = g->vol->protected_epoch,
+                                           .epoch = g->vol->header.epoch,
                                            .first_block = g->trash_first,
                                            .end_block = g->trash_end});
     g->trash_first = g->trash_end = 0;
@@ -982,8 +983,6 @@ static void build_clear_blocks(struct gen *g, const struct gen_clear *c)
     struct volume *vol = g->vol;
     uint64_t end = c->no + c->n_blocks;
     uint32_t runs = 0;
-    /* What the current index does not name, a snapshot may: not in the current epoch. */
-    CHECK(c->epoch == vol->header.epoch);
     if (!index_row1(vol, c->no >> INDEX_SHIFT)) {
         clear_run(g, c->epoch, c->no, end);
         return;
@@ -994,8 +993,10 @@ static void build_clear_blocks(struct gen *g, const struct gen_clear *c)
     }
     if (runs > c->runs_max) {
         /* The row was written since: it is left to a later generation. */
-        trash_record(g, &(struct trash_record){
-                            .epoch = c->epoch, .first_block = c->no, .end_block = end});
+        trash_record(g, &(struct trash_record){.after = c->epoch - 1,
+                                               .epoch = c->epoch,
+                                               .first_block = c->no,
+                                               .end_block = end});
         return;
     }
     for (uint64_t no = next_named(vol, c->no, end, c->epoch, false); no < end;) {
@@ -1005,10 +1006,40 @@ static void build_clear_blocks(struct gen *g, const struct gen_clear *c)
     }
 }
 
+static void build_clear_certain(struct gen *g, const struct gen_clear *c)
+{
+    struct volume *vol = g->vol;
+    struct key key;
+    uint64_t end = c->no + max_u64(c->n_blocks, 1);
+    /* Keys of the current epoch may be written anew. */
+    CHECK(c->epoch < vol->header.epoch);
+    if (c->level) {
+        key_row(&key, vol->branch, c->level, c->no, c->epoch);
+        clear_key(g, &key);
+        return;
+    }
+    if (vol->shard->store->limits.clears_ranges) {
+        clear_run(g, c->epoch, c->no, end);
+        return;
+    }
+    for (uint64_t no = c->no; no < end; no++) {
+        key_block(&key, vol->branch, c->epoch, no);
+        clear_key(g, &key);
+    }
+}
+
 static void build_clear(struct gen *g, const struct gen_clear *c)
 {
     struct volume *vol = g->vol;
     struct key key;
+    if (c->certain) {
+        build_clear_certain(g, c);
+        return;
+    }
+    if (g->unsure_changes != vol->history_changes)
+        return; /* a snapshot may name it now: the cleaner looks again */
+    /* What the current index does not name, a snapshot may. */
+    CHECK(!history_live_at_or_above(&vol->history, c->epoch));
     if (c->n_blocks) {
         build_clear_blocks(g, c);
         return;
@@ -1020,7 +1051,7 @@ static void build_clear(struct gen *g, const struct gen_clear *c)
     } else {
         struct row_slot *r2 = index_row2(vol, c->no >> INDEX_SHIFT);
         const struct row2_entry *entry = &r2->row2.entry[c->no & (INDEX_FANOUT - 1)];
-        if (entry->kind == ROW2_ROW && entry->epoch == c->epoch)
+        if (entry->kind == ROW2_ROW && !entry->branch && entry->epoch == c->epoch)
             return;
         key_row(&key, vol->branch, 1, c->no, c->epoch);
     }
@@ -1125,10 +1156,57 @@ static void build_state(struct gen *g)
         len = header_encode(&header, key_slice(&key), bytes);
         mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
     }
-    for (size_t i = 0; i < g->n_trash_done; i++) {
+    for (size_t i = 0; i < g->n_trash_done && g->unsure_changes == vol->history_changes; i++) {
         key_trash(&key, vol->branch, g->trash_done[i]);
         clear_key(g, &key);
     }
+    for (size_t i = 0; i < g->n_snapshots_done; i++) {
+        key_snapshot(&key, vol->branch, g->snapshots_done[i]);
+        clear_key(g, &key);
+    }
+}
+
+/* The ancestry as the newest generation that was built before this one leaves it. */
+static const struct ancestry_record *ancestry_before(const struct gen *g)
+{
+    for (struct list *l = g->link.prev; l != &g->vol->gens; l = l->prev) {
+        const struct gen *before = container_of(l, struct gen, link);
+        if (before->ancestry)
+            return before->ancestry;
+    }
+    return &g->vol->ancestry;
+}
+
+static void put_ancestry(struct gen *g)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    key_ancestry(&key, g->vol->branch);
+    if (ancestry_empty(g->ancestry)) {
+        clear_key(g, &key);
+        return;
+    }
+    size_t len = ancestry_encode(g->ancestry, key_slice(&key), bytes);
+    mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
+}
+
+/* Nothing of the epochs that were rolled back is left: they are epochs like others again. In memory
+ * that takes effect with the commit: until then what is stored may still have keys of them. */
+static void build_gap(struct gen *g)
+{
+    struct volume *vol = g->vol;
+    if (!g->gap_closed.upto)
+        return;
+    if (vol->shard->store->limits.clears_ranges) {
+        struct key begin, end;
+        key_prefix_blocks(&begin, vol->branch, g->gap_closed.after + 1);
+        key_prefix_blocks(&end, vol->branch, g->gap_closed.upto + 1);
+        mutate(g, STORE_CLEAR_RANGE, &begin, keep_key(g, &end), (struct slice){0});
+    }
+    g->ancestry = mem_alloc(sizeof *g->ancestry);
+    *g->ancestry = *ancestry_before(g);
+    ancestry_close_gap(g->ancestry, vol->branch, g->gap_closed.upto);
+    put_ancestry(g);
 }
 
 /* Everything that was counted when it came must cover what came of it. */
@@ -1158,6 +1236,7 @@ static void build(struct gen *g, const struct state_record *before)
     build_rows1(g, bytes);
     build_rows2(g, bytes);
     build_state(g);
+    build_gap(g);
     free(bytes);
     check_weight(g);
 }
@@ -1201,6 +1280,8 @@ static void gen_free(struct gen *g)
     free(g->clears);
     free(g->trash_done);
     free(g->snapshot);
+    free(g->snapshots_done);
+    free(g->ancestry);
     free(g->scan);
     free(g->pinned);
     free(g->mutations);
@@ -1310,6 +1391,10 @@ static void commit_done(struct store_commit *commit, enum status st)
             blocks_enqueue(&s->blocks, e);
         }
     }
+    for (size_t i = 0; i < g->n_snapshots_done; i++)
+        history_forget(&vol->history, g->snapshots_done[i]);
+    if (g->ancestry)
+        vol->ancestry = *g->ancestry;
     s->space_refused = false;
     s->timeout_told = false;
     vol->gens_queued--;

@@ -15,6 +15,7 @@
 struct history_entry {
     uint64_t epoch;
     struct snapshot_record rec;
+    bool cleared; /* removed, and nothing is left of it but its record, which goes with a commit */
 };
 
 /* Zero-initialised: no snapshots. */

@@ -14,7 +14,8 @@
  *   history.c     the snapshots of a volume
  *   snapshot.c    making, removing and renaming them
  *   view.c        snapshots as volumes nobody owns
- *   trash.c       space behind trims
+ *   cleaner.c     space that nobody needs any more; trash.c, clean_*.c: its kinds (cleaner.h)
+ *   rowread.c     rows past the index in memory
  *   replay.c      the log of an owner that died
  *   timeout.c     requests that the store keeps waiting too long
  *   shard.c       limits, and the batch that ends with one log write
@@ -139,11 +140,19 @@ struct gen_item {
     struct slice body;
 };
 
+/* Something to be cleared, found by the cleaner. What is `certain` nobody names or ever will; else
+ * that is so where the index does not name it when the generation is built. */
 struct gen_clear {
     uint64_t epoch, no;
-    unsigned level;    /* 0: a block; 1: a level-1 row */
-    uint32_t n_blocks; /* level 0, not 0: blocks of one level-1 row, whether they are there or not */
-    uint32_t runs_max; /* of these: more ranges than that have no room in this commit */
+    uint8_t level;     /* 0: a block; 1, 2: a row (2: certain) */
+    bool certain;
+    uint32_t n_blocks; /* level 0, not 0: so many of one level-1 row, whether they are there or not */
+    uint32_t runs_max; /* not certain: more ranges than that have no room in this commit */
+};
+
+/* Epochs after `after`, up to `upto`, that were rolled back; upto 0: none. */
+struct gen_gap {
+    uint64_t after, upto;
 };
 
 enum gen_stage {
@@ -172,6 +181,14 @@ struct gen {
     size_t n_clears, cap_clears;
     uint64_t *trash_done; /* ("t", branch, n) that are finished with this commit */
     size_t n_trash_done, cap_trash_done;
+    /* The clears that are not certain and `trash_done` count only if history_changes is this when it is
+     * built. */
+    bool unsure;
+    uint64_t unsure_changes;
+    uint64_t *snapshots_done; /* epochs of removed snapshots that are finished with this commit */
+    size_t n_snapshots_done, cap_snapshots_done;
+    struct gen_gap gap_closed; /* with this commit */
+    struct ancestry_record *ancestry; /* stored by this commit; NULL: it stays */
     uint64_t trash_first, trash_end; /* build: blocks for the next trash record */
     uint64_t first_seq, last_seq; /* log records; first 0: none */
     uint64_t replayed_log, replayed_seq; /* while replaying another log */
@@ -489,6 +506,8 @@ uint64_t weight_of_mutation(const struct store_mutation *m);
 uint64_t weight_of_write(const struct volume *vol, uint64_t first, uint64_t end);
 uint64_t weight_of_zeros(const struct volume *vol, uint64_t first, uint64_t end);
 uint64_t weight_of_clears(uint64_t n);
+/* A record beside those that any commit may have. */
+uint64_t weight_of_record(void);
 /* Zeros over more blocks than this need not fit one generation. */
 uint64_t weight_zeros_max(const struct volume *vol);
 /* What a request did add: a changed block, its contents, a range, n keys cleared. */
@@ -509,12 +528,16 @@ void gen_make_fit(struct volume *vol, uint64_t bytes, uint64_t weight);
 /* Brings the records of `vol->state.logs` into the volume and commits them. */
 void replay_start(struct volume *vol, void (*done)(struct volume *vol, enum status st));
 
-/* --- trash.c --------------------------------------------------------------------- */
+/* --- cleaner.c ------------------------------------------------------------------- */
 
-/* Looks for trash now and then; `urgent`: somebody waits for space. True where it has work. */
+/* To be called when there may be something to clear. `urgent`: somebody waits for space. True where
+ * it has work. */
 bool trash_kick(struct volume *vol, bool urgent);
+/* A generation has committed: goes on with what waited for it. */
 void trash_committed(struct volume *vol, struct gen *g);
+/* Whether a read of it is under way. */
 bool trash_busy(const struct volume *vol);
+/* The volume is given back, lost or freed. To be called again once it is not busy. */
 void trash_stop(struct volume *vol);
 
 #endif

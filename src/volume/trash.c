@@ -1,78 +1,367 @@
 /*
- * The cleaner: gives back the space behind trims that edited only the index.
+ * Trash: the space behind trims that edited only the index.
  *
- * Such a trim left a trash record that names a range of blocks. Batch by batch
- * the cleaner reads which keys exist there and adds them to a generation as
- * candidates; whether the index still names one is decided when that generation
- * is built, so a block written again meanwhile stays. Where clearing a range costs
- * nothing and reading one costs all its data (limits.clears_ranges), blocks are not
- * looked for: all of the range are candidates, row by row of the index. A record goes with the
- * commit that finishes it; a crash at any point leaves it to be gone through
- * again.
+ * Such a trim left a trash record that names a range of blocks and the epochs that no snapshot held
+ * then. Batch by batch the cleaner reads which keys of those exist there. Who decides about a
+ * key is the oldest state that could name it (cleaner.h). Where that is the volume itself, keys
+ * are candidates, and whether the index still names one is decided when the generation they were
+ * added to is built, so a block written again meanwhile stays. Where it is a snapshot, its rows
+ * are read.
+ *
+ * Where clearing a range costs nothing and reading one costs all its data (limits.clears_ranges),
+ * blocks are not looked for, but the first one of a batch: all behind that are candidates, row by row
+ * of the index.
  */
+#include "volume/cleaner.h"
+#include "volume/rowread.h"
+
 #include <stdlib.h>
 
-#include "volume/internal.h"
-
-#define BATCH_KEYS 2048u
 #define RUNS_SPARE 8u /* what a row may have become more ragged until it is cleared */
 
-struct cleaner {
-    struct volume *vol;
-    struct store_read read;
-    struct store_range range;
-    struct key begin, end;
-    struct row_wait row_wait;
-    bool reading; /* the store, or rows of the index */
-    bool waits_rows;
-    bool urgent;
-    bool have;           /* a record is being gone through */
-    uint64_t n;          /* its number */
-    uint64_t after;      /* records below this one are done, as far as generations go */
-    struct trash_record rec;
-    unsigned level;      /* 0: blocks; 1: level-1 rows */
-    uint64_t next;
-    size_t batch;        /* keys given to generations since the last wait */
-    uint64_t wait_gen;   /* go on when this generation has committed; 0: not waiting */
-    bool found_none;
-    uint64_t seen_next;  /* state.trash_next when no record was found */
+/* Of a record whose keys a snapshot decides about. */
+struct trash_judge {
+    struct cleaner *c;
+    struct row_reader rows;
+    /* Keys that were found and are to be judged from keys[at] on. */
+    struct trash_key {
+        uint64_t no, epoch;
+    } keys[CLEAN_BATCH_KEYS];
+    uint32_t n_keys, at;
 };
 
-static void clean_step(struct cleaner *c);
-
-/* The record is gone through: it goes with this generation. */
-static void record_done(struct cleaner *c, struct gen *g)
+/* What was left to the build of a generation was not cleared if a snapshot came between. */
+static bool outdated(const struct cleaner *c)
 {
-    mem_grow(&g->trash_done, &g->cap_trash_done, g->n_trash_done + 1, sizeof *g->trash_done);
-    g->trash_done[g->n_trash_done++] = c->n;
-    c->after = c->n + 1;
-    c->have = false;
+    return c->trash.changes != c->vol->history_changes;
 }
 
-/* Candidates were added: more of them, or their commit first. */
-static void batch_added(struct cleaner *c, struct gen *g)
+bool clean_trash_wanted(const struct cleaner *c)
 {
-    struct volume *vol = c->vol;
-    if (!g->opened_ns)
-        g->opened_ns = env_now_ns(vol->shard->env);
-    shard_age_start(vol->shard);
-    if (c->batch < BATCH_KEYS && g->n_trash_done < BATCH_KEYS) {
-        clean_step(c);
+    const struct clean_trash *t = &c->trash;
+    return !t->found_none || t->seen_next != c->vol->state.trash_next || outdated(c);
+}
+
+bool clean_trash_begin(struct cleaner *c)
+{
+    if (!clean_trash_wanted(c))
+        return false;
+    c->trash.found_none = false;
+    c->what = CLEAN_TRASH;
+    return true;
+}
+
+void clean_trash_drop(struct cleaner *c)
+{
+    struct trash_judge *j = c->trash.judge;
+    if (!j)
         return;
-    }
-    c->wait_gen = g->no;
-    gen_seal(vol, false);
+    row_reader_free(&j->rows);
+    free(j);
+    c->trash.judge = NULL;
 }
 
-static void rows_came(struct row_wait *wait)
+/* --- records -------------------------------------------------------------------------- */
+
+static void judge_ready(struct row_reader *r, enum status st)
 {
-    struct cleaner *c = container_of(wait, struct cleaner, row_wait);
+    struct trash_judge *j = container_of(r, struct trash_judge, rows);
+    struct cleaner *c = j->c;
     struct volume *vol = c->vol;
-    c->reading = c->waits_rows = false;
-    if (vol->ownership == VOL_OWNED && c->have)
-        clean_step(c);
+    cleaner_answered(c, st);
+    cleaner_run(c);
     volume_progress(vol);
 }
+
+/* False for a record that can't be. */
+static bool record_begin(struct cleaner *c)
+{
+    struct volume *vol = c->vol;
+    struct clean_trash *t = &c->trash;
+    uint64_t snapshot = history_live_at_or_above(&vol->history, t->rec.after + 1);
+    if (snapshot != history_live_at_or_above(&vol->history, t->rec.epoch))
+        return false;
+    t->have = true;
+    t->level = 0;
+    t->epoch = t->rec.after + 1;
+    t->next = t->rec.first_block;
+    t->sweep_end = 0;
+    t->rows_done = false;
+    if (snapshot) {
+        struct trash_judge *j = t->judge = mem_zalloc(sizeof *j);
+        struct ancestry_record where;
+        j->c = c;
+        row_reader_init(&j->rows, vol->shard->store, vol->shard->env);
+        j->rows.how = owner_read(vol);
+        j->rows.how.background = true;
+        j->rows.ready = judge_ready;
+        cleaner_own_segments(vol, snapshot, t->rec.after, &where);
+        row_reader_look_at(&j->rows, &where);
+    }
+    return true;
+}
+
+static void record_read(struct store_read *read, enum status st)
+{
+    struct cleaner *c = container_of(read, struct cleaner, read);
+    struct clean_trash *t = &c->trash;
+    struct volume *vol = c->vol;
+    if (!cleaner_answered(c, st)) {
+        store_read_release(read);
+        volume_progress(vol);
+        return;
+    }
+    const struct store_pair *pair = c->ranges[0].n_pairs ? &c->ranges[0].pairs[0] : NULL;
+    uint64_t branch;
+    if (pair && key_parse_trash(pair->key, &branch, &t->n)) {
+        if (!trash_decode(pair->key, pair->head, &t->rec) || !record_begin(c)) {
+            log_error("volume %s: a trash record is damaged: the space behind it is not given back",
+                      vol->name);
+            t->from = t->n + 1;
+        }
+    } else {
+        t->found_none = true;
+        t->seen_next = t->asked_next;
+        c->what = CLEAN_NOTHING;
+        if (c->urgent)
+            gen_seal(vol, false);
+    }
+    store_read_release(read);
+    cleaner_run(c);
+    /* Who waits for space need not wait for trash any more. */
+    if (t->found_none)
+        shard_wake_writers(vol->shard);
+    volume_progress(vol);
+}
+
+static void read_record(struct cleaner *c)
+{
+    struct clean_trash *t = &c->trash;
+    t->asked_next = c->vol->state.trash_next;
+    key_trash(&c->begin[0], c->vol->branch, t->from);
+    key_prefix_branch(&c->end[0], 't', c->vol->branch);
+    key_prefix_end(&c->end[0]);
+    c->ranges[0] = (struct store_range){.limit = 1};
+    cleaner_read(c, 1, record_read);
+}
+
+/* The record is gone through: it goes with this generation. */
+static void record_done(struct cleaner *c)
+{
+    struct clean_trash *t = &c->trash;
+    struct gen *g = cleaner_room(c, weight_of_clears(1));
+    cleaner_unsure(c);
+    mem_grow(&g->trash_done, &g->cap_trash_done, g->n_trash_done + 1, sizeof *g->trash_done);
+    g->trash_done[g->n_trash_done++] = t->n;
+    t->from = t->n + 1;
+    t->have = false;
+    clean_trash_drop(c);
+    c->what = CLEAN_NOTHING;
+    cleaner_added(c, 1);
+}
+
+/* Of level 0: goes on with this block of this epoch, or what comes behind it. */
+static void go_to(struct clean_trash *t, uint64_t epoch, uint64_t block)
+{
+    t->epoch = epoch;
+    t->next = max_u64(t->rec.first_block, block);
+    if (t->next >= t->rec.end_block) {
+        t->epoch++;
+        t->next = t->rec.first_block;
+    }
+    if (t->epoch > t->rec.epoch) {
+        t->level = 1;
+        t->next = t->rec.first_block >> INDEX_SHIFT;
+        t->epoch = 0;
+    }
+}
+
+/* --- judged by a snapshot ------------------------------------------------------------- */
+
+/* What the snapshot sees of a level-1 row, as far as it can name keys of `epoch` in it. */
+enum seen {
+    SEEN_NOTHING, /* it can name none */
+    SEEN_ROW,     /* *at: it is stored there */
+    SEEN_UNKNOWN, /* it can't be read: all may be named */
+};
+
+/* The level-2 row is known. */
+static enum seen judge_entry(const struct trash_judge *j, uint64_t row1, uint64_t epoch,
+                             struct row_source *at)
+{
+    const struct row2_entry *e = &j->rows.row2.entry[row1 & (INDEX_FANOUT - 1)];
+    if (j->rows.row2_found == ROW_DAMAGED)
+        return SEEN_UNKNOWN;
+    if (j->rows.row2_found == ROW_MISSING || e->kind != ROW2_ROW || e->branch || e->epoch < epoch)
+        return SEEN_NOTHING;
+    *at = (struct row_source){j->c->vol->branch, e->epoch};
+    return SEEN_ROW;
+}
+
+static bool judge_has_row2(struct trash_judge *j, uint64_t row1)
+{
+    j->c->reading++;
+    if (!row_reader_row2(&j->rows, row1 >> INDEX_SHIFT))
+        return false;
+    j->c->reading--;
+    return true;
+}
+
+static void judge_read(struct trash_judge *j)
+{
+    j->c->reading++;
+    row_reader_start(&j->rows);
+}
+
+/* Whether the row names what stands under this epoch. */
+static bool row_names(const struct row_reader_row *row, const struct volume *vol, uint64_t no,
+                      uint64_t epoch)
+{
+    const struct row_source *src = row1_data(&row->row, no & (INDEX_FANOUT - 1));
+    return src && src->branch == vol->branch && src->epoch == epoch;
+}
+
+/* Asks for the rows that decide about the keys from the next one on. */
+static void read_for_keys(struct trash_judge *j)
+{
+    uint64_t first = j->keys[j->at].no >> INDEX_SHIFT, last = UINT64_MAX;
+    for (uint32_t i = j->at; i < j->n_keys; i++) {
+        uint64_t row1 = j->keys[i].no >> INDEX_SHIFT;
+        struct row_source at;
+        if (row1 >> INDEX_SHIFT != first >> INDEX_SHIFT)
+            break;
+        if (row1 == last || judge_entry(j, row1, j->keys[i].epoch, &at) != SEEN_ROW)
+            continue;
+        if (!row_reader_want(&j->rows, row1, at))
+            break;
+        last = row1;
+    }
+    judge_read(j);
+}
+
+/* Blocks, one by one; false: rows are being read. */
+static bool judge_block(struct trash_judge *j, bool *garbage)
+{
+    const struct trash_key *key = &j->keys[j->at];
+    uint64_t row1 = key->no >> INDEX_SHIFT;
+    struct row_source at;
+    if (!judge_has_row2(j, row1))
+        return false;
+    enum seen seen = judge_entry(j, row1, key->epoch, &at);
+    if (seen == SEEN_ROW) {
+        const struct row_reader_row *row = row_reader_row1(&j->rows, row1, at);
+        if (!row) {
+            read_for_keys(j);
+            return false;
+        }
+        *garbage = row->found == ROW_THERE && !row_names(row, j->c->vol, key->no, key->epoch);
+        return true;
+    }
+    *garbage = seen == SEEN_NOTHING;
+    return true;
+}
+
+/* A level-1 row is garbage where the snapshot sees another one. */
+static bool judge_row(struct trash_judge *j, bool *garbage)
+{
+    const struct trash_key *key = &j->keys[j->at];
+    struct row_source at;
+    if (!judge_has_row2(j, key->no))
+        return false;
+    enum seen seen = judge_entry(j, key->no, key->epoch, &at);
+    *garbage = seen == SEEN_NOTHING || (seen == SEEN_ROW && at.epoch != key->epoch);
+    return true;
+}
+
+/* Goes through the keys that were found, as far as their rows are known and a batch goes. */
+static void judge_keys(struct trash_judge *j)
+{
+    struct cleaner *c = j->c;
+    struct clean_trash *t = &c->trash;
+    while (j->at < j->n_keys && !c->wait_gen) {
+        const struct trash_key *key = &j->keys[j->at];
+        bool garbage;
+        if (!(t->level ? judge_row(j, &garbage) : judge_block(j, &garbage)))
+            return;
+        j->at++;
+        if (!garbage)
+            continue;
+        cleaner_room(c, weight_of_clears(1));
+        cleaner_add_clear(c, (struct gen_clear){.epoch = key->epoch,
+                                                .no = key->no,
+                                                .level = (uint8_t)t->level,
+                                                .certain = true});
+        cleaner_added(c, 1);
+    }
+}
+
+/* Adds what the snapshot does not name of one row's blocks [first, end). */
+static void sweep_row(struct trash_judge *j, const struct row_reader_row *row, uint64_t first,
+                      uint64_t end)
+{
+    struct cleaner *c = j->c;
+    uint64_t epoch = c->trash.epoch, keys = 1;
+    for (uint64_t no = first; row && no < end; no++)
+        keys += row_names(row, c->vol, no, epoch);
+    cleaner_room(c, weight_of_clears(keys));
+    for (uint64_t no = first; no < end;) {
+        bool is_named = row && row_names(row, c->vol, no, epoch);
+        uint64_t behind = row ? no + 1 : end;
+        while (behind < end && row_names(row, c->vol, behind, epoch) == is_named)
+            behind++;
+        if (!is_named)
+            cleaner_add_clear(c, (struct gen_clear){.epoch = epoch,
+                                                    .no = no,
+                                                    .n_blocks = (uint32_t)(behind - no),
+                                                    .certain = true});
+        no = behind;
+    }
+    cleaner_added(c, keys);
+}
+
+/* Asks for the rows of the sweep from the next one on. */
+static void read_for_sweep(struct trash_judge *j)
+{
+    const struct clean_trash *t = &j->c->trash;
+    uint64_t row1 = t->next >> INDEX_SHIFT;
+    uint64_t end = min_u64((t->sweep_end - 1) >> INDEX_SHIFT, row1 | (INDEX_FANOUT - 1)) + 1;
+    for (; row1 < end; row1++) {
+        struct row_source at;
+        if (judge_entry(j, row1, t->epoch, &at) == SEEN_ROW && !row_reader_want(&j->rows, row1, at))
+            break;
+    }
+    judge_read(j);
+}
+
+/* Adds all blocks up to sweep_end that the snapshot does not name, as far as a batch goes. */
+static void judge_sweep(struct trash_judge *j)
+{
+    struct cleaner *c = j->c;
+    struct clean_trash *t = &c->trash;
+    while (t->next < t->sweep_end && !c->wait_gen) {
+        uint64_t row1 = t->next >> INDEX_SHIFT;
+        uint64_t first = t->next, end = min_u64((row1 + 1) << INDEX_SHIFT, t->sweep_end);
+        struct row_source at;
+        const struct row_reader_row *row = NULL;
+        if (!judge_has_row2(j, row1))
+            return;
+        enum seen seen = judge_entry(j, row1, t->epoch, &at);
+        if (seen == SEEN_ROW) {
+            row = row_reader_row1(&j->rows, row1, at);
+            if (!row) {
+                read_for_sweep(j);
+                return;
+            }
+            if (row->found != ROW_THERE)
+                seen = SEEN_UNKNOWN;
+        }
+        t->next = end;
+        if (seen != SEEN_UNKNOWN)
+            sweep_row(j, row, first, end);
+    }
+}
+
+/* --- judged by the volume itself ------------------------------------------------------ */
 
 /* How many ranges clear what the index does not name of blocks [first, end) of one row. */
 static uint32_t runs_of(struct volume *vol, uint64_t first, uint64_t end)
@@ -85,206 +374,193 @@ static uint32_t runs_of(struct volume *vol, uint64_t first, uint64_t end)
     return runs;
 }
 
-/* Adds all blocks of the record as candidates, as far as a batch goes. */
+/* Adds all blocks up to sweep_end as candidates, as far as a batch goes. */
 static void sweep_blocks(struct cleaner *c)
 {
     struct volume *vol = c->vol;
-    struct gen *g = vol->open;
-    while (c->next < c->rec.end_block && c->batch < BATCH_KEYS) {
-        uint64_t end = min_u64((c->next / INDEX_FANOUT + 1) * INDEX_FANOUT, c->rec.end_block);
-        if (!index_have(vol, c->next, c->next + 1, &c->row_wait)) {
-            c->reading = c->waits_rows = true;
+    struct clean_trash *t = &c->trash;
+    while (t->next < t->sweep_end && !c->wait_gen) {
+        uint64_t end = min_u64((t->next / INDEX_FANOUT + 1) * INDEX_FANOUT, t->sweep_end);
+        if (!index_have(vol, t->next, t->next + 1, &c->row_wait)) {
+            c->waits_rows = true;
             return;
         }
-        uint32_t runs = runs_of(vol, c->next, end) + RUNS_SPARE;
-        if (g->weight + weight_of_clears(runs + 1) > vol->shard->commit_bytes_max) {
-            c->batch = BATCH_KEYS;
-            break;
-        }
-        weight_clears(g, runs);
-        mem_grow(&g->clears, &g->cap_clears, g->n_clears + 1, sizeof *g->clears);
-        g->clears[g->n_clears++] = (struct gen_clear){.epoch = c->rec.epoch,
-                                                      .no = c->next,
-                                                      .n_blocks = (uint32_t)(end - c->next),
-                                                      .runs_max = runs};
-        c->batch++;
-        c->next = end;
+        uint32_t runs = runs_of(vol, t->next, end) + RUNS_SPARE;
+        cleaner_room(c, weight_of_clears(runs));
+        cleaner_add_clear(c, (struct gen_clear){.epoch = t->epoch,
+                                                .no = t->next,
+                                                .n_blocks = (uint32_t)(end - t->next),
+                                                .runs_max = runs});
+        t->next = end;
+        cleaner_added(c, 1);
     }
-    if (c->next >= c->rec.end_block) {
-        c->level = 1;
-        c->next = c->rec.first_block >> INDEX_SHIFT;
-    }
-    batch_added(c, g);
 }
 
-static void batch_read(struct store_read *read, enum status st)
+/* --- looking for keys ----------------------------------------------------------------- */
+
+/* Where it is the volume itself that decides, the keys become candidates, else they wait for the
+ * snapshot's rows. */
+static void keys_found(struct cleaner *c)
+{
+    struct clean_trash *t = &c->trash;
+    struct trash_judge *j = t->judge;
+    const struct store_range *range = &c->ranges[0];
+    uint64_t last = t->next, last_epoch = 0, n = 0;
+    if (j)
+        j->n_keys = j->at = 0;
+    else
+        cleaner_room(c, weight_of_clears(range->n_pairs));
+    for (uint32_t i = 0; i < range->n_pairs; i++) {
+        uint64_t branch, no = 0, epoch = 0;
+        unsigned level;
+        struct slice key = range->pairs[i].key;
+        bool fits = t->level ? key_parse_row(key, &branch, &level, &no, &epoch)
+                             : key_parse_block(key, &branch, &epoch, &no);
+        if (!fits)
+            continue;
+        last = no;
+        last_epoch = epoch;
+        if (epoch <= t->rec.after || epoch > t->rec.epoch)
+            continue;
+        if (j)
+            j->keys[j->n_keys++] = (struct trash_key){no, epoch};
+        else
+            cleaner_add_clear(c, (struct gen_clear){
+                                     .epoch = epoch, .no = no, .level = (uint8_t)t->level});
+        n++;
+    }
+    /* On from the key behind the last one. */
+    if (t->level == 0) {
+        t->next = last + 1;
+    } else {
+        t->next = last;
+        t->epoch = last_epoch + 1;
+    }
+    if (!j && n)
+        cleaner_added(c, n);
+}
+
+static void keys_read(struct store_read *read, enum status st)
 {
     struct cleaner *c = container_of(read, struct cleaner, read);
+    struct clean_trash *t = &c->trash;
     struct volume *vol = c->vol;
-    c->reading = false;
-    if (st != ST_OK || vol->ownership != VOL_OWNED) {
+    if (!cleaner_answered(c, st)) {
         store_read_release(read);
-        c->found_none = st != ST_OK;
         volume_progress(vol);
         return;
     }
-    gen_make_fit(vol, 0, weight_of_clears(c->range.n_pairs + 1));
-    struct gen *g = vol->open;
-    uint64_t last = 0;
-    for (uint32_t i = 0; i < c->range.n_pairs; i++) {
-        uint64_t branch, no = 0, epoch = 0;
-        unsigned level;
-        struct slice key = c->range.pairs[i].key;
-        bool fits = c->level ? key_parse_row(key, &branch, &level, &no, &epoch)
-                             : key_parse_block(key, &branch, &epoch, &no);
-        last = no;
-        if (!fits || epoch != c->rec.epoch)
-            continue;
-        mem_grow(&g->clears, &g->cap_clears, g->n_clears + 1, sizeof *g->clears);
-        g->clears[g->n_clears++] = (struct gen_clear){.epoch = epoch, .no = no, .level = c->level};
-        c->batch++;
-    }
-    weight_clears(g, c->range.n_pairs + 1); /* the record is one more */
-    bool more = c->range.more;
-    store_read_release(read);
-    if (more) {
-        /* Of a row there may be several epochs, and the limit may cut between them: seeing a
-         * key twice is harmless, standing still is not. */
-        c->next = max_u64(last + (c->level ? 0 : 1), c->next + 1);
-    } else if (c->level == 0) {
-        c->level = 1;
-        c->next = c->rec.first_block >> INDEX_SHIFT;
-    } else {
-        record_done(c, g);
-    }
-    batch_added(c, g);
-}
-
-static void record_read(struct store_read *read, enum status st)
-{
-    struct cleaner *c = container_of(read, struct cleaner, read);
-    struct volume *vol = c->vol;
-    c->reading = false;
-    if (st == ST_OK && c->range.n_pairs) {
-        uint64_t branch;
-        const struct store_pair *pair = &c->range.pairs[0];
-        if (key_parse_trash(pair->key, &branch, &c->n) &&
-            trash_decode(pair->key, pair->head, &c->rec)) {
-            c->have = true;
-            c->level = 0;
-            c->next = c->rec.first_block;
-        } else {
-            log_error("volume %s: a trash record is damaged: the space behind it is not given back",
-                      vol->name);
-            c->after = c->n + 1;
-            c->found_none = true;
-        }
-    } else {
-        c->found_none = true;
-        c->seen_next = vol->state.trash_next;
+    const struct store_range *here = &c->ranges[0], *behind = &c->ranges[1];
+    bool found = here->n_pairs > 0, more = here->more;
+    uint64_t branch, block = 0, epoch = t->epoch + 1;
+    if (found)
+        keys_found(c);
+    if (t->level == 1) {
+        t->rows_done = !more;
+    } else if (!more) {
+        /* The next epoch that has any. */
+        if (c->read.n_ranges == 1 || !behind->n_pairs)
+            epoch = t->rec.epoch + 1;
+        else if (key_parse_block(behind->pairs[0].key, &branch, &epoch, &block) &&
+                 epoch == t->epoch)
+            block = t->rec.end_block; /* the epoch goes on behind the range */
+        go_to(t, epoch, block);
     }
     store_read_release(read);
-    if (vol->ownership == VOL_OWNED) {
-        if (c->have)
-            clean_step(c);
-        else if (c->urgent)
-            gen_seal(vol, false);
-        /* Who waits for space need not wait for trash any more. */
-        if (!c->have)
-            shard_wake_writers(vol->shard);
-    }
+    cleaner_run(c);
     volume_progress(vol);
 }
 
-static void clean_step(struct cleaner *c)
+static void first_read(struct store_read *read, enum status st)
 {
+    struct cleaner *c = container_of(read, struct cleaner, read);
+    struct clean_trash *t = &c->trash;
     struct volume *vol = c->vol;
-    struct shard *s = vol->shard;
-    if (c->have && c->level == 0 && s->store->limits.clears_ranges) {
+    if (cleaner_answered(c, st)) {
+        uint64_t branch, block = 0, epoch = t->rec.epoch + 1;
+        if (c->ranges[0].n_pairs)
+            key_parse_block(c->ranges[0].pairs[0].key, &branch, &epoch, &block);
+        go_to(t, epoch, block);
+        if (t->level == 0 && t->epoch == epoch)
+            t->sweep_end = min_u64(t->rec.end_block, (t->next / INDEX_FANOUT + CLEAN_BATCH_KEYS) *
+                                                         INDEX_FANOUT);
+    }
+    store_read_release(read);
+    cleaner_run(c);
+    volume_progress(vol);
+}
+
+/* Blocks one by one: those of this epoch, and where the next epoch begins. */
+static void look_for_blocks(struct cleaner *c)
+{
+    const struct volume *vol = c->vol;
+    const struct clean_trash *t = &c->trash;
+    bool last = t->epoch == t->rec.epoch;
+    key_block(&c->begin[0], vol->branch, t->epoch, t->next);
+    key_block(&c->end[0], vol->branch, t->epoch, t->rec.end_block);
+    c->begin[1] = c->end[0];
+    key_prefix_blocks(&c->end[1], vol->branch, t->rec.epoch + 1);
+    c->ranges[0] = (struct store_range){.limit = CLEAN_BATCH_KEYS};
+    c->ranges[1] = (struct store_range){.limit = 1};
+    cleaner_read(c, last ? 1 : 2, keys_read);
+}
+
+static void look_for_first_block(struct cleaner *c)
+{
+    const struct volume *vol = c->vol;
+    const struct clean_trash *t = &c->trash;
+    key_block(&c->begin[0], vol->branch, t->epoch, t->next);
+    key_prefix_blocks(&c->end[0], vol->branch, t->rec.epoch + 1);
+    c->ranges[0] = (struct store_range){.limit = 1};
+    cleaner_read(c, 1, first_read);
+}
+
+static void look_for_rows(struct cleaner *c)
+{
+    const struct volume *vol = c->vol;
+    const struct clean_trash *t = &c->trash;
+    uint64_t end = (t->rec.end_block + INDEX_FANOUT - 1) >> INDEX_SHIFT;
+    key_row(&c->begin[0], vol->branch, 1, t->next, t->epoch);
+    key_row(&c->end[0], vol->branch, 1, end, 0);
+    c->ranges[0] = (struct store_range){.limit = CLEAN_ROWS_READ};
+    cleaner_read(c, 1, keys_read);
+}
+
+static void sweep(struct cleaner *c)
+{
+    struct clean_trash *t = &c->trash;
+    if (t->judge)
+        judge_sweep(t->judge);
+    else
         sweep_blocks(c);
-        return;
-    }
-    c->reading = true;
-    c->read = owner_read(vol);
-    c->read.background = true;
-    if (!c->have) {
-        key_trash(&c->begin, vol->branch, c->after);
-        key_prefix_branch(&c->end, 't', vol->branch);
-        key_prefix_end(&c->end);
-        c->range = (struct store_range){.limit = 1};
-        c->read.done = record_read;
-    } else if (c->level == 0) {
-        key_block(&c->begin, vol->branch, c->rec.epoch, c->next);
-        key_block(&c->end, vol->branch, c->rec.epoch, c->rec.end_block);
-        c->range = (struct store_range){.limit = BATCH_KEYS};
-        c->read.done = batch_read;
-    } else {
-        uint64_t end = (c->rec.end_block + INDEX_FANOUT - 1) >> INDEX_SHIFT;
-        key_row(&c->begin, vol->branch, 1, c->next, 0);
-        key_row(&c->end, vol->branch, 1, end, 0);
-        c->range = (struct store_range){.limit = BATCH_KEYS};
-        c->read.done = batch_read;
-    }
-    c->range.begin = key_slice(&c->begin);
-    c->range.end = key_slice(&c->end);
-    c->read.ranges = &c->range;
-    c->read.n_ranges = 1;
-    store_read(s->store, s->env, &c->read);
-}
-
-bool trash_kick(struct volume *vol, bool urgent)
-{
-    struct cleaner *c = vol->cleaner;
-    if (vol->ownership != VOL_OWNED || vol->read_only)
-        return false;
-    if (!c) {
-        c = vol->cleaner = mem_zalloc(sizeof *c);
-        c->vol = vol;
-        c->row_wait.ready = rows_came;
-    }
-    c->urgent = urgent;
-    if (c->found_none && c->seen_next == vol->state.trash_next)
-        return false;
-    c->found_none = false;
-    if (!c->reading && !c->wait_gen) {
-        c->batch = 0;
-        clean_step(c);
-    }
-    return true;
-}
-
-void trash_committed(struct volume *vol, struct gen *g)
-{
-    struct cleaner *c = vol->cleaner;
-    if (!c || vol->ownership != VOL_OWNED || c->reading || g->no < c->wait_gen)
-        return;
-    bool waited = c->wait_gen != 0;
-    c->wait_gen = 0;
-    if (waited || c->seen_next != vol->state.trash_next) {
-        c->found_none = false;
-        c->batch = 0;
-        clean_step(c);
+    if (t->next >= t->sweep_end) {
+        t->sweep_end = 0;
+        go_to(t, t->epoch, t->next);
     }
 }
 
-bool trash_busy(const struct volume *vol)
+void clean_trash_step(struct cleaner *c)
 {
-    return vol->cleaner && vol->cleaner->reading;
-}
-
-void trash_stop(struct volume *vol)
-{
-    struct cleaner *c = vol->cleaner;
-    if (!c)
-        return;
-    c->have = c->found_none = false;
-    c->wait_gen = c->after = 0;
-    if (c->waits_rows) {
-        index_wait_stop(&c->row_wait);
-        c->reading = c->waits_rows = false;
+    struct clean_trash *t = &c->trash;
+    if (outdated(c)) {
+        /* All records are gone through anew. */
+        clean_trash_drop(c);
+        t->have = false;
+        t->from = 0;
+        t->changes = c->vol->history_changes;
     }
-    if (!c->reading) {
-        vol->cleaner = NULL;
-        free(c);
-    }
+    if (!t->have)
+        read_record(c);
+    else if (t->judge && t->judge->at < t->judge->n_keys)
+        judge_keys(t->judge);
+    else if (t->level == 0 && t->sweep_end)
+        sweep(c);
+    else if (t->level == 0 && c->vol->shard->store->limits.clears_ranges)
+        look_for_first_block(c);
+    else if (t->level == 0)
+        look_for_blocks(c);
+    else if (!t->rows_done)
+        look_for_rows(c);
+    else
+        record_done(c);
 }

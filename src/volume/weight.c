@@ -141,6 +141,11 @@ uint64_t weight_of_clears(uint64_t n)
     return n * MUTATION_BYTES;
 }
 
+uint64_t weight_of_record(void)
+{
+    return MUTATION_BYTES + RECORD_BYTES_MAX;
+}
+
 /* Whether the generation has counted this row already. What falls out of the table is counted
  * again. */
 static bool row_counted(struct gen *g, unsigned level, uint64_t no)
