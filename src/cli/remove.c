@@ -127,7 +127,7 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
         if (state == OWNER_UNKNOWN && !called) {
             /* Nothing is asked of it that its clients would feel, only whether it is there. */
             called = true;
-            if (run_ask(run, &entry, MAIL_SYNC, 0, false) == ST_NOTFOUND)
+            if (run_ask(run, &entry, MAIL_SYNC) == ST_NOTFOUND)
                 continue;
         }
         if (waited_ms >= LEAVING_MS_MAX) {

@@ -5,13 +5,8 @@
  * order; where there is none, this command becomes the owner for that moment.
  */
 #include <stdio.h>
-#include <string.h>
 
-#include "cli/run.h"
-#include "volume/volume.h"
-
-/* A volume that changes hands meanwhile is looked up again, so often. */
-#define ATTEMPTS_MAX 10
+#include "cli/change.h"
 
 enum { SHRINK = 1, YES };
 
@@ -35,93 +30,59 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
 }
 
 struct resizing {
-    struct vol_io io;
-    bool done;
+    struct change_plan plan;
+    const char *name;
+    uint64_t size, old;
+    const struct resize_options *o;
+    bool confirmed;
 };
 
-static void resized(struct vol_io *io)
+static int look(struct change_plan *plan, struct run *run, struct catalog_entry *entry)
 {
-    container_of(io, struct resizing, io)->done = true;
-}
-
-/* As the owner. ST_PERM, ST_BUSY, ST_CONFLICT: somebody else was faster. */
-static enum status resize_here(struct run *run, const struct catalog_entry *entry, uint64_t size,
-                               bool shrink)
-{
-    struct run_owned owned;
-    enum status st = run_own(run, entry, &owned);
-    if (st != ST_OK)
-        return st;
-    struct resizing r = {.io = {.done = resized}};
-    volume_resize(owned.vol, &r.io, size, shrink);
-    run_until(run, &r.done);
-    run_disown(run, &owned);
-    if (r.io.st != ST_OK)
-        fail(&run->op.err, r.io.st, "cannot resize volume \"%s\" in %s: %s", entry->name,
-             run->cli->store_uri, status_text(r.io.st));
-    return r.io.st;
-}
-
-static enum status resize_once(struct run *run, const struct catalog_entry *entry, uint64_t size,
-                               bool shrink)
-{
-    switch (run_owner_state(run, &entry->owner)) {
-    case OWNER_NONE:
-    case OWNER_DEAD: {
-        enum status st = resize_here(run, entry, size, shrink);
-        return st == ST_PERM || st == ST_BUSY ? ST_CONFLICT : st;
+    struct resizing *r = container_of(plan, struct resizing, plan);
+    char was[24], is[24];
+    int status = run_find(run, r->name, entry);
+    if (status != CLI_DONE)
+        return status;
+    r->old = entry->header.size;
+    if (r->size == r->old) {
+        printf("volume \"%s\" in %s has %s already\n", r->name, run->cli->store_uri,
+               cli_size(r->size, is));
+        plan->over = true;
+        return CLI_DONE;
     }
-    default: {
-        /* Gone while we asked: somebody else's turn, perhaps ours. */
-        enum status st = run_ask(run, entry, MAIL_RESIZE, size, shrink);
-        return st == ST_NOTFOUND ? ST_CONFLICT : st;
+    if (r->size < r->old && !r->o->shrink) {
+        cli_error("volume \"%s\" in %s has %s: making it smaller loses what is cut off, and needs "
+                  "--shrink",
+                  r->name, run->cli->store_uri, cli_size(r->old, was));
+        return CLI_FAILED;
     }
+    if (r->size < r->old && !r->confirmed) {
+        char what[NAME_BYTES_MAX + 128];
+        snprintf(what, sizeof what, "cuts volume \"%s\" from %s to %s and loses what lies behind",
+                 r->name, cli_size(r->old, was), cli_size(r->size, is));
+        if (!cli_confirm(false, what))
+            return CLI_FAILED;
+        r->confirmed = true;
     }
+    return CLI_DONE;
 }
 
 static int resize(struct run *run, const char *name, uint64_t size, const struct resize_options *o)
 {
-    struct catalog_entry entry;
+    struct resizing r = {.plan = {.look = look, .mail = run_mail(MAIL_RESIZE)},
+                         .name = name,
+                         .size = size,
+                         .o = o,
+                         .confirmed = o->yes};
     char was[24], is[24];
-    bool confirmed = o->yes;
-    for (int attempt = 0; attempt < ATTEMPTS_MAX; attempt++) {
-        int status = run_find(run, name, &entry);
-        if (status != CLI_DONE)
-            return status;
-        uint64_t old = entry.header.size;
-        if (size == old) {
-            printf("volume \"%s\" in %s has %s already\n", name, run->cli->store_uri,
-                   cli_size(size, is));
-            return CLI_DONE;
-        }
-        if (size < old && !o->shrink) {
-            cli_error("volume \"%s\" in %s has %s: making it smaller loses what is cut off, and "
-                      "needs --shrink",
-                      name, run->cli->store_uri, cli_size(old, was));
-            return CLI_FAILED;
-        }
-        if (size < old && !confirmed) {
-            char what[NAME_BYTES_MAX + 128];
-            snprintf(what, sizeof what,
-                     "cuts volume \"%s\" from %s to %s and loses what lies behind", name,
-                     cli_size(old, was), cli_size(size, is));
-            if (!cli_confirm(false, what))
-                return CLI_FAILED;
-            confirmed = true;
-        }
-        enum status st = resize_once(run, &entry, size, o->shrink);
-        if (st == ST_OK) {
-            printf("resized volume \"%s\" in %s from %s to %s\n", name, run->cli->store_uri,
-                   cli_size(old, was), cli_size(size, is));
-            return CLI_DONE;
-        }
-        if (st != ST_CONFLICT) {
-            cli_failed(&run->op.err);
-            return CLI_FAILED;
-        }
-    }
-    cli_error("volume \"%s\" in %s keeps changing hands: try again", name, run->cli->store_uri);
-    return CLI_FAILED;
+    r.plan.mail.size = size;
+    r.plan.mail.shrink = o->shrink;
+    int status = change_volume(run, &r.plan);
+    if (status == CLI_DONE && !r.plan.over)
+        printf("resized volume \"%s\" in %s from %s to %s\n", name, run->cli->store_uri,
+               cli_size(r.old, was), cli_size(size, is));
+    return status;
 }
 
 static int run_resize(struct cli *cli, int argc, char **argv)

@@ -8,8 +8,6 @@
 #include "server/reactor.h"
 #include "volume/volume.h"
 
-/* A server commits what it holds before it answers: that may take a while. */
-#define ASK_WAIT_MS 30000u
 #define LOOK_AGAIN_MS 200u
 #define LOOK_KEPT_MS 100u
 #define SIGN_WAIT_MS 15000u
@@ -98,13 +96,30 @@ void run_end(struct run *run)
         reactor_free(run->reactor);
 }
 
-int run_find(struct run *run, const char *name, struct catalog_entry *entry)
+int run_find_either(struct run *run, const char *name, struct catalog_entry *entry)
 {
     catalog_find(run_op(run), run->store, run->env, name);
     if (run_wait(run) != ST_OK)
         return cli_failed(&run->op.err);
     *entry = run->op.entries[0];
     return CLI_DONE;
+}
+
+int run_find(struct run *run, const char *name, struct catalog_entry *entry)
+{
+    if (!strchr(name, '@'))
+        return run_find_either(run, name, entry);
+    cli_error("\"%.300s\" is not the name of a volume, which is what %s takes", name,
+              run->cli->command->name);
+    return CLI_USAGE;
+}
+
+int run_find_snapshot(struct run *run, const char *name, struct catalog_entry *entry)
+{
+    if (strchr(name, '@'))
+        return run_find_either(run, name, entry);
+    cli_error("\"%.300s\" names no snapshot: VOLUME@SNAPSHOT", name);
+    return CLI_USAGE;
 }
 
 struct looking {
@@ -179,15 +194,20 @@ enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner)
     return state;
 }
 
-enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
-                    uint64_t size, bool shrink)
+struct mail_record run_mail(enum mail_kind kind)
 {
-    struct mail_record mail = {.kind = (uint8_t)kind, .size = size, .shrink = shrink};
+    struct mail_record mail = {.kind = (uint8_t)kind};
     char host[HOST_BYTES_MAX - 20] = "";
     if (gethostname(host, sizeof host - 1) != 0)
         host[0] = '\0';
     snprintf(mail.from, sizeof mail.from, "%s pid %d", host, (int)getpid());
-    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, ASK_WAIT_MS, NULL, true);
+    return mail;
+}
+
+enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind)
+{
+    struct mail_record mail = run_mail(kind);
+    catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, RUN_ASK_WAIT_MS, NULL, true);
     return run_wait(run);
 }
 
@@ -195,7 +215,7 @@ enum status run_evict(struct run *run, const struct catalog_entry *entry)
 {
     const struct owner_record *o = &entry->owner;
     struct err e = {0};
-    enum status st = run_ask(run, entry, MAIL_EVICT, 0, false);
+    enum status st = run_ask(run, entry, MAIL_EVICT);
     if (st != ST_UNAVAIL)
         return st;
     /* It lives and does not answer. */
@@ -225,6 +245,32 @@ static void opened(struct volume_open *op)
     container_of(op, struct opening, open)->done = true;
 }
 
+enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
+                     struct volume **vol)
+{
+    struct opening opening = {
+        .open = {.branch = entry->branch, .epoch = entry->snapshot.epoch, .done = opened}};
+    memcpy(opening.open.name, entry->name, sizeof opening.open.name);
+    volume_open(shard, &opening.open);
+    run_until(run, &opening.done);
+    *vol = opening.open.vol;
+    if (opening.open.st != ST_OK)
+        run->op.err = opening.open.err;
+    return opening.open.st;
+}
+
+static void closed(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+void run_close(struct run *run, struct volume *vol)
+{
+    bool done = false;
+    volume_close(vol, closed, &done);
+    run_until(run, &done);
+}
+
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned)
 {
     struct err *e = &run->op.err;
@@ -241,32 +287,17 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
                                   .cache_bytes = VOLUME_CACHE_BYTES_MIN,
                                   .no_log = true};
     st = shard_new(&config, &owned->shard, e);
-    if (st == ST_OK && entry) {
-        struct opening opening = {.open = {.branch = entry->branch, .done = opened}};
-        memcpy(opening.open.name, entry->name, sizeof entry->name);
-        volume_open(owned->shard, &opening.open);
-        run_until(run, &opening.done);
-        owned->vol = opening.open.vol;
-        st = opening.open.st;
-        *e = opening.open.err;
-    }
+    if (st == ST_OK && entry)
+        st = run_open(run, owned->shard, entry, &owned->vol);
     if (st != ST_OK)
         run_disown(run, owned);
     return st;
 }
 
-static void closed(void *arg)
-{
-    *(bool *)arg = true;
-}
-
 void run_disown(struct run *run, struct run_owned *owned)
 {
-    if (owned->vol) {
-        bool done = false;
-        volume_close(owned->vol, closed, &done);
-        run_until(run, &done);
-    }
+    if (owned->vol)
+        run_close(run, owned->vol);
     if (owned->shard)
         shard_free(owned->shard);
     if (owned->session.store)

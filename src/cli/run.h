@@ -48,6 +48,9 @@ enum status run_wait(struct run *run);
 
 /* Finds a volume; *entry is a copy. On failure prints why and returns the exit status. */
 int run_find(struct run *run, const char *name, struct catalog_entry *entry);
+/* The same for VOLUME@SNAPSHOT, and for either. */
+int run_find_snapshot(struct run *run, const char *name, struct catalog_entry *entry);
+int run_find_either(struct run *run, const char *name, struct catalog_entry *entry);
 
 /* Lets the loop turn until *done. */
 void run_until(struct run *run, const bool *done);
@@ -62,10 +65,15 @@ enum run_owner run_owner_state(struct run *run, const struct owner_record *owner
  * needs at most to give one. UNKNOWN: there was none. */
 enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner);
 
-/* Asks the owner of a volume, which may live, and waits: as catalog_ask_owner, one that gives
- * no sign of life being fenced where that is the way. */
-enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind,
-                    uint64_t size, bool shrink);
+/* A server commits what it holds before it answers: that may take a while. */
+#define RUN_ASK_WAIT_MS 30000u
+
+/* A request to an owner, as this command sends it. */
+struct mail_record run_mail(enum mail_kind kind);
+
+/* Asks the owner of a volume, which may live, for something that takes no more words, and waits:
+ * as catalog_ask_owner, one that gives no sign of life being fenced where that is the way. */
+enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind);
 
 /* Has the owner of a volume, which may live, cut its clients off and let go. ST_OK: it did, and the
  * volume is free unless somebody took it meanwhile. ST_NOTFOUND: the owner is dead, fenced or
@@ -73,8 +81,8 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
  * up again. Else run->op.err says why not. */
 enum status run_evict(struct run *run, const struct catalog_entry *entry);
 
-/* A command that changes volumes itself: a session, a shard without a log, and the volume
- * that is open on it, or NULL. */
+/* A command that changes volumes itself: a session, a shard without a log (NULL: not begun), and the
+ * volume that is open on it, or NULL. */
 struct run_owned {
     struct session session;
     struct shard *shard;
@@ -85,7 +93,14 @@ struct run_owned {
  * none). On failure prints nothing, leaves why in run->op.err, and nothing to be undone. */
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
 
-/* Closes what is open and takes the session away. */
+/* Opens a volume (or a snapshot of it, where the entry names one) on a shard. On failure leaves why in
+ * run->op.err. */
+enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
+                     struct volume **vol);
+/* Closes it, and waits until it is given back. */
+void run_close(struct run *run, struct volume *vol);
+
+/* Closes what is open and takes the session away, if there is one. */
 void run_disown(struct run *run, struct run_owned *owned);
 
 #endif

@@ -299,7 +299,7 @@ static int serve(struct run *run, const struct serve_options *o)
     int status = create_volumes(run, o);
     if (status == CLI_DONE && o->default_export) {
         struct catalog_entry entry;
-        status = run_find(run, o->default_export, &entry);
+        status = run_find_either(run, o->default_export, &entry);
     }
     if (status != CLI_DONE)
         return status;
