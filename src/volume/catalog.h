@@ -18,7 +18,7 @@ struct session_sight;
 
 /* A snapshot of a volume, as it stands in the store. */
 struct catalog_snapshot {
-    uint64_t epoch; /* 0: none */
+    uint64_t branch, epoch; /* 0: none */
     struct snapshot_record rec;
 };
 
@@ -96,12 +96,14 @@ void catalog_rename(struct catalog_op *op, struct store *store, struct env *env,
 void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
                     const struct catalog_entry *entry, bool with_snapshots);
 
-/* The snapshots of a volume that are not removed, into op->snapshots. */
+/* The snapshots of a volume that are not removed, into op->snapshots; those of all volumes, one
+ * after the other, where branch is 0. */
 void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *env,
                        uint64_t branch);
 
-/* The clones of a snapshot, by name, into op->entries (name and branch only), those of all
- * snapshots of the branch where epoch is 0. One that is being removed is not there any more. */
+/* The clones of a snapshot, by name, into op->entries (name, branch and snapshot.epoch, which is that
+ * of the snapshot), those of all snapshots of the branch where epoch is 0. One that is being removed
+ * is not there any more. */
 void catalog_clones(struct catalog_op *op, struct store *store, struct env *env, uint64_t branch,
                     uint64_t epoch);
 
@@ -124,6 +126,11 @@ void catalog_clone(struct catalog_op *op, struct store *store, struct env *env,
  * rollbacks that are not cleaned up yet: the volume's next owner does that). */
 void catalog_rollback(struct catalog_op *op, struct store *store, struct env *env,
                       const struct catalog_entry *to, bool destroy_newer);
+
+/* `"a", "b" and 7 more`: the names that stand at `first` and every `stride` bytes behind it. */
+#define CATALOG_NAMES_BYTES 320u
+const char *catalog_names(char out[CATALOG_NAMES_BYTES], const char *first, size_t stride,
+                          size_t n);
 
 /* Clears one batch of what removed volumes left; *more tells whether there is more. Resumable
  * at any point, harmless from several processes at once. */

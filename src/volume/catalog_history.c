@@ -44,8 +44,7 @@ void catalog_take_snapshots(struct job *job, const struct store_range *page)
     for (uint32_t i = 0; i < page->n_pairs; i++) {
         const struct store_pair *pair = &page->pairs[i];
         struct catalog_snapshot s;
-        uint64_t branch;
-        if (!key_parse_snapshot(pair->key, &branch, &s.epoch) ||
+        if (!key_parse_snapshot(pair->key, &s.branch, &s.epoch) ||
             !snapshot_decode(pair->key, pair->head, &s.rec)) {
             log_error("a record of a snapshot is damaged; it is left out");
             job->left_out = true;
@@ -74,7 +73,10 @@ void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *e
 {
     struct job *job = job_new(op, store, env);
     struct key key;
-    key_prefix_branch(&key, 'v', branch);
+    if (branch)
+        key_prefix_branch(&key, 'v', branch);
+    else
+        key_prefix(&key, 'v');
     job_scan(job, &key, "list the snapshots", catalog_take_snapshots, done);
 }
 
@@ -82,14 +84,14 @@ void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *e
 
 static int compare_branches(const void *a, const void *b)
 {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
+    const struct catalog_child *x = a, *y = b;
+    return x->branch < y->branch ? -1 : x->branch > y->branch;
 }
 
-static void want(struct job *job, uint64_t branch)
+static void want(struct job *job, uint64_t branch, uint64_t of_epoch)
 {
     mem_grow(&job->wanted, &job->cap_wanted, job->n_wanted + 1, sizeof *job->wanted);
-    job->wanted[job->n_wanted++] = branch;
+    job->wanted[job->n_wanted++] = (struct catalog_child){branch, of_epoch};
 }
 
 static void names_page(struct job *job, const struct store_range *page)
@@ -98,9 +100,13 @@ static void names_page(struct job *job, const struct store_range *page)
         const struct store_pair *pair = &page->pairs[i];
         char name[NAME_BYTES_MAX + 1];
         struct name_record rec;
-        if (key_parse_name(pair->key, name) && name_decode(pair->key, pair->head, &rec) &&
-            bsearch(&rec.branch, job->wanted, job->n_wanted, sizeof *job->wanted, compare_branches))
-            job_add_entry(job, name, rec.branch);
+        if (!key_parse_name(pair->key, name) || !name_decode(pair->key, pair->head, &rec))
+            continue;
+        const struct catalog_child key = {.branch = rec.branch},
+                                   *wanted = bsearch(&key, job->wanted, job->n_wanted, sizeof key,
+                                                     compare_branches);
+        if (wanted)
+            job_add_entry(job, name, rec.branch)->snapshot.epoch = wanted->of_epoch;
     }
 }
 
@@ -118,7 +124,7 @@ static void children_page(struct job *job, const struct store_range *page)
     for (uint32_t i = 0; i < page->n_pairs; i++) {
         uint64_t branch, epoch, child;
         if (key_parse_child(page->pairs[i].key, &branch, &epoch, &child))
-            want(job, child);
+            want(job, child, epoch);
     }
 }
 
@@ -180,8 +186,9 @@ static void parent_seen(struct job *job, enum status st)
     } else if (!snapshot_decode(get->key, get->head, &snapshot->rec)) {
         job_damaged(job, "the record of the snapshot behind a clone");
     } else {
+        snapshot->branch = job->entry.header.parent_branch;
         snapshot->epoch = job->entry.header.parent_epoch;
-        want(job, job->entry.header.parent_branch);
+        want(job, snapshot->branch, snapshot->epoch);
         find_names(job, parent_named);
     }
 }

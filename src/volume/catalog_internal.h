@@ -66,7 +66,9 @@ struct job {
     size_t cap_entries, loaded; /* list: entries before `loaded` are whole */
     size_t cap_snapshots;
     bool left_out;    /* a snapshot, because its record is damaged */
-    uint64_t *wanted; /* branches whose names are looked for, rising */
+    struct catalog_child {
+        uint64_t branch, of_epoch;
+    } *wanted; /* branches whose names are looked for, rising */
     size_t n_wanted, cap_wanted;
     void (*clones_found)(struct job *job);
     struct ask *ask;
@@ -151,10 +153,5 @@ void catalog_refuse_for_clones(struct job *job, const char *advice, void (*again
  * records; *owner is the latter. False: the job has ended. */
 bool catalog_still_free(struct job *job, const struct store_get *name_get,
                         const struct store_get *owner_get, struct owner_record *owner);
-
-/* `"a", "b" and 7 more`: the names that stand at `first` and every `stride` bytes behind it. */
-#define CATALOG_NAMES_BYTES 320u
-const char *catalog_names(char out[CATALOG_NAMES_BYTES], const char *first, size_t stride,
-                          size_t n);
 
 #endif

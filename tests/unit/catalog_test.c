@@ -508,6 +508,13 @@ static void snapshots_are_listed_and_found(void **state)
     catalog_snapshots(fresh(&w), &m.store, &m.env, 2);
     assert_int_equal(wait_for(&m, &w), ST_OK);
     assert_int_equal(w.op.n_snapshots, 0);
+    snapshot(&m, "other", "same");
+    catalog_snapshots(fresh(&w), &m.store, &m.env, 0);
+    assert_int_equal(wait_for(&m, &w), ST_OK);
+    assert_int_equal(w.op.n_snapshots, N);
+    assert_int_equal(w.op.snapshots[N - 2].branch, 1);
+    assert_int_equal(w.op.snapshots[N - 1].branch, 2);
+    catalog_op_free(&w.op);
 
     struct catalog_entry entry = find(&m, "v@day-2000");
     assert_string_equal(entry.name, "v");
@@ -606,6 +613,7 @@ static void cloning(void **state)
     assert_string_equal(w.op.entries[0].name, "a2");
     assert_string_equal(w.op.entries[1].name, "b");
     assert_int_equal(w.op.entries[1].branch, b.branch);
+    assert_int_equal(w.op.entries[1].snapshot.epoch, two);
     catalog_op_free(&w.op);
     catalog_clones(fresh(&w), &m.store, &m.env, a.branch, one);
     assert_int_equal(wait_for(&m, &w), ST_OK);
