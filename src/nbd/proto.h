@@ -142,4 +142,9 @@
 #define NBD_STATE_HOLE (1u << 0)
 #define NBD_STATE_ZERO (1u << 1)
 
+/* QEMU's namespace (docs/interop/nbd.txt of QEMU). */
+#define NBD_CONTEXT_DEPTH "qemu:allocation-depth"
+#define NBD_CONTEXT_BITMAP_PREFIX "qemu:dirty-bitmap:"
+#define NBD_STATE_DIRTY (1u << 0)
+
 #endif

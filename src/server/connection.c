@@ -5,6 +5,7 @@
 #include "server/connection.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@
 #define TICK_STOPPING_MS 20u
 #define TRICKLE_PART 3u
 #define RECEIVE_PIECES 256
+#define BITMAP_NAME_BYTES (sizeof NBD_CONTEXT_BITMAP_PREFIX + NAME_BYTES_MAX)
 /* Part of a reactor's cache that replies to all its connections may hold back. */
 #define REPLY_CACHE_PART 8
 
@@ -74,11 +76,22 @@ static void opened_given_back(struct env_task *task)
     conn_try_free(c);
 }
 
+/* Closes what is open of a connection on a lane: its volume, and what its dirty bitmaps count from. */
+static void close_volumes(struct lane *lane, struct conn *c, struct volume *vol)
+{
+    for (unsigned i = 0; i < HANDSHAKE_CONTEXTS_MAX; i++)
+        if (c->contexts[i].since) {
+            close_volume(lane, c->contexts[i].since);
+            c->contexts[i].since = NULL;
+        }
+    close_volume(lane, vol);
+}
+
 static void give_opened_back(struct env_task *task)
 {
     struct conn *c = container_of(task, struct conn, task);
     volume_unwatch_loss(&c->watcher);
-    close_volume(c->opened_lane, c->opened);
+    close_volumes(c->opened_lane, c, c->opened);
     c->task.run = opened_given_back;
     env_post(c->lane->env, &c->task);
 }
@@ -105,7 +118,7 @@ void conn_try_free(struct conn *c)
     if (c->client.export)
         export_leave(&c->client);
     if (c->vol)
-        close_volume(lane, c->vol);
+        close_volumes(lane, c, c->vol);
     atomic_fetch_sub(&lane->server->n_conns, 1);
     free(c);
     server_conn_gone(lane);
@@ -185,8 +198,18 @@ struct lookup {
     bool is_list, list_there;
     size_t list_at;
     bool opens;
+    char name[FULL_NAME_BYTES]; /* of what was found */
+    struct catalog_op snapshots;
+    const char **contexts; /* that are offered */
+    size_t n_contexts;
+    char (*bitmaps)[BITMAP_NAME_BYTES]; /* names of some of them */
+    /* What is opened on `target`: the volume (`opening` is -1), then the snapshot each dirty bitmap
+     * that was selected counts from (by its place among the contexts; 0: it is none). */
     struct lane *target;
     struct volume_open open;
+    int opening;
+    uint64_t since_epochs[HANDSHAKE_CONTEXTS_MAX];
+    struct volume *vol;
     uint64_t size;
     uint32_t block_size;
     struct env_task task;
@@ -196,9 +219,12 @@ static void handshake_pump(struct conn *c);
 
 static void lookup_free(struct conn *c)
 {
-    if (c->lookup->list_there)
-        catalog_op_free(&c->lookup->list);
-    free(c->lookup);
+    struct lookup *l = c->lookup;
+    if (l->list_there)
+        catalog_op_free(&l->list);
+    free(l->contexts);
+    free(l->bitmaps);
+    free(l);
     c->lookup = NULL;
 }
 
@@ -242,17 +268,26 @@ static void answer_list(struct conn *c)
     lookup_free(c);
 }
 
+/* The snapshot behind a metadata context that is a dirty bitmap; NULL: it is none. */
+static const char *bitmap_snapshot(const char *context)
+{
+    size_t len = sizeof NBD_CONTEXT_BITMAP_PREFIX - 1;
+    return strncmp(context, NBD_CONTEXT_BITMAP_PREFIX, len) == 0 ? context + len : NULL;
+}
+
 static void answer_export(struct conn *c)
 {
     struct lookup *l = c->lookup;
-    const struct catalog_entry *e = &l->search.entry;
-    struct nbd_export x = {.name = e->name,
-                           .description = e->header.description,
-                           .size = l->size,
-                           .block_size = l->block_size,
-                           .read_only = c->lane->server->config->read_only,
-                           .contexts = transmission_context_names,
-                           .n_contexts = CONTEXT_KINDS};
+    char description[EXPORT_DESCRIPTION_BYTES];
+    export_description(&l->search.entry, description);
+    struct nbd_export x = {
+        .name = l->name,
+        .description = description,
+        .size = l->size,
+        .block_size = l->block_size,
+        .read_only = c->lane->server->config->read_only || l->search.entry.snapshot.epoch,
+        .contexts = l->contexts,
+        .n_contexts = l->n_contexts};
     enum status st = l->search.st;
     if (st != ST_OK)
         log_info("client %s: no export for it: %s", c->address, l->search.err.text);
@@ -265,7 +300,7 @@ static void open_came_back(struct env_task *task)
 {
     struct lookup *l = container_of(task, struct lookup, task);
     struct conn *c = l->conn;
-    c->opened = l->open.vol;
+    c->opened = l->vol;
     c->opened_lane = l->target;
     if (l->open.st != ST_OK) {
         l->search.st = l->open.st;
@@ -286,23 +321,160 @@ static void on_early_loss(struct volume_watcher *w, const char *why)
     container_of(w, struct conn, watcher)->lost = true;
 }
 
+static void open_next(struct lookup *l);
+
 static void open_done(struct volume_open *op)
 {
     struct lookup *l = container_of(op, struct lookup, open);
-    if (op->st == ST_OK) {
+    struct conn *c = l->conn;
+    if (op->st == ST_OK && l->opening < 0) {
+        l->vol = op->vol;
         l->size = volume_size(op->vol);
         l->block_size = volume_block_size(op->vol);
-        l->conn->watcher.lost = on_early_loss;
-        volume_watch_loss(op->vol, &l->conn->watcher);
+        c->watcher.lost = on_early_loss;
+        volume_watch_loss(op->vol, &c->watcher);
+    } else if (op->st == ST_OK) {
+        c->contexts[l->opening].since = op->vol;
+    } else if (l->vol) {
+        volume_unwatch_loss(&c->watcher);
+        close_volumes(l->target, c, l->vol);
+        l->vol = NULL;
     }
-    l->task.run = open_came_back;
-    env_post(l->conn->lane->env, &l->task);
+    if (op->st == ST_OK)
+        open_next(l);
+    else
+        env_post(c->lane->env, &l->task);
+}
+
+/* Opens the next of what the connection needs; goes back when that is all. */
+static void open_next(struct lookup *l)
+{
+    const struct catalog_entry *e = &l->search.entry;
+    do
+        l->opening++;
+    while (l->opening >= 0 && l->opening < (int)HANDSHAKE_CONTEXTS_MAX &&
+           !l->since_epochs[l->opening]);
+    if (l->opening == (int)HANDSHAKE_CONTEXTS_MAX) {
+        env_post(l->conn->lane->env, &l->task);
+        return;
+    }
+    bool is_bitmap = l->opening >= 0;
+    l->open = (struct volume_open){
+        .branch = e->branch,
+        .epoch = is_bitmap ? l->since_epochs[l->opening] : e->snapshot.epoch,
+        .read_only = l->conn->lane->server->config->read_only,
+        .done = open_done};
+    if (is_bitmap)
+        snprintf(l->open.name, sizeof l->open.name, "%s@%s", e->name,
+                 bitmap_snapshot(l->conn->handshake->result.contexts[l->opening].name));
+    else
+        memcpy(l->open.name, l->name, sizeof l->open.name);
+    volume_open(l->target->shard, &l->open);
 }
 
 static void open_there(struct env_task *task)
 {
     struct lookup *l = container_of(task, struct lookup, task);
-    volume_open(l->target->shard, &l->open);
+    l->task.run = open_came_back;
+    l->opening = -2;
+    open_next(l);
+}
+
+/* Whether the snapshots of the export matter for the answer. */
+static bool needs_snapshots(const struct lookup *l)
+{
+    const struct handshake *h = l->conn->handshake;
+    if (!l->opens)
+        return handshake_asks_below(h, NBD_CONTEXT_BITMAP_PREFIX);
+    if (!handshake_selected_for(h, l->name))
+        return false;
+    for (uint32_t i = 0; i < h->result.n_contexts; i++)
+        if (bitmap_snapshot(h->result.contexts[i].name))
+            return true;
+    return false;
+}
+
+/* Whether there can be a dirty bitmap from this snapshot: those of a snapshot are from older ones. */
+static bool is_before(const struct lookup *l, const struct catalog_snapshot *s)
+{
+    uint64_t epoch = l->search.entry.snapshot.epoch;
+    return !epoch || s->epoch < epoch;
+}
+
+/* The contexts to choose from; those of snapshots only as far as somebody asks for them. */
+static void offer_contexts(struct lookup *l)
+{
+    const struct handshake *h = l->conn->handshake;
+    const struct catalog_op *op = &l->snapshots;
+    size_t max = min_u64(op->n_snapshots, CONN_BITMAPS_LISTED), n = 0;
+    l->contexts = mem_alloc((CONTEXTS_ALWAYS + max) * sizeof *l->contexts);
+    memcpy(l->contexts, transmission_context_names, sizeof transmission_context_names);
+    l->bitmaps = mem_alloc(max * sizeof *l->bitmaps);
+    for (size_t i = op->n_snapshots; i > 0 && n < max; i--) {
+        const struct catalog_snapshot *s = &op->snapshots[i - 1];
+        snprintf(l->bitmaps[n], sizeof l->bitmaps[n], NBD_CONTEXT_BITMAP_PREFIX "%s", s->rec.name);
+        if (!is_before(l, s) || !handshake_asks_for(h, l->bitmaps[n]))
+            continue;
+        l->contexts[CONTEXTS_ALWAYS + n] = l->bitmaps[n];
+        n++;
+    }
+    l->n_contexts = CONTEXTS_ALWAYS + n;
+}
+
+/* What the dirty bitmaps that the client has selected count from. */
+static enum status find_since(struct lookup *l)
+{
+    const struct handshake_result *r = &l->conn->handshake->result;
+    const struct catalog_op *op = &l->snapshots;
+    for (uint32_t i = 0; i < r->n_contexts; i++) {
+        const char *name = bitmap_snapshot(r->contexts[i].name);
+        for (size_t k = 0; name && k < op->n_snapshots && !l->since_epochs[i]; k++)
+            if (strcmp(op->snapshots[k].rec.name, name) == 0 && is_before(l, &op->snapshots[k]))
+                l->since_epochs[i] = op->snapshots[k].epoch;
+        if (name && !l->since_epochs[i])
+            return fail(&l->search.err, ST_NOTFOUND,
+                        "%s has no snapshot \"%s\" any more, which the metadata context %s needs",
+                        l->search.entry.name, name, r->contexts[i].name);
+    }
+    return ST_OK;
+}
+
+/* The lane that serves a volume; its snapshots are spread over all of them. */
+static struct lane *lane_of(struct server *server, const struct catalog_entry *e)
+{
+    return &server->lanes[(e->branch + e->snapshot.epoch) % server->n_lanes];
+}
+
+static void export_found(struct lookup *l)
+{
+    struct conn *c = l->conn;
+    if (l->search.st == ST_OK && !l->opens)
+        offer_contexts(l);
+    catalog_op_free(&l->snapshots);
+    if (l->search.st != ST_OK || !l->opens) {
+        answer_export(c);
+        return;
+    }
+    l->target = lane_of(c->lane->server, &l->search.entry);
+    l->task.run = open_there;
+    env_post(l->target->env, &l->task);
+}
+
+static void snapshots_came(struct catalog_op *op)
+{
+    struct lookup *l = container_of(op, struct lookup, snapshots);
+    struct conn *c = l->conn;
+    if (c->phase == CONN_DEAD)
+        catalog_op_free(op);
+    if (lookup_is_orphan(c))
+        return;
+    if (op->st != ST_OK) {
+        l->search.st = op->st;
+        l->search.err = op->err;
+    } else if (l->opens) {
+        l->search.st = find_since(l);
+    }
+    export_found(l);
 }
 
 static void search_came(struct export_search *search)
@@ -311,21 +483,18 @@ static void search_came(struct export_search *search)
     struct conn *c = l->conn;
     if (lookup_is_orphan(c))
         return;
-    if (search->st != ST_OK || !l->opens) {
-        l->size = search->entry.header.size;
+    if (search->st == ST_OK) {
+        l->size = export_size(&search->entry);
         l->block_size = search->entry.header.block_size;
-        answer_export(c);
+        export_name(&search->entry, l->name);
+    }
+    if (search->st == ST_OK && needs_snapshots(l)) {
+        l->snapshots.done = snapshots_came;
+        catalog_snapshots(&l->snapshots, c->lane->server->store, c->lane->env,
+                          search->entry.branch);
         return;
     }
-    struct server *server = c->lane->server;
-    uint64_t branch = search->entry.branch;
-    l->target = &server->lanes[branch % server->n_lanes];
-    l->open.branch = branch;
-    memcpy(l->open.name, search->entry.name, sizeof search->entry.name);
-    l->open.read_only = server->config->read_only;
-    l->open.done = open_done;
-    l->task.run = open_there;
-    env_post(l->target->env, &l->task);
+    export_found(l);
 }
 
 static void ask_list(struct conn *c)
@@ -359,7 +528,7 @@ static void arrive(struct env_task *task)
     c->client.host = c->host;
     c->client.is_busy = transmission_is_busy;
     c->writer.name = c->address;
-    export_join(&lane->exports, volume_branch(c->vol), volume_name(c->vol),
+    export_join(&lane->exports, volume_branch(c->vol), volume_epoch(c->vol), volume_name(c->vol),
                 lane->server->config->shared, &c->client);
     c->watcher.lost = on_lost;
     if (c->lost) {
@@ -388,6 +557,14 @@ static void depart(void *arg)
     lane_check_stopped(from);
 }
 
+static enum context_kind context_kind(const char *name)
+{
+    unsigned kind = 0;
+    while (kind < CONTEXTS_ALWAYS && strcmp(transmission_context_names[kind], name) != 0)
+        kind++;
+    return (enum context_kind)kind;
+}
+
 static void enter_transmission(struct conn *c)
 {
     struct handshake_result *r = &c->handshake->result;
@@ -398,8 +575,8 @@ static void enter_transmission(struct conn *c)
     s->n_contexts = r->n_contexts;
     for (uint32_t i = 0; i < r->n_contexts; i++) {
         c->context_ids[i] = r->contexts[i].id;
-        while (strcmp(transmission_context_names[c->context_kinds[i]], r->contexts[i].name) != 0)
-            CHECK(++c->context_kinds[i] < CONTEXT_KINDS);
+        c->contexts[i].kind = context_kind(r->contexts[i].name);
+        CHECK(!c->contexts[i].since == (c->contexts[i].kind != CONTEXT_BITMAP));
     }
     s->context_ids = c->context_ids;
     log_info("client %s entered export %s%s", c->address, r->name,
@@ -768,12 +945,12 @@ static bool has_stalled(struct conn *c, unsigned timeout_ms)
 
 /* Whether a connection was paused for so long that its client may have sent the same again on
  * another one. The last connection of a volume stays: with nobody else to overtake it, what
- * it holds is not old. Waiting for the volume itself to become ours does not count, and waiting
- * for the writing role has its own end. */
+ * it holds is not old; and through a snapshot nothing is changed. Waiting for the volume itself to
+ * become ours does not count, and waiting for the writing role has its own end. */
 static bool is_stale(const struct conn *c, uint64_t now_ms, unsigned pause_close_ms)
 {
     if (!c->is_tcp || c->claim_waits || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
-        !volume_is_owned(c->vol))
+        volume_epoch(c->vol) || !volume_is_owned(c->vol))
         return false;
     return export_has_several(c->client.export);
 }

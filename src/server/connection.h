@@ -122,6 +122,13 @@ struct leftover {
     struct env_timer timer;
 };
 
+/* Metadata contexts. Every export has the first ones; besides, for each snapshot that the volume has
+ * from before, a dirty bitmap: what has changed since. */
+enum context_kind { CONTEXT_ALLOCATION, CONTEXT_DEPTH, CONTEXT_BITMAP };
+#define CONTEXTS_ALWAYS 2u
+/* So many dirty bitmaps are listed, those of the newest snapshots; all can be selected. */
+#define CONN_BITMAPS_LISTED 1024u
+
 enum conn_phase {
     CONN_HANDSHAKE,
     CONN_MOVING, /* between two reactors */
@@ -159,7 +166,10 @@ struct conn {
     /* Transmission. */
     struct nbd_session session;
     uint32_t context_ids[HANDSHAKE_CONTEXTS_MAX];
-    uint8_t context_kinds[HANDSHAKE_CONTEXTS_MAX]; /* enum context_kind */
+    struct {
+        enum context_kind kind;
+        struct volume *since; /* of a dirty bitmap: the snapshot, on the lane of `vol` */
+    } contexts[HANDSHAKE_CONTEXTS_MAX];
     struct volume *vol;
     struct export_client client; /* client.export NULL: not there yet */
     struct vol_writer writer;
@@ -318,9 +328,8 @@ void out_free_kept(struct lane *lane);
 
 /* --- transmission.c ------------------------------------------------------------------------ */
 
-/* Metadata contexts that every export has, and their names. */
-enum context_kind { CONTEXT_ALLOCATION, CONTEXT_DEPTH, CONTEXT_KINDS };
-extern const char *const transmission_context_names[CONTEXT_KINDS];
+/* The names of the metadata contexts that every export has. */
+extern const char *const transmission_context_names[CONTEXTS_ALWAYS];
 
 /* Parses and carries out what `data` holds; returns the bytes used. */
 size_t transmission_take(struct conn *c, uint8_t *data, size_t len);

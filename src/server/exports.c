@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/check.h"
+#include "base/date.h"
 #include "base/log.h"
 #include "base/mem.h"
 
@@ -34,6 +35,30 @@ void export_find(struct export_search *search, struct store *store, struct env *
         catalog_list(&search->op, store, env);
     else
         catalog_find(&search->op, store, env, *name ? name : default_name);
+}
+
+void export_name(const struct catalog_entry *entry, char out[FULL_NAME_BYTES])
+{
+    snprintf(out, FULL_NAME_BYTES, "%s%s%s", entry->name, entry->snapshot.epoch ? "@" : "",
+             entry->snapshot.epoch ? entry->snapshot.rec.name : "");
+}
+
+void export_description(const struct catalog_entry *entry, char out[EXPORT_DESCRIPTION_BYTES])
+{
+    const char *description = entry->header.description;
+    char date[DATE_BYTES];
+    if (entry->snapshot.epoch)
+        snprintf(out, EXPORT_DESCRIPTION_BYTES, "snapshot %s of %s, %s%s%s",
+                 entry->snapshot.rec.name, entry->name,
+                 date_format(entry->snapshot.rec.created_ns, date), description[0] ? ": " : "",
+                 description);
+    else
+        snprintf(out, EXPORT_DESCRIPTION_BYTES, "%s", description);
+}
+
+uint64_t export_size(const struct catalog_entry *entry)
+{
+    return entry->snapshot.epoch ? entry->snapshot.rec.size : entry->header.size;
 }
 
 static bool same_host(const struct export_client *client, const char *host)
@@ -68,19 +93,20 @@ static void look_for_hosts(struct export *x)
     x->mixed = mixed;
 }
 
-void export_join(struct list *exports, uint64_t branch, const char *name, bool shared,
-                 struct export_client *client)
+void export_join(struct list *exports, uint64_t branch, uint64_t epoch, const char *name,
+                 bool shared, struct export_client *client)
 {
     struct export *x = NULL;
     CHECK(strlen(client->host) < EXPORT_HOST_BYTES);
     list_for_each (l, exports) {
         struct export *other = container_of(l, struct export, link);
-        if (other->branch == branch)
+        if (other->branch == branch && other->epoch == epoch)
             x = other;
     }
     if (!x) {
         x = mem_zalloc(sizeof *x);
         x->branch = branch;
+        x->epoch = epoch;
         snprintf(x->name, sizeof x->name, "%s", name);
         x->shared = shared;
         list_init(&x->clients);

@@ -1,6 +1,10 @@
 /*
  * Exports: from the name a client gives to a volume, and who may write to one.
  *
+ * VOLUME@SNAPSHOT is an export of its own, for reading, which every server has at any time and nobody
+ * needs to own. It is not in the list of exports: a list is for people who look for a disk, and
+ * there may be thousands of snapshots to each. "snapshot list" knows them.
+ *
  * Two hosts that write to one volume destroy a file system as surely through one server as
  * through two. So on each export one client host has the writing role. A host is an address;
  * all clients on Unix sockets and on the loopback are one.
@@ -52,16 +56,22 @@ struct export_search {
     struct catalog_op op; /* the search's, from here on */
 };
 
-/* Finds volume `name`; "" is `default_name` or, where that is NULL, the store's only volume.
- * ST_NOTFOUND where there is none. */
+/* Finds volume `name`, or a snapshot; "" is `default_name` or, where that is NULL, the store's only
+ * volume. ST_NOTFOUND where there is none. */
 void export_find(struct export_search *search, struct store *store, struct env *env,
                  const char *name, const char *default_name);
 
-/* A volume with connections on one reactor. One thread. */
+/* What was found, as clients are told. */
+#define EXPORT_DESCRIPTION_BYTES (DESCRIPTION_BYTES_MAX + 2 * NAME_BYTES_MAX + 64)
+void export_name(const struct catalog_entry *entry, char out[FULL_NAME_BYTES]);
+void export_description(const struct catalog_entry *entry, char out[EXPORT_DESCRIPTION_BYTES]);
+uint64_t export_size(const struct catalog_entry *entry);
+
+/* A volume or snapshot with connections on one reactor. One thread. */
 struct export {
     struct list link;
-    uint64_t branch;
-    char name[NAME_BYTES_MAX + 1]; /* for messages */
+    uint64_t branch, epoch; /* epoch 0: the volume itself */
+    char name[FULL_NAME_BYTES]; /* for messages */
     bool shared;
     /* There are clients of several hosts and rules for them: only then what is requested and
      * answered has to be told (export_took, export_answered). */
@@ -94,9 +104,10 @@ struct export_client {
     char refusal[256]; /* a sentence: why it may not */
 };
 
-/* The client enters the export of `branch` in the list, which is made where there is none. */
-void export_join(struct list *exports, uint64_t branch, const char *name, bool shared,
-                 struct export_client *client);
+/* The client enters the export of `branch` (its snapshot of `epoch`; 0: itself) in the list, which is
+ * made where there is none. */
+void export_join(struct list *exports, uint64_t branch, uint64_t epoch, const char *name,
+                 bool shared, struct export_client *client);
 void export_leave(struct export_client *client);
 
 static inline bool export_has_several(const struct export *x)

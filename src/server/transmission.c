@@ -381,24 +381,31 @@ void transmission_go_on(struct conn *c)
 
 /* --- block status ---------------------------------------------------------------------------- */
 
-const char *const transmission_context_names[CONTEXT_KINDS] = {
+const char *const transmission_context_names[CONTEXTS_ALWAYS] = {
     [CONTEXT_ALLOCATION] = NBD_CONTEXT_ALLOCATION,
-    [CONTEXT_DEPTH] = "qemu:allocation-depth",
+    [CONTEXT_DEPTH] = NBD_CONTEXT_DEPTH,
 };
 
-/* An extent's flags as a context shows them. */
-static uint32_t context_flags(enum context_kind kind, uint32_t flags)
+static enum vol_status_of status_of(enum context_kind kind)
 {
     switch (kind) {
-    case CONTEXT_ALLOCATION:
-        return flags; /* VOL_EXTENT_* are its bits */
     case CONTEXT_DEPTH:
-        return flags & VOL_EXTENT_HOLE ? 0 : 1; /* 1: in the volume itself */
-    case CONTEXT_KINDS:
+        return VOL_STATUS_DEPTH;
+    case CONTEXT_BITMAP:
+        return VOL_STATUS_CHANGED;
+    case CONTEXT_ALLOCATION:
         break;
     }
-    CHECK(!"a context");
-    return 0;
+    return VOL_STATUS_ALLOCATION;
+}
+
+/* An extent's flags as a context shows them: those of base:allocation and the depth are the
+ * volume's. */
+static uint32_t context_flags(enum context_kind kind, uint32_t flags)
+{
+    if (kind != CONTEXT_BITMAP)
+        return flags;
+    return flags & VOL_EXTENT_CHANGED ? NBD_STATE_DIRTY : 0;
 }
 
 /* Writes the descriptors of a context; neighbours that look the same to it become one. */
@@ -417,45 +424,71 @@ static uint32_t put_extents(uint8_t *out, bool extended, enum context_kind kind,
     return n;
 }
 
+static void reply_status(struct request *q, uint32_t at)
+{
+    struct conn *c = q->conn;
+    const struct vol_io *io = &q->piece.io;
+    size_t size = nbd_extent_bytes(q->to.extended);
+    CHECK(io->n_extents > 0);
+    uint8_t *out = mem_alloc(io->n_extents * size);
+    uint32_t n = put_extents(out, q->to.extended, c->contexts[at].kind, io);
+    uint16_t flags = 0;
+    if (!q->wanted)
+        flags = NBD_REPLY_FLAG_DONE;
+    out_head_done(c, nbd_put_status(out_head(c), &q->to, flags, c->context_ids[at], n));
+    out_data(c, out, n * size, out_owner_malloc(out));
+}
+
+static void ask_status(struct request *q);
+
 static void status_done(struct vol_io *io)
 {
     struct piece *p = container_of(io, struct piece, io);
     struct request *q = p->request;
     struct conn *c = q->conn;
+    uint32_t at = (uint32_t)__builtin_ctz(q->wanted);
+    q->wanted &= q->wanted - 1;
     reading(c, 0, io->extents_cap * sizeof *io->extents);
-    if (c->phase == CONN_SERVING && io->st != ST_OK) {
+    if (!tells(c))
+        q->wanted = 0;
+    else if (io->st == ST_OK)
+        reply_status(q, at);
+    else if (io->st == ST_NOTFOUND)
+        reply_error_to(c, &q->to, NBD_EINVAL,
+                       "the snapshot that this dirty bitmap counts from was removed");
+    else
         reply_failure_to(c, &q->to, io->st);
-    } else if (c->phase == CONN_SERVING) {
-        CHECK(io->n_extents > 0);
-        bool extended = q->to.extended;
-        for (uint32_t i = 0; i < c->session.n_contexts; i++) {
-            if (!(q->wanted & (1u << i)))
-                continue;
-            bool last = q->wanted >> i == 1;
-            size_t size = nbd_extent_bytes(extended);
-            uint8_t *out = mem_alloc(io->n_extents * size);
-            uint32_t n = put_extents(out, extended, (enum context_kind)c->context_kinds[i], io);
-            out_head_done(c, nbd_put_status(out_head(c), &q->to, last ? NBD_REPLY_FLAG_DONE : 0,
-                                            c->context_ids[i], n));
-            out_data(c, out, n * size, out_owner_malloc(out));
-        }
-    }
+    bool more = q->wanted && io->st == ST_OK;
     piece_over(p);
-    request_over(q);
+    if (more)
+        ask_status(q);
+    else
+        request_over(q);
+}
+
+/* Asks the volume about the first context that is still wanted; the next one follows when it was
+ * answered, so that a request holds one list of extents at a time. */
+static void ask_status(struct request *q)
+{
+    struct conn *c = q->conn;
+    struct piece *p = &q->piece;
+    unsigned at = (unsigned)__builtin_ctz(q->wanted);
+    bool one = q->flags & NBD_CMD_FLAG_REQ_ONE;
+    piece_init(p, q, q->next, q->end - q->next, status_done);
+    p->io.flags = one ? VOL_REQ_ONE : 0;
+    p->io.status_of = status_of(c->contexts[at].kind);
+    p->io.since = c->contexts[at].since;
+    p->io.extents_cap = one ? 1 : CONN_STATUS_EXTENTS_MAX;
+    p->io.extents = mem_alloc(p->io.extents_cap * sizeof *p->io.extents);
+    reading(c, p->io.extents_cap * sizeof *p->io.extents, 0);
+    volume_status(c->vol, &p->io);
 }
 
 static void take_status(struct conn *c, const struct nbd_request *r, uint32_t wanted)
 {
     struct request *q = request_new(c, r);
-    struct piece *p = &q->piece;
-    bool one = r->flags & NBD_CMD_FLAG_REQ_ONE;
-    piece_init(p, q, r->offset, r->length, status_done);
     q->wanted = wanted;
-    p->io.flags = one ? VOL_REQ_ONE : 0;
-    p->io.extents_cap = one ? 1 : CONN_STATUS_EXTENTS_MAX;
-    p->io.extents = mem_alloc(p->io.extents_cap * sizeof *p->io.extents);
-    reading(c, p->io.extents_cap * sizeof *p->io.extents, 0);
-    volume_status(c->vol, &p->io);
+    ask_status(q);
 }
 
 /* --- writes ------------------------------------------------------------------------------------ */

@@ -19,7 +19,7 @@ static bool is_busy(struct export_client *base)
 static void enter(struct client *c, const char *host)
 {
     *c = (struct client){.base = {.host = host, .is_busy = is_busy}};
-    export_join(&exports, 7, "v", false, &c->base);
+    export_join(&exports, 7, 0, "v", false, &c->base);
 }
 
 static void leave(struct client *c)
@@ -228,8 +228,8 @@ static void shared_exports_have_no_rules(void **state)
     (void)state;
     struct client a = {.base = {.host = "A", .is_busy = is_busy}};
     struct client b = {.base = {.host = "B", .is_busy = is_busy}};
-    export_join(&exports, 7, "v", true, &a.base);
-    export_join(&exports, 7, "v", true, &b.base);
+    export_join(&exports, 7, 0, "v", true, &a.base);
+    export_join(&exports, 7, 0, "v", true, &b.base);
     assert_false(a.base.export->mixed);
     assert_int_equal(claim(&a), CLAIM_YES);
     assert_int_equal(claim(&b), CLAIM_YES);
