@@ -250,7 +250,8 @@ enum status run_open(struct run *run, struct shard *shard, const struct catalog_
 {
     struct opening opening = {
         .open = {.branch = entry->branch, .epoch = entry->snapshot.epoch, .done = opened}};
-    memcpy(opening.open.name, entry->name, sizeof opening.open.name);
+    snprintf(opening.open.name, sizeof opening.open.name, "%s%s%s", entry->name,
+             entry->snapshot.epoch ? "@" : "", entry->snapshot.rec.name);
     volume_open(shard, &opening.open);
     run_until(run, &opening.done);
     *vol = opening.open.vol;
