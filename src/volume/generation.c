@@ -1068,6 +1068,7 @@ static void build_rows1(struct gen *g, uint8_t *bytes)
         if (r1->level != 1 || !r1->changed)
             continue;
         r1->changed = false;
+        index_recount(r1);
         struct row_slot *r2 = index_row2(vol, r1->no >> INDEX_SHIFT);
         CHECK(r2);
         struct row2_entry *entry = &r2->row2.entry[r1->no & (INDEX_FANOUT - 1)];

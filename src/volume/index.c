@@ -21,10 +21,20 @@ static uint64_t slot_hash(unsigned level, uint64_t no)
     return h ^ h >> 31;
 }
 
+/* A level-1 row that names many epochs has a long table: up to as much again as the row. */
 static uint64_t slot_bytes(const struct row_slot *r)
 {
-    return r->level == 1 ? offsetof(struct row_slot, row1) + sizeof(struct row1)
+    return r->level == 1 ? offsetof(struct row_slot, row1) + sizeof(struct row1) +
+                               r->row1.cap_sources * sizeof *r->row1.sources
                          : sizeof(struct row_slot);
+}
+
+void index_recount(struct row_slot *r)
+{
+    struct rows_lru *rows = &r->vol->shard->rows;
+    rows->bytes -= r->bytes;
+    r->bytes = slot_bytes(r);
+    rows->bytes += r->bytes;
 }
 
 static struct row_slot *slot_find(const struct volume *vol, unsigned level, uint64_t no)
@@ -45,7 +55,7 @@ static void slot_free(struct row_slot *r)
         p = &(*p)->chain;
     *p = r->chain;
     ix->count--;
-    r->vol->shard->rows.bytes -= slot_bytes(r);
+    r->vol->shard->rows.bytes -= r->bytes;
     list_remove(&r->lru);
     if (r->level == 1)
         row1_free(&r->row1);
@@ -107,11 +117,11 @@ static struct row_slot *slot_new(struct volume *vol, unsigned level, uint64_t no
     *slot = r;
     ix->count++;
     list_add_head(&rows->lru, &r->lru);
-    rows->bytes += slot_bytes(r);
     if (level == 1)
         row1_init(&r->row1);
     else
         row2_init(&r->row2);
+    index_recount(r);
     return r;
 }
 
@@ -256,6 +266,7 @@ static void load_done(struct store_read *read, enum status st)
         r->overridden = false;
         fix_slot(r, r->override);
     }
+    index_recount(r);
     if (r->level == 1) {
         struct row_slot *r2 = slot_find(vol, 2, r->no >> INDEX_SHIFT);
         row_unpin(r2);

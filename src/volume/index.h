@@ -29,6 +29,7 @@ struct row_slot {
     bool loading;
     bool overridden;  /* while loading: what arrives is outdated, all entries are `override` */
     uint8_t override;
+    uint64_t bytes; /* counted in rows_lru.bytes */
     unsigned pins;
     bool changed; /* by the generation that is being built */
     /* Level 2: under which key it is stored, as far as generations were built; branch 0: it is not
@@ -85,6 +86,9 @@ struct row_slot *index_row1(struct volume *vol, uint64_t row1);
 /* The level-1 row, made from what level 2 says where it is not stored. Its level-2 row is in
  * memory. */
 struct row_slot *index_edit_row1(struct volume *vol, uint64_t row1);
+
+/* Its memory may have become more, or less. */
+void index_recount(struct row_slot *r);
 
 static inline void row_pin(struct row_slot *r)
 {
