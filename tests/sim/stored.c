@@ -505,8 +505,8 @@ static bool is_garbage(struct stored *s, uint64_t branch, uint64_t epoch, uint64
         return true;
     for (size_t i = 0; i < s->n_trash; i++) {
         const struct stored_trash *t = &s->trash[i];
-        if (t->branch == branch && t->rec.epoch == epoch && t->rec.first_block < end &&
-            first < t->rec.end_block)
+        if (t->branch == branch && epoch > t->rec.after && epoch <= t->rec.epoch &&
+            t->rec.first_block < end && first < t->rec.end_block)
             return true;
     }
     /* In the ancestry, a gap is what lies between two of the branch's own segments. */
