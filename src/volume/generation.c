@@ -29,7 +29,8 @@ struct gen_scan {
     uint64_t row2;
     uint32_t place; /* where it was found: 0 is the branch itself, then the segments */
     uint32_t n_data;
-    uint64_t epoch; /* of its newest version in the branch itself; 0: none there */
+    uint64_t epoch; /* of its newest version under the own branch; 0: none there */
+    uint64_t epoch_rows1; /* the newest of the level-1 rows of the own branch it names; 0: none */
     bool versions;  /* there are others, older or in segments */
     bool fixed;     /* a range of this generation has changed it already */
 };
@@ -63,7 +64,7 @@ struct row2_read {
     struct store_read read;
     struct store_range range;
     struct key begin, end;
-    uint64_t after, upto; /* only these epochs count */
+    uint64_t branch, after, upto; /* only these epochs count */
     struct gen *gen;
 };
 
@@ -245,6 +246,15 @@ static bool item_rows(struct gen *g)
     return true;
 }
 
+static uint64_t newest_row1(const struct row2 *row)
+{
+    uint64_t epoch = 0;
+    for (unsigned i = 0; i < INDEX_FANOUT; i++)
+        if (row->entry[i].kind == ROW2_ROW && !row->entry[i].branch)
+            epoch = max_u64(epoch, row->entry[i].epoch);
+    return epoch;
+}
+
 static void row2_scanned(struct store_read *read, enum status st)
 {
     struct row2_read *r2 = container_of(read, struct row2_read, read);
@@ -282,10 +292,14 @@ static void row2_scanned(struct store_read *read, enum status st)
             *s = (struct gen_scan){.row2 = no, .place = g->scan_place, .versions = g->scan_place > 0};
         }
         s->versions |= s->epoch != 0;
-        if (!g->scan_place)
+        /* The newest comes last and is the one that counts. A damaged one counts nothing, and may
+         * name anything. */
+        bool whole = row2_decode(row, pair->key, pair->head);
+        s->n_data = whole ? (uint32_t)row2_n_data(row) : 0;
+        if (r2->branch == vol->branch) {
             s->epoch = epoch;
-        /* The newest comes last and is the one that counts. A damaged one counts nothing. */
-        s->n_data = row2_decode(row, pair->key, pair->head) ? (uint32_t)row2_n_data(row) : 0;
+            s->epoch_rows1 = whole ? newest_row1(row) : epoch;
+        }
     }
     free(row);
     store_read_release(read);
@@ -371,6 +385,7 @@ static bool range_rows(struct gen *g)
         struct row2_read *r2 = mem_zalloc(sizeof *r2);
         struct ancestry_segment at = scan_segment(g);
         r2->gen = g;
+        r2->branch = at.branch;
         r2->after = at.after;
         r2->upto = at.upto;
         key_row(&r2->begin, at.branch, 2, from, from == g->scan_next ? g->scan_epoch : 0);
@@ -819,25 +834,32 @@ static void add_trash(struct gen *g, uint64_t first, uint64_t end, uint64_t trim
     g->trash_end = end;
 }
 
+/* Whether something goes with this level-1 row that nobody else names: a row that is shared names
+ * only what is. (Epoch 0: its level-2 row was damaged, so what it was is not known.) */
+static bool may_leave_trash(const struct volume *vol, const struct row2_entry *entry)
+{
+    return !entry->epoch || unshared(vol, row2_branch(vol, entry), entry->epoch);
+}
+
 /* Whole level-1 rows [row, end) inside one level-2 row get one source. */
 static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind, uint64_t trim_first)
 {
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row >> INDEX_SHIFT);
     CHECK(r2);
-    bool any = false;
+    bool trash = false;
     for (uint64_t r = row; r < end; r++) {
         struct row2_entry *entry = &r2->row2.entry[r & (INDEX_FANOUT - 1)];
         if (entry->kind == ROW2_ROW) {
             struct row_slot *r1 = index_row1(vol, r);
             vol->data_blocks -= r1 ? r1->row1.n_data : entry->n_data;
-            any = true;
+            trash |= may_leave_trash(vol, entry);
         }
         *entry = (struct row2_entry){.kind = kind};
     }
     row_changed(g, r2);
     index_fix_rows1(vol, row, end, kind);
-    if (any)
+    if (trash)
         add_trash(g, row << INDEX_SHIFT, end << INDEX_SHIFT, trim_first);
 }
 
@@ -847,18 +869,19 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row2);
     struct key key;
-    bool rows = false;
+    bool trash = false;
     if (r2) {
         for (unsigned i = 0; i < INDEX_FANOUT; i++) {
-            if (r2->row2.entry[i].kind != ROW2_ROW)
+            const struct row2_entry *entry = &r2->row2.entry[i];
+            if (entry->kind != ROW2_ROW)
                 continue;
             /* A row that this generation changed already counts for itself. */
             struct row_slot *r1 = index_row1(vol, (row2 << INDEX_SHIFT) + i);
-            vol->data_blocks -= r1 ? r1->row1.n_data : r2->row2.entry[i].n_data;
-            rows = true;
+            vol->data_blocks -= r1 ? r1->row1.n_data : entry->n_data;
+            trash |= may_leave_trash(vol, entry);
         }
     } else if (scan && !scan->fixed) {
-        rows = true;
+        trash = unshared(vol, vol->branch, scan->epoch_rows1);
         vol->data_blocks -= scan->n_data;
     }
     if (scan)
@@ -869,7 +892,7 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     if (r2) {
         row_changed(g, r2); /* build_rows2() stores it */
     } else if (!scan && kind != SOURCE_ZERO) {
-        CHECK(!rows); /* nothing is stored: that says it already */
+        CHECK(!trash); /* nothing is stored: that says it already */
     } else if (kind == SOURCE_ABSENT && scan->epoch == vol->header.epoch && !scan->versions) {
         clear_key(g, &key);
     } else {
@@ -884,7 +907,7 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
         free(bytes);
         free(row);
     }
-    if (rows)
+    if (trash)
         add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT), trim_first);
 }
 
