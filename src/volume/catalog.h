@@ -122,8 +122,9 @@ void catalog_clone(struct catalog_op *op, struct store *store, struct env *env,
  * that the owner key is still what `to` says (the caller made sure nobody serves it), and takes the
  * volume from its owner. What an owner that died has logged and not committed is dropped.
  * Snapshots that are newer are removed where `destroy_newer`, else they are ST_EXISTS, named; with
- * clones they are ST_EXISTS in any case. ST_BUSY (another owner), ST_NOTFOUND, ST_NOSPC (too many
- * rollbacks that are not cleaned up yet: the volume's next owner does that). */
+ * clones they are ST_EXISTS in any case. ST_BUSY (another owner; a snapshot that was made since `to`
+ * was read), ST_NOTFOUND, ST_NOSPC (too many rollbacks that are not cleaned up yet: the volume's
+ * next owner does that). */
 void catalog_rollback(struct catalog_op *op, struct store *store, struct env *env,
                       const struct catalog_entry *to, bool destroy_newer);
 

@@ -445,6 +445,11 @@ static void rollback_seen(struct job *job, enum status st)
     }
     if (newer_forbid(job))
         return;
+    if (header.epoch != to->header.epoch) {
+        fail(&job->op->err, ST_BUSY, "volume \"%s\" has got a new snapshot just now", to->name);
+        job_finish(job, ST_BUSY);
+        return;
+    }
     if (!ancestry_roll_back(&ancestry, to->branch, to->snapshot.epoch, header.epoch)) {
         fail(&job->op->err, ST_NOSPC,
              "volume \"%s\" was rolled back so often that no more can be noted until its next "

@@ -822,9 +822,12 @@ static void rolling_back(void **state)
     m.before_commit = snapshot_comes_at_last_moment;
     assert_int_equal(roll_back(&m, "c@s", false, &e), ST_EXISTS);
     assert_non_null(strstr(e.text, "\"late\""));
-    m.before_commit = snapshot_comes_at_last_moment;
     assert_int_equal(roll_back(&m, "c@s", true, NULL), ST_OK);
     find_fails(&m, "c@late");
+    /* Only what the caller knew is taken away. */
+    m.before_commit = snapshot_comes_at_last_moment;
+    assert_int_equal(roll_back(&m, "c@s", true, NULL), ST_BUSY);
+    find(&m, "c@late");
     m.before_commit = snapshot_is_removed_at_last_moment;
     assert_int_equal(roll_back(&m, "c@s", true, NULL), ST_NOTFOUND);
     put_snapshot(&m, c, 1, "s", false);
