@@ -76,6 +76,9 @@ static void make_here(struct change *c)
     case MAIL_RESIZE:
         volume_resize(c->vol, &op->io, mail->size, mail->shrink);
         break;
+    case MAIL_SYNC:
+        volume_sync(c->vol, &op->io);
+        break;
     case MAIL_SNAPSHOT_CREATE:
         volume_snapshot_create(c->vol, op);
         break;
@@ -100,12 +103,13 @@ enum status change_begin(struct change *c, struct run *run, struct run_owned *se
                          const struct catalog_entry *entry)
 {
     *c = (struct change){.run = run, .entry = *entry, .done = true};
+    c->entry.snapshot.epoch = 0; /* the volume is what is changed, not the snapshot */
     enum run_owner state = run_owner_state(run, &entry->owner);
     if (state != OWNER_NONE && state != OWNER_DEAD)
         return ST_OK;
     enum status st = self->shard ? ST_OK : run_own(run, NULL, self);
     if (st == ST_OK)
-        st = run_open(run, self->shard, entry, &c->vol);
+        st = run_open(run, self->shard, &c->entry, &c->vol);
     if (st != ST_OK) {
         step_over(c, st, &run->op.err);
         return st;

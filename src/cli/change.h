@@ -26,8 +26,8 @@ struct change {
     bool done;
 };
 
-/* Finds out who owns a volume, and takes it if nobody does, until change_end(), which follows in any
- * case. ST_CONFLICT: somebody was faster. `self` is begun when it is first needed (all zeros
+/* Finds out who owns a volume, and takes it if nobody does, until change_end(), which follows in
+ * any case. ST_CONFLICT: somebody was faster. `self` is begun when it is first needed (all zeros
  * before) and the caller's to end after the last change. */
 enum status change_begin(struct change *c, struct run *run, struct run_owned *self,
                          const struct catalog_entry *entry);

@@ -38,7 +38,8 @@ static const struct cli_option global_options[] = {
     {GLOBAL_STORE, "store", "URI",
      "lmdb:DIRECTORY or fdb:[CLUSTER_FILE][?prefix=TEXT] (default: see below)"},
     {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
-    {GLOBAL_JSON, "json", NULL, "answers for programs: list, info, owner show, store info"},
+    {GLOBAL_JSON, "json", NULL,
+     "answers for programs: list, info, snapshot list, owner show, store info"},
     {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",
      "debug, info, warning or error (default: info for serve)"},
     {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},
@@ -47,8 +48,9 @@ static const struct cli_option global_options[] = {
 };
 
 const struct cli_command *const cli_commands[] = {
-    &create_command, &list_command,  &info_command,  &rename_command, &resize_command,
-    &remove_command, &serve_command, &owner_command, &store_command,  NULL};
+    &create_command, &list_command,     &info_command,  &rename_command, &resize_command,
+    &remove_command, &snapshot_command, &clone_command, &serve_command,  &owner_command,
+    &store_command,  NULL};
 
 void cli_error(const char *format, ...)
 {
@@ -120,6 +122,14 @@ enum status cli_parse_size(const char *text, uint64_t *bytes, struct err *e)
     if (!size_parse(text, bytes))
         return fail(e, ST_INVAL, "\"%.64s\" is not a size (10G, 512M, 1.5T, or a number of bytes)",
                     text);
+    return ST_OK;
+}
+
+enum status cli_parse_description(const char *text, char *out, struct err *e)
+{
+    if (strlen(text) > DESCRIPTION_BYTES_MAX)
+        return fail(e, ST_INVAL, "a description has at most %u bytes", DESCRIPTION_BYTES_MAX);
+    strcpy(out, text);
     return ST_OK;
 }
 

@@ -67,7 +67,8 @@ struct cli {
 };
 
 extern const struct cli_command create_command, list_command, info_command, rename_command,
-    resize_command, remove_command, serve_command, owner_command, store_command;
+    resize_command, remove_command, snapshot_command, clone_command, serve_command, owner_command,
+    store_command;
 
 /* All of them, in the order of the help; NULL at the end. */
 extern const struct cli_command *const cli_commands[];
@@ -102,6 +103,7 @@ bool cli_confirm(bool yes, const char *what);
 
 /* Values of options. ST_INVAL with a sentence that follows the option's name. */
 enum status cli_parse_size(const char *text, uint64_t *bytes, struct err *e);
+enum status cli_parse_description(const char *text, char *out, struct err *e);
 enum status cli_parse_number(const char *text, uint64_t min, uint64_t max, uint64_t *out,
                              struct err *e);
 

@@ -48,10 +48,7 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     case COMPRESSION:
         return parse_codec(value, spec, e);
     default:
-        if (strlen(value) > DESCRIPTION_BYTES_MAX)
-            return fail(e, ST_INVAL, "a description has at most %u bytes", DESCRIPTION_BYTES_MAX);
-        strcpy(spec->description, value);
-        return ST_OK;
+        return cli_parse_description(value, spec->description, e);
     }
 }
 

@@ -2,7 +2,9 @@
 #include "cli/describe.h"
 
 #include <stdio.h>
+#include <string.h>
 
+#include "base/check.h"
 #include "base/date.h"
 
 const char *describe_owner(enum run_owner state, const struct owner_record *owner,
@@ -25,20 +27,28 @@ json_t *describe_owner_json(enum run_owner state, const struct owner_record *own
     char since[DATE_BYTES];
     json_t *alive = state == OWNER_UNKNOWN ? json_null() : json_boolean(state == OWNER_ALIVE);
     return json_pack("{s:s, s:i, s:s, s:s, s:o, s:I}", "host", owner->host, "pid", (int)owner->pid,
-                     "address", owner->address, "since", date_format(owner->since_ns, since), "alive",
-                     alive, "token", (json_int_t)owner->token);
+                     "address", owner->address, "since", date_format(owner->since_ns, since),
+                     "alive", alive, "token", (json_int_t)owner->token);
 }
 
-json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry)
+const char *describe_snapshot(const char *volume, const char *snapshot, char out[FULL_NAME_BYTES])
+{
+    snprintf(out, FULL_NAME_BYTES, "%s@%s", volume, snapshot);
+    return out;
+}
+
+json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry, size_t n_snapshots,
+                             const char *parent)
 {
     const struct header_record *h = &entry->header;
     char codec[24], created[DATE_BYTES];
-    return json_pack("{s:s, s:I, s:I, s:i, s:s, s:s, s:s, s:o}", "name", entry->name, "size_bytes",
-                     (json_int_t)h->size, "used_bytes",
+    return json_pack("{s:s, s:I, s:I, s:i, s:s, s:s, s:s, s:I, s:o, s:o}", "name", entry->name,
+                     "size_bytes", (json_int_t)h->size, "used_bytes",
                      (json_int_t)(entry->state.data_blocks * h->block_size), "block_size_bytes",
                      (int)h->block_size, "compression", cli_codec(h->codec, h->codec_level, codec),
                      "description", h->description, "created", date_format(h->created_ns, created),
-                     "owner",
+                     "snapshots", (json_int_t)n_snapshots, "parent",
+                     *parent ? json_string(parent) : json_null(), "owner",
                      describe_owner_json(run_owner_state(run, &entry->owner), &entry->owner));
 }
 
@@ -50,6 +60,37 @@ const char *describe_bytes(uint64_t bytes, char out[24])
 json_t *describe_bytes_json(uint64_t bytes)
 {
     return bytes == STORE_BYTES_UNKNOWN ? json_null() : json_integer((json_int_t)bytes);
+}
+
+void describe_table(const char *const *titles, size_t columns, size_t rows,
+                    void (*cell)(void *arg, size_t row, size_t column,
+                                 char out[DESCRIBE_CELL_BYTES]),
+                    void *arg)
+{
+    char text[DESCRIBE_CELL_BYTES];
+    int width[DESCRIBE_COLUMNS_MAX];
+    CHECK(columns <= DESCRIBE_COLUMNS_MAX);
+    for (size_t c = 0; c < columns; c++)
+        width[c] = (int)strlen(titles[c]);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c + 1 < columns; c++) {
+            cell(arg, r, c, text);
+            int len = (int)strlen(text);
+            width[c] = len > width[c] ? len : width[c];
+        }
+    }
+    for (size_t c = 0; c + 1 < columns; c++)
+        printf("%-*s  ", width[c], titles[c]);
+    puts(titles[columns - 1]);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < columns; c++) {
+            cell(arg, r, c, text);
+            if (c + 1 < columns)
+                printf("%-*s  ", width[c], text);
+            else
+                puts(text);
+        }
+    }
 }
 
 void describe_print(json_t *json)

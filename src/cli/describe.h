@@ -15,8 +15,22 @@ const char *describe_owner(enum run_owner state, const struct owner_record *owne
 /* The same for programs: null, or an object. A new reference. */
 json_t *describe_owner_json(enum run_owner state, const struct owner_record *owner);
 
-/* What list and info both say of a volume. A new reference. */
-json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry);
+/* What list and info both say of a volume. `parent`: VOLUME@SNAPSHOT that it is a clone of, or "".
+ * A new reference. */
+json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry, size_t n_snapshots,
+                             const char *parent);
+
+/* VOLUME@SNAPSHOT. */
+const char *describe_snapshot(const char *volume, const char *snapshot, char out[FULL_NAME_BYTES]);
+
+/* Prints a table, its columns as wide as what is in them. `cell` fills one; the last one of each
+ * row is asked for once, the others twice. */
+#define DESCRIBE_CELL_BYTES 400u
+#define DESCRIBE_COLUMNS_MAX 8u
+void describe_table(const char *const *titles, size_t columns, size_t rows,
+                    void (*cell)(void *arg, size_t row, size_t column,
+                                 char out[DESCRIBE_CELL_BYTES]),
+                    void *arg);
 
 /* A number of bytes that an engine may not know: cli_size() or "unknown"; for programs null. */
 const char *describe_bytes(uint64_t bytes, char out[24]);

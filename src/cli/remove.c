@@ -14,23 +14,23 @@
 
 #include "cli/run.h"
 
-/* A server whose last client has just left commits what it holds before it lets go. */
-#define LEAVING_MS_MAX 5000u
+/* After an owner that was to be evicted was gone already. */
 #define LOOK_AGAIN_MS 100u
 
 /* A connection that had looked the volume up just before may still come in. */
 #define EVICTS_MAX 20u
 
-enum { FORCE = 1, YES };
+enum { FORCE = 1, SNAPSHOTS, YES };
 
 static const struct cli_option options[] = {
     {FORCE, "force", NULL, "cut off the clients that use it"},
+    {SNAPSHOTS, "snapshots", NULL, "remove its snapshots too"},
     {YES, "yes", NULL, "do not ask (needed where there is no terminal)"},
     {0, NULL, NULL, NULL},
 };
 
 struct remove_options {
-    bool force, yes;
+    bool force, snapshots, yes;
 };
 
 static enum status take(void *arg, int code, const char *value, struct err *e)
@@ -38,7 +38,7 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     struct remove_options *o = arg;
     (void)value;
     (void)e;
-    *(code == FORCE ? &o->force : &o->yes) = true;
+    *(code == FORCE ? &o->force : code == SNAPSHOTS ? &o->snapshots : &o->yes) = true;
     return ST_OK;
 }
 
@@ -54,13 +54,43 @@ static int clear_removed(struct run *run)
     return CLI_DONE;
 }
 
-static bool confirm(const struct catalog_entry *entry, bool force)
+/* Refuses, in time, what catalog_remove() would refuse after the clients were cut off: it has
+ * snapshots that are to stay, or clones. The names of its snapshots are in `names` then. */
+static int look_at_history(struct run *run, const struct catalog_entry *entry, bool with_snapshots,
+                           char names[CATALOG_NAMES_BYTES])
 {
-    char what[NAME_BYTES_MAX + 128], size[24], used[24];
-    snprintf(what, sizeof what, "%sremoves volume \"%s\" (%s, %s of data) for good",
+    const struct catalog_op *op = &run->op;
+    catalog_clones(run_op(run), run->store, run->env, entry->branch, 0);
+    if (run_wait(run) != ST_OK)
+        return cli_failed(&op->err);
+    if (op->n_entries > 0) {
+        cli_error("snapshots of volume \"%s\" in %s have clones: %s; remove or flatten them first",
+                  entry->name, run->cli->store_uri,
+                  catalog_names(names, op->entries[0].name, sizeof *op->entries, op->n_entries));
+        return CLI_FAILED;
+    }
+    catalog_snapshots(run_op(run), run->store, run->env, entry->branch);
+    if (run_wait(run) != ST_OK)
+        return cli_failed(&op->err);
+    names[0] = '\0';
+    if (op->n_snapshots == 0)
+        return CLI_DONE;
+    catalog_names(names, op->snapshots[0].rec.name, sizeof *op->snapshots, op->n_snapshots);
+    if (with_snapshots)
+        return CLI_DONE;
+    cli_error("volume \"%s\" in %s has %s: %s; --snapshots removes them too", entry->name,
+              run->cli->store_uri, op->n_snapshots == 1 ? "a snapshot" : "snapshots", names);
+    return CLI_FAILED;
+}
+
+static bool confirm(const struct catalog_entry *entry, bool force, const char *snapshots)
+{
+    char what[NAME_BYTES_MAX + CATALOG_NAMES_BYTES + 128], size[24], used[24];
+    snprintf(what, sizeof what, "%sremoves volume \"%s\" (%s, %s of data)%s%s for good",
              force ? "cuts off whoever uses, and " : "", entry->name,
              cli_size(entry->header.size, size),
-             cli_size(entry->state.data_blocks * entry->header.block_size, used));
+             cli_size(entry->state.data_blocks * entry->header.block_size, used),
+             *snapshots ? " and its snapshots " : "", snapshots);
     return cli_confirm(false, what);
 }
 
@@ -76,15 +106,19 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
                        char aside[NAME_BYTES_MAX + 1])
 {
     struct catalog_entry entry;
-    uint64_t asked_about = 0, waited_ms = 0;
+    char names[CATALOG_NAMES_BYTES];
+    struct run_patience patience = {0};
+    uint64_t asked_about = 0;
     unsigned evicts = 0;
-    bool called = false;
     for (;;) {
         int status = run_find(run, *aside ? aside : name, &entry);
         if (status != CLI_DONE)
             return status;
+        status = look_at_history(run, &entry, o->snapshots, names);
+        if (status != CLI_DONE)
+            return status;
         if (!o->yes && asked_about != entry.branch) {
-            if (!confirm(&entry, o->force))
+            if (!confirm(&entry, o->force, names))
                 return CLI_FAILED;
             asked_about = entry.branch;
         }
@@ -111,7 +145,7 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
             state = OWNER_NONE;
         }
         if (state == OWNER_NONE || state == OWNER_DEAD) {
-            catalog_remove(run_op(run), run->store, run->env, &entry, false);
+            catalog_remove(run_op(run), run->store, run->env, &entry, o->snapshots);
             enum status st = run_wait(run);
             if (st == ST_OK) {
                 *aside = '\0';
@@ -124,21 +158,8 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
             if (o->force && evicts < EVICTS_MAX)
                 continue;
         }
-        if (state == OWNER_UNKNOWN && !called) {
-            /* Nothing is asked of it that its clients would feel, only whether it is there. */
-            called = true;
-            if (run_ask(run, &entry, MAIL_SYNC) == ST_NOTFOUND)
-                continue;
-        }
-        if (waited_ms >= LEAVING_MS_MAX) {
-            cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on "
-                      "%s): disconnect it first%s",
-                      name, run->cli->store_uri, entry.owner.address, entry.owner.pid,
-                      entry.owner.host, o->force ? "" : ", or use --force");
+        if (!run_wait_leaving(run, &entry, state, &patience, o->force ? "" : ", or use --force"))
             return CLI_FAILED;
-        }
-        run_pause(run, LOOK_AGAIN_MS);
-        waited_ms += LOOK_AGAIN_MS;
     }
 }
 
@@ -158,7 +179,7 @@ static int remove_volume(struct run *run, const char *name, const struct remove_
 
 static int run_remove(struct cli *cli, int argc, char **argv)
 {
-    struct remove_options o = {false, false};
+    struct remove_options o = {false, false, false};
     int first = cli_parse(cli, argc, argv, take, &o);
     if (first < 0)
         return cli->status;
@@ -177,7 +198,9 @@ const struct cli_command remove_command = {
     .details =
         "Refused while a client uses the volume. With --force the volume is called\n"
         "NAME.removing-PID first, so that clients do not find it again, and its server is made to\n"
-        "let go, as by owner evict, which cuts off its clients.",
+        "let go, as by owner evict, which cuts off its clients. With snapshots a volume is "
+        "removed\n"
+        "by --snapshots only, and not at all while they have clones.",
     .options = options,
     .args_min = 1,
     .args_max = 1,

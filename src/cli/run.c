@@ -9,6 +9,8 @@
 #include "volume/volume.h"
 
 #define LOOK_AGAIN_MS 200u
+#define LEAVING_MS_MAX 5000u
+#define LEAVING_LOOK_MS 100u
 #define LOOK_KEPT_MS 100u
 #define SIGN_WAIT_MS 15000u
 
@@ -53,6 +55,14 @@ enum status run_wait(struct run *run)
 {
     run_until(run, &run->answered);
     return run->op.st;
+}
+
+void run_keep(struct run *run, struct catalog_op *to)
+{
+    *to = run->op;
+    run->op.entries = NULL;
+    run->op.snapshots = NULL;
+    run->op.n_entries = run->op.n_snapshots = 0;
 }
 
 int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
@@ -111,7 +121,7 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry)
         return run_find_either(run, name, entry);
     cli_error("\"%.300s\" is not the name of a volume, which is what %s takes", name,
               run->cli->command->name);
-    return CLI_USAGE;
+    return CLI_NOTFOUND;
 }
 
 int run_find_snapshot(struct run *run, const char *name, struct catalog_entry *entry)
@@ -119,7 +129,7 @@ int run_find_snapshot(struct run *run, const char *name, struct catalog_entry *e
     if (strchr(name, '@'))
         return run_find_either(run, name, entry);
     cli_error("\"%.300s\" names no snapshot: VOLUME@SNAPSHOT", name);
-    return CLI_USAGE;
+    return CLI_NOTFOUND;
 }
 
 struct looking {
@@ -209,6 +219,27 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
     struct mail_record mail = run_mail(kind);
     catalog_ask_owner(run_op(run), run->store, run->env, entry, &mail, RUN_ASK_WAIT_MS, NULL, true);
     return run_wait(run);
+}
+
+bool run_wait_leaving(struct run *run, const struct catalog_entry *entry, enum run_owner state,
+                      struct run_patience *patience, const char *advice)
+{
+    const struct owner_record *o = &entry->owner;
+    if (state == OWNER_UNKNOWN && !patience->called) {
+        /* Nothing is asked of it that its clients would feel, only whether it is there. */
+        patience->called = true;
+        if (run_ask(run, entry, MAIL_SYNC) == ST_NOTFOUND)
+            return true;
+    }
+    if (patience->waited_ms >= LEAVING_MS_MAX) {
+        cli_error("volume \"%s\" in %s is in use by a client of the server at %s (pid %u on %s): "
+                  "disconnect it first%s",
+                  entry->name, run->cli->store_uri, o->address, o->pid, o->host, advice);
+        return false;
+    }
+    run_pause(run, LEAVING_LOOK_MS);
+    patience->waited_ms += LEAVING_LOOK_MS;
+    return true;
 }
 
 enum status run_evict(struct run *run, const struct catalog_entry *entry)

@@ -45,6 +45,8 @@ void run_end(struct run *run);
 /* For one operation of the catalog: give run_op() to the catalog's function, then wait. */
 struct catalog_op *run_op(struct run *run);
 enum status run_wait(struct run *run);
+/* Moves what the last operation found to `to`, the caller's to free. */
+void run_keep(struct run *run, struct catalog_op *to);
 
 /* Finds a volume; *entry is a copy. On failure prints why and returns the exit status. */
 int run_find(struct run *run, const char *name, struct catalog_entry *entry);
@@ -71,6 +73,19 @@ enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner)
 /* A request to an owner, as this command sends it. */
 struct mail_record run_mail(enum mail_kind kind);
 
+/* A server whose last client has just left commits what it holds before it lets go: for how long a
+ * command has waited for that. All zeros at first. */
+struct run_patience {
+    uint32_t waited_ms;
+    bool called;
+};
+
+/* Somebody has a volume in use, and this is to be done when nobody has: waits for a moment, after
+ * which the volume is to be looked up again. False: for long enough; it is printed who has it, and
+ * `advice` with that. `state`: what is known of the owner. */
+bool run_wait_leaving(struct run *run, const struct catalog_entry *entry, enum run_owner state,
+                      struct run_patience *patience, const char *advice);
+
 /* Asks the owner of a volume, which may live, for something that takes no more words, and waits:
  * as catalog_ask_owner, one that gives no sign of life being fenced where that is the way. */
 enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mail_kind kind);
@@ -81,8 +96,8 @@ enum status run_ask(struct run *run, const struct catalog_entry *entry, enum mai
  * up again. Else run->op.err says why not. */
 enum status run_evict(struct run *run, const struct catalog_entry *entry);
 
-/* A command that changes volumes itself: a session, a shard without a log (NULL: not begun), and the
- * volume that is open on it, or NULL. */
+/* A command that changes volumes itself: a session, a shard without a log (NULL: not begun), and
+ * the volume that is open on it, or NULL. */
 struct run_owned {
     struct session session;
     struct shard *shard;
@@ -93,8 +108,8 @@ struct run_owned {
  * none). On failure prints nothing, leaves why in run->op.err, and nothing to be undone. */
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
 
-/* Opens a volume (or a snapshot of it, where the entry names one) on a shard. On failure leaves why in
- * run->op.err. */
+/* Opens a volume (or a snapshot of it, where the entry names one) on a shard. On failure leaves why
+ * in run->op.err. */
 enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
                      struct volume **vol);
 /* Closes it, and waits until it is given back. */

@@ -17,7 +17,8 @@ from harness import stores
 from harness.server import CLI_LIMIT_S, SLOW, cli, program, wait_until
 
 DONE, FAILED, USAGE, NOTFOUND, STORE = range(5)
-COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "serve", "owner", "store"]
+COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "snapshot", "clone", "serve",
+            "owner", "store"]
 MIB = 1 << 20
 
 
@@ -162,11 +163,12 @@ def test_create_list_info(run, store):
 
     table = run("list")
     lines = table.stdout.splitlines()
-    assert lines[0].split() == ["NAME", "SIZE", "USED", "BLOCK", "CODEC", "OWNER"]
+    assert lines[0].split() == ["NAME", "SIZE", "USED", "BLOCK", "CODEC", "SNAPSHOTS", "PARENT",
+                                "OWNER"]
     assert [line.split() for line in lines[1:]] == [
-        ["none", "1M", "0B", "64K", "none", "-"],
-        ["other", "1.5K", "0B", "4K", "zstd:7", "-"],
-        ["plain", "10G", "0B", "16K", "lz4", "-"]]
+        ["none", "1M", "0B", "64K", "none", "0", "-", "-"],
+        ["other", "1.5K", "0B", "4K", "zstd:7", "0", "-", "-"],
+        ["plain", "10G", "0B", "16K", "lz4", "0", "-", "-"]]
     assert store in table.stderr and "3 volumes" in table.stderr
 
     listed = run.json("list")
