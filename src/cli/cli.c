@@ -48,9 +48,20 @@ static const struct cli_option global_options[] = {
 };
 
 const struct cli_command *const cli_commands[] = {
-    &create_command, &list_command,     &info_command,  &rename_command, &resize_command,
-    &remove_command, &snapshot_command, &clone_command, &serve_command,  &owner_command,
-    &store_command,  NULL};
+    &create_command,
+    &list_command,
+    &info_command,
+    &rename_command,
+    &resize_command,
+    &remove_command,
+    &snapshot_command,
+    &clone_command,
+    &export_command,
+    &serve_command,
+    &owner_command,
+    &store_command,
+    NULL,
+};
 
 void cli_error(const char *format, ...)
 {

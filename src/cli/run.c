@@ -34,6 +34,31 @@ void run_until(struct run *run, const bool *done)
         reactor_run_once(run->env);
 }
 
+struct aside {
+    struct env_work work;
+    void (*run)(void *arg);
+    void *arg;
+    bool over;
+};
+
+static void aside_work(struct env_work *work)
+{
+    struct aside *a = container_of(work, struct aside, work);
+    a->run(a->arg);
+}
+
+static void aside_over(struct env_work *work)
+{
+    container_of(work, struct aside, work)->over = true;
+}
+
+void run_aside(struct run *run, void (*work)(void *arg), void *arg)
+{
+    struct aside aside = {.work = {.work = aside_work, .done = aside_over}, .run = work, .arg = arg};
+    env_work(run->env, &aside.work);
+    run_until(run, &aside.over);
+}
+
 struct pause {
     struct env_timer timer;
     bool over;

@@ -57,6 +57,10 @@ int run_find_either(struct run *run, const char *name, struct catalog_entry *ent
 /* Lets the loop turn until *done. */
 void run_until(struct run *run, const bool *done);
 
+/* Runs work(arg) on a worker thread and lets the loop turn until it is over: for what blocks (files),
+ * while sessions have to be kept alive. */
+void run_aside(struct run *run, void (*work)(void *arg), void *arg);
+
 /* Lets `ms` pass. */
 void run_pause(struct run *run, uint32_t ms);
 

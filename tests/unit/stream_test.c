@@ -241,7 +241,7 @@ static void noise_is_refused(void **state)
     (void)state;
     struct chance c = chance_begin("noise");
     static uint8_t bytes[STREAM_BYTES_MAX];
-    for (int round = 0; round < 20000; round++) {
+    for (int round = 0; round < 5000; round++) {
         make(&c);
         size_t len = made.len, at = chance_below(&c, len), n = 1 + chance_below(&c, 64);
         memcpy(bytes, made.bytes, len);
