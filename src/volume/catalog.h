@@ -96,6 +96,17 @@ void catalog_rename(struct catalog_op *op, struct store *store, struct env *env,
 void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
                     const struct catalog_entry *entry, bool with_snapshots);
 
+/* The same, with its snapshots, and gives its name to the volume that is called `by` until then, all in
+ * one commit. ST_NOTFOUND: there is none of that name. */
+void catalog_replace(struct catalog_op *op, struct store *store, struct env *env,
+                     const struct catalog_entry *entry, const char *by);
+
+/* Marks a volume that nobody has in use, before an import changes it, with the epoch of its newest
+ * snapshot: header_record.import_base; 0 takes the mark away. One commit, which checks that owner and
+ * epoch are still what `entry` says: ST_BUSY. */
+void catalog_mark_import(struct catalog_op *op, struct store *store, struct env *env,
+                         const struct catalog_entry *entry, uint64_t base);
+
 /* The snapshots of a volume that are not removed, into op->snapshots; those of all volumes, one
  * after the other, where branch is 0. */
 void catalog_snapshots(struct catalog_op *op, struct store *store, struct env *env,

@@ -460,6 +460,7 @@ static void rollback_seen(struct job *job, enum status st)
     }
     header.epoch++;
     header.size = snapshot.size;
+    header.import_base = 0;
     state.data_blocks = snapshot.data_blocks;
     state.changed = ++state.generation;
     state.n_logs = 0;

@@ -5,6 +5,7 @@
  *   catalog.c          the store's own record; create, rename
  *   catalog_find.c     list, find, names that look alike
  *   catalog_history.c  snapshots, clones, rollback
+ *   catalog_import.c   the mark of a volume that is being imported into
  *   catalog_remove.c   remove, and clearing what is left
  *   catalog_ask.c      the mailbox of a volume's owner
  *

@@ -113,9 +113,10 @@ static bool snapshots_forbid(struct job *job)
 static void remove_seen(struct job *job, enum status st)
 {
     const struct catalog_entry *entry = &job->entry;
-    const struct store_get *header_get = &job->gets[2];
+    const struct store_get *header_get = &job->gets[2], *by = &job->gets[3];
     struct owner_record owner;
     struct header_record header;
+    struct name_record successor;
     char what[NAME_BYTES_MAX + 48];
     if (st != ST_OK) {
         snprintf(what, sizeof what, "look up volume \"%s\"", entry->name);
@@ -126,6 +127,15 @@ static void remove_seen(struct job *job, enum status st)
         return;
     if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
         snprintf(what, sizeof what, "the header of volume \"%s\"", entry->name);
+        job_damaged(job, what);
+        return;
+    }
+    if (*job->name && by->st != ST_OK) {
+        catalog_no_volume(job);
+        return;
+    }
+    if (*job->name && !name_decode(by->key, by->head, &successor)) {
+        snprintf(what, sizeof what, "the name record of volume \"%s\"", job->name);
         job_damaged(job, what);
         return;
     }
@@ -143,8 +153,12 @@ static void remove_seen(struct job *job, enum status st)
     end = key;
     key_prefix_end(&end);
     job_check_empty(job, &key, &end);
-    key_name(&key, entry->name);
+    key_name(&key, *job->name ? job->name : entry->name);
     job_clear(job, key_slice(&key));
+    if (*job->name) {
+        key_name(&key, entry->name);
+        job_set(job, &key, bytes, name_encode(&successor, key_slice(&key), bytes));
+    }
     for (size_t i = 0; i < sizeof records / sizeof *records; i++) {
         records[i](&key, entry->branch);
         job_clear(job, key_slice(&key));
@@ -170,6 +184,10 @@ static void remove_look(struct job *job)
     job_get(job, &key);
     key_header(&key, job->entry.branch);
     job_get(job, &key);
+    if (*job->name) {
+        key_name(&key, job->name);
+        job_get(job, &key);
+    }
     key_prefix_branch(&key, 'v', job->entry.branch);
     job_range_of(job, &key, JOB_RANGE_MAX);
     key_prefix_branch(&key, 'd', job->entry.branch);
@@ -183,6 +201,16 @@ void catalog_remove(struct catalog_op *op, struct store *store, struct env *env,
     struct job *job = job_new(op, store, env);
     job->entry = *entry;
     job->with_snapshots = with_snapshots;
+    remove_look(job);
+}
+
+void catalog_replace(struct catalog_op *op, struct store *store, struct env *env,
+                     const struct catalog_entry *entry, const char *by)
+{
+    struct job *job = job_new(op, store, env);
+    job->entry = *entry;
+    job->with_snapshots = true;
+    snprintf(job->name, sizeof job->name, "%s", by);
     remove_look(job);
 }
 

@@ -242,6 +242,7 @@ struct volume {
     char name[FULL_NAME_BYTES];
     bool read_only;        /* its format has features this build can only read */
     bool served_read_only; /* clients may not write; commands may resize */
+    bool importing; /* its header may say that an import is not complete */
     bool lost, closing, in_progress;
     unsigned refs;
     struct env_task free_task;

@@ -14,6 +14,7 @@
 #define RECORD_VERSION 1
 #define SESSION_VERSION 2 /* 1 did not say which process it was */
 #define STATE_VERSION 2   /* 1 did not say what clients changed last */
+#define HEADER_VERSION_IMPORT 2 /* with the base of an import that is not complete */
 #define MAIL_VERSION 2    /* with what is asked about a volume's history */
 #define ANSWER_VERSION 2  /* with a number */
 #define TRASH_VERSION 2   /* of several epochs */
@@ -244,7 +245,8 @@ bool name_decode(struct slice key, struct slice bytes, struct name_record *rec)
 size_t header_encode(const struct header_record *rec, struct slice key,
                      uint8_t out[RECORD_BYTES_MAX])
 {
-    struct writer w = write_begin(out);
+    struct writer w =
+        write_begin_version(out, rec->import_base ? HEADER_VERSION_IMPORT : RECORD_VERSION);
     put_features(&w, &rec->features);
     put_u64(&w, rec->size);
     put_u32(&w, rec->block_size);
@@ -255,12 +257,14 @@ size_t header_encode(const struct header_record *rec, struct slice key,
     put_u64(&w, rec->parent_epoch);
     put_u64(&w, rec->created_ns);
     put_text(&w, rec->description, DESCRIPTION_BYTES_MAX);
+    if (rec->import_base)
+        put_u64(&w, rec->import_base);
     return write_end(&w, key);
 }
 
 bool header_decode(struct slice key, struct slice bytes, struct header_record *rec)
 {
-    struct reader r = read_begin(key, bytes);
+    struct reader r = read_begin_version(key, bytes, HEADER_VERSION_IMPORT);
     *rec = (struct header_record){0};
     get_features(&r, &rec->features);
     rec->size = get_u64(&r);
@@ -272,6 +276,10 @@ bool header_decode(struct slice key, struct slice bytes, struct header_record *r
     rec->parent_epoch = get_u64(&r);
     rec->created_ns = get_u64(&r);
     get_text(&r, rec->description, DESCRIPTION_BYTES_MAX);
+    if (r.version >= HEADER_VERSION_IMPORT) {
+        rec->import_base = get_u64(&r);
+        require(&r, rec->import_base > 0 && rec->import_base < rec->epoch);
+    }
     /* Everything above divides by the block size and multiplies up to the size. */
     require(&r, rec->block_size >= 4096 && rec->block_size <= 65536 &&
                     (rec->block_size & (rec->block_size - 1)) == 0);

@@ -70,6 +70,9 @@ struct header_record {
     uint64_t parent_branch, parent_epoch; /* the snapshot it is a clone of; 0, 0: none */
     uint64_t created_ns;
     char description[DESCRIPTION_BYTES_MAX + 1]; /* UTF-8 */
+    /* Not 0: an import into the volume is not complete, which makes it what it was at the snapshot of
+     * this epoch, or not to be opened. Then a record of version 2. */
+    uint64_t import_base;
 };
 
 /* Epochs after `after`, up to `upto`, of a branch. */

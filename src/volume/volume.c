@@ -36,6 +36,11 @@ enum status volume_set_header(struct volume *vol, const struct header_record *h,
         (h->block_size & (h->block_size - 1)) || h->size % 512 || !h->size)
         return fail(e, ST_IO, "volume %s has a header that makes no sense: block size %u, size %llu",
                     vol->name, h->block_size, (unsigned long long)h->size);
+    if (h->import_base && !vol->importing && (!vol->view_epoch || vol->view_epoch > h->import_base))
+        return fail(e, ST_BUSY,
+                    "an import into volume %s is not complete: run it again, or roll the volume back "
+                    "to its snapshot before it",
+                    vol->name);
     vol->header = *h;
     vol->block_size = h->block_size;
     vol->block_shift = shift_of(h->block_size);
@@ -97,6 +102,7 @@ static void open_read(struct store_read *read, enum status st)
         vol->branch = op->branch;
         vol->view_epoch = op->epoch;
         vol->served_read_only = op->read_only;
+        vol->importing = op->importing;
         memcpy(vol->name, op->name, sizeof vol->name);
         st = volume_set_header(vol, &header, &op->err);
         if (st == ST_OK && op->epoch)

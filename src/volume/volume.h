@@ -172,6 +172,7 @@ struct volume_open {
     uint64_t epoch;            /* in: 0: the volume; else its snapshot of that epoch: a view */
     char name[FULL_NAME_BYTES]; /* in: for messages */
     bool read_only;            /* in: clients may not change it */
+    bool importing;            /* in: it may be one with an import that is not complete */
     void (*done)(struct volume_open *op);
     struct volume *vol;        /* out: one reference, see volume_close */
     enum status st;            /* out */

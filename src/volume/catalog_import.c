@@ -1,0 +1,77 @@
+/* The catalog: marking a volume while an import into it is under way. */
+#include <stdio.h>
+
+#include "volume/catalog_internal.h"
+
+static void mark_look(struct job *job);
+
+static void mark_written(struct job *job, enum status st)
+{
+    if (job_may_try_again(job, st)) {
+        mark_look(job);
+    } else if (st != ST_OK) {
+        char what[NAME_BYTES_MAX + 32];
+        snprintf(what, sizeof what, "mark volume \"%s\"", job->entry.name);
+        job_store_failed(job, st, what);
+    } else {
+        job_finish(job, ST_OK);
+    }
+}
+
+static void mark_seen(struct job *job, enum status st)
+{
+    const struct catalog_entry *entry = &job->entry;
+    const struct store_get *header_get = &job->gets[2];
+    struct owner_record owner;
+    struct header_record header;
+    char what[NAME_BYTES_MAX + 48];
+    if (st != ST_OK) {
+        snprintf(what, sizeof what, "look up volume \"%s\"", entry->name);
+        job_store_failed(job, st, what);
+        return;
+    }
+    if (!catalog_still_free(job, &job->gets[0], &job->gets[1], &owner))
+        return;
+    if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
+        snprintf(what, sizeof what, "the header of volume \"%s\"", entry->name);
+        job_damaged(job, what);
+        return;
+    }
+    /* (Whoever makes a snapshot, or rolls back, raises the epoch.) */
+    if (header.epoch != entry->header.epoch || header.import_base != entry->header.import_base) {
+        fail(&job->op->err, ST_BUSY, "volume \"%s\" was changed by somebody else just now",
+             entry->name);
+        job_finish(job, ST_BUSY);
+        return;
+    }
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    for (size_t i = 0; i < job->n_gets; i++)
+        job_check(job, &job->gets[i]);
+    header.import_base = job->epoch;
+    key_header(&key, entry->branch);
+    job_set(job, &key, bytes, header_encode(&header, key_slice(&key), bytes));
+    job_commit(job, true, mark_written);
+}
+
+static void mark_look(struct job *job)
+{
+    struct key key;
+    job_reset(job);
+    key_name(&key, job->entry.name);
+    job_get(job, &key);
+    key_owner(&key, job->entry.branch);
+    job_get(job, &key);
+    key_header(&key, job->entry.branch);
+    job_get(job, &key);
+    job_read(job, mark_seen);
+}
+
+void catalog_mark_import(struct catalog_op *op, struct store *store, struct env *env,
+                         const struct catalog_entry *entry, uint64_t base)
+{
+    struct job *job = job_new(op, store, env);
+    job->entry = *entry;
+    job->epoch = base;
+    mark_look(job);
+}
