@@ -57,6 +57,7 @@ const struct cli_command *const cli_commands[] = {
     &snapshot_command,
     &clone_command,
     &export_command,
+    &import_command,
     &serve_command,
     &owner_command,
     &store_command,

@@ -419,7 +419,7 @@ static int export(struct export *x, const char *name, const char *file)
     enum status st = outfile_open(&x->file, run, file, x->o->force, &e);
     if (st != ST_OK)
         return cli_failed(&e);
-    int status = run_find(run, name, &x->entry);
+    int status = run_find_either(run, name, &x->entry);
     if (status == CLI_DONE && !x->entry.snapshot.epoch) {
         status = view_snapshot(run, &x->entry);
         x->temporary = status == CLI_DONE;

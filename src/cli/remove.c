@@ -42,18 +42,6 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     return ST_OK;
 }
 
-/* Gives the space of removed volumes back. */
-static int clear_removed(struct run *run)
-{
-    bool more = true;
-    while (more) {
-        catalog_clear_removed(run_op(run), run->store, run->env, &more);
-        if (run_wait(run) != ST_OK)
-            return cli_failed(&run->op.err);
-    }
-    return CLI_DONE;
-}
-
 /* Refuses, in time, what catalog_remove() would refuse after the clients were cut off: it has
  * snapshots that are to stay, or clones. The names of its snapshots are in `names` then. */
 static int look_at_history(struct run *run, const struct catalog_entry *entry, bool with_snapshots,
@@ -151,7 +139,7 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
                 *aside = '\0';
                 printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
                 fflush(stdout);
-                return clear_removed(run);
+                return run_clear_removed(run);
             }
             if (st != ST_BUSY)
                 return cli_failed(&run->op.err);

@@ -59,6 +59,17 @@ void run_aside(struct run *run, void (*work)(void *arg), void *arg)
     run_until(run, &aside.over);
 }
 
+int run_clear_removed(struct run *run)
+{
+    bool more = true;
+    while (more) {
+        catalog_clear_removed(run_op(run), run->store, run->env, &more);
+        if (run_wait(run) != ST_OK)
+            return cli_failed(&run->op.err);
+    }
+    return CLI_DONE;
+}
+
 struct pause {
     struct env_timer timer;
     bool over;
@@ -301,11 +312,14 @@ static void opened(struct volume_open *op)
     container_of(op, struct opening, open)->done = true;
 }
 
-enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
-                     struct volume **vol)
+static enum status open_volume(struct run *run, struct shard *shard,
+                               const struct catalog_entry *entry, bool importing,
+                               struct volume **vol)
 {
-    struct opening opening = {
-        .open = {.branch = entry->branch, .epoch = entry->snapshot.epoch, .done = opened}};
+    struct opening opening = {.open = {.branch = entry->branch,
+                                       .epoch = entry->snapshot.epoch,
+                                       .importing = importing,
+                                       .done = opened}};
     snprintf(opening.open.name, sizeof opening.open.name, "%s%s%s", entry->name,
              entry->snapshot.epoch ? "@" : "", entry->snapshot.rec.name);
     volume_open(shard, &opening.open);
@@ -314,6 +328,12 @@ enum status run_open(struct run *run, struct shard *shard, const struct catalog_
     if (opening.open.st != ST_OK)
         run->op.err = opening.open.err;
     return opening.open.st;
+}
+
+enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
+                     struct volume **vol)
+{
+    return open_volume(run, shard, entry, false, vol);
 }
 
 static void closed(void *arg)
@@ -328,7 +348,8 @@ void run_close(struct run *run, struct volume *vol)
     run_until(run, &done);
 }
 
-enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned)
+static enum status own(struct run *run, const struct catalog_entry *entry, bool importing,
+                       struct run_owned *owned)
 {
     struct err *e = &run->op.err;
     memset(owned, 0, sizeof *owned);
@@ -345,10 +366,21 @@ enum status run_own(struct run *run, const struct catalog_entry *entry, struct r
                                   .no_log = true};
     st = shard_new(&config, &owned->shard, e);
     if (st == ST_OK && entry)
-        st = run_open(run, owned->shard, entry, &owned->vol);
+        st = open_volume(run, owned->shard, entry, importing, &owned->vol);
     if (st != ST_OK)
         run_disown(run, owned);
     return st;
+}
+
+enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned)
+{
+    return own(run, entry, false, owned);
+}
+
+enum status run_own_marked(struct run *run, const struct catalog_entry *entry,
+                           struct run_owned *owned)
+{
+    return own(run, entry, true, owned);
 }
 
 void run_disown(struct run *run, struct run_owned *owned)

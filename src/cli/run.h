@@ -61,6 +61,9 @@ void run_until(struct run *run, const bool *done);
  * while sessions have to be kept alive. */
 void run_aside(struct run *run, void (*work)(void *arg), void *arg);
 
+/* Gives back the space of removed volumes. Returns the exit status. */
+int run_clear_removed(struct run *run);
+
 /* Lets `ms` pass. */
 void run_pause(struct run *run, uint32_t ms);
 
@@ -112,8 +115,12 @@ struct run_owned {
  * none). On failure prints nothing, leaves why in run->op.err, and nothing to be undone. */
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
 
-/* Opens a volume (or a snapshot of it, where the entry names one) on a shard. On failure leaves why
- * in run->op.err. */
+/* The same for a volume that this command has marked for an import (catalog_mark_import). */
+enum status run_own_marked(struct run *run, const struct catalog_entry *entry,
+                           struct run_owned *owned);
+
+/* Opens a volume (or a snapshot of it, where the entry names one) on a shard. On failure leaves why in
+ * run->op.err. */
 enum status run_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
                      struct volume **vol);
 /* Closes it, and waits until it is given back. */

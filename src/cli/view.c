@@ -5,130 +5,80 @@
 #include <string.h>
 #include <unistd.h>
 
-/* A volume that changes hands meanwhile is looked up again, so often. */
-#define ATTEMPTS_MAX 10
-#define ASK_WAIT_MS 30000u
-
-struct opening {
-    struct volume_open open;
-    bool done;
-};
-
-static void opened(struct volume_open *op)
-{
-    container_of(op, struct opening, open)->done = true;
-}
+#include "cli/change.h"
 
 enum status view_open(struct run *run, struct shard *shard, const struct catalog_entry *entry,
                       const struct catalog_snapshot *snap, struct volume **out)
 {
-    struct opening opening = {
-        .open = {.branch = entry->branch, .epoch = snap->epoch, .read_only = true, .done = opened}};
-    memcpy(opening.open.name, entry->name, sizeof opening.open.name);
-    volume_open(shard, &opening.open);
-    run_until(run, &opening.done);
-    *out = opening.open.vol;
-    if (opening.open.st != ST_OK)
-        run->op.err = opening.open.err;
-    return opening.open.st;
-}
-
-static void closed(void *arg)
-{
-    *(bool *)arg = true;
+    struct catalog_entry at = *entry;
+    at.snapshot = *snap;
+    return run_open(run, shard, &at, out);
 }
 
 void view_close(struct run *run, struct volume *vol)
 {
-    bool done = false;
-    if (!vol)
-        return;
-    volume_close(vol, closed, &done);
-    run_until(run, &done);
+    if (vol)
+        run_close(run, vol);
 }
 
 /* --- a snapshot for the time of a command --------------------------------------------------- */
 
-struct changing {
-    struct vol_history_op op;
-    bool done;
+struct passing {
+    struct change_plan plan;
+    const char *volume;
+    struct catalog_entry *entry;
 };
 
-static void changed(struct vol_io *io)
+/* Whether it is there; without a word. */
+static enum status find(struct run *run, const struct passing *p)
 {
-    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
-    container_of(op, struct changing, op)->done = true;
+    char name[2 * NAME_BYTES_MAX + 2];
+    snprintf(name, sizeof name, "%s@%s", p->volume, p->plan.mail.name);
+    catalog_find(run_op(run), run->store, run->env, name);
+    enum status st = run_wait(run);
+    if (st == ST_OK)
+        *p->entry = run->op.entries[0];
+    return st;
 }
 
-/* As the owner for that moment. */
-static enum status change_here(struct run *run, const struct catalog_entry *entry,
-                               const struct mail_record *mail)
+/* An attempt whose answer was lost may have done it. */
+static int look(struct change_plan *plan, struct run *run, struct catalog_entry *entry)
 {
-    struct run_owned owned;
-    enum status st = run_own(run, entry, &owned);
-    if (st != ST_OK)
-        return st;
-    struct changing c = {.op = {.io = {.done = changed}}};
-    memcpy(c.op.name, mail->name, sizeof c.op.name);
-    memcpy(c.op.id, mail->snapshot_id, sizeof c.op.id);
-    if (mail->kind == MAIL_SNAPSHOT_CREATE)
-        volume_snapshot_create(owned.vol, &c.op);
-    else
-        volume_snapshot_remove(owned.vol, &c.op);
-    shard_submit(owned.shard);
-    run_until(run, &c.done);
-    run_disown(run, &owned);
-    if (c.op.io.st != ST_OK)
-        run->op.err = c.op.err;
-    return c.op.io.st;
-}
-
-static int change(struct run *run, const char *volume, struct mail_record *mail)
-{
-    for (int attempt = 0; attempt < ATTEMPTS_MAX; attempt++) {
-        struct catalog_entry entry;
-        int status = run_find(run, volume, &entry);
-        if (status != CLI_DONE)
-            return status;
-        enum run_owner owner = run_owner_state(run, &entry.owner);
-        enum status st;
-        if (owner == OWNER_NONE || owner == OWNER_DEAD) {
-            st = change_here(run, &entry, mail);
-            if (st == ST_PERM || st == ST_BUSY)
-                continue;
-        } else {
-            catalog_ask_owner(run_op(run), run->store, run->env, &entry, mail, ASK_WAIT_MS, NULL,
-                              true);
-            st = run_wait(run);
-            if (st == ST_NOTFOUND)
-                continue;
-        }
-        return st == ST_OK ? CLI_DONE : cli_failed(&run->op.err);
+    const struct passing *p = container_of(plan, struct passing, plan);
+    bool makes = plan->mail.kind == MAIL_SNAPSHOT_CREATE;
+    if (plan->attempt > 0 && (find(run, p) == ST_OK) == makes) {
+        plan->over = true;
+        return CLI_DONE;
     }
-    cli_error("volume \"%s\" in %s keeps changing hands: try again", volume, run->cli->store_uri);
-    return CLI_FAILED;
+    return run_find(run, p->volume, entry);
 }
 
 int view_snapshot(struct run *run, struct catalog_entry *entry)
 {
-    char name[2 * NAME_BYTES_MAX + 2];
+    char volume[NAME_BYTES_MAX + 1];
     uint32_t number;
-    struct mail_record mail = {.kind = MAIL_SNAPSHOT_CREATE};
+    memcpy(volume, entry->name, sizeof volume);
+    struct passing p = {.plan = {.look = look, .mail = run_mail(MAIL_SNAPSHOT_CREATE)},
+                        .volume = volume,
+                        .entry = entry};
     env_random(run->env, &number, sizeof number);
-    env_random(run->env, mail.snapshot_id, sizeof mail.snapshot_id);
-    snprintf(mail.name, sizeof mail.name, "export-%u-%08x", (unsigned)getpid(), number);
-    int status = change(run, entry->name, &mail);
-    if (status != CLI_DONE)
-        return status;
-    snprintf(name, sizeof name, "%s@%s", entry->name, mail.name);
-    return run_find(run, name, entry);
+    env_random(run->env, p.plan.mail.snapshot_id, sizeof p.plan.mail.snapshot_id);
+    snprintf(p.plan.mail.name, sizeof p.plan.mail.name, "export-%u-%08x", (unsigned)getpid(),
+             number);
+    int status = change_volume(run, &p.plan);
+    if (status == CLI_DONE && find(run, &p) != ST_OK)
+        status = cli_failed(&run->op.err);
+    return status;
 }
 
 int view_drop_snapshot(struct run *run, const struct catalog_entry *entry)
 {
-    struct mail_record mail = {.kind = MAIL_SNAPSHOT_REMOVE};
-    memcpy(mail.name, entry->snapshot.rec.name, sizeof mail.name);
-    return change(run, entry->name, &mail);
+    struct catalog_entry unused;
+    struct passing p = {.plan = {.look = look, .mail = run_mail(MAIL_SNAPSHOT_REMOVE)},
+                        .volume = entry->name,
+                        .entry = &unused};
+    memcpy(p.plan.mail.name, entry->snapshot.rec.name, sizeof p.plan.mail.name);
+    return change_volume(run, &p.plan);
 }
 
 /* --- walks ---------------------------------------------------------------------------------- */
