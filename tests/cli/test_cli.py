@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -14,36 +13,13 @@ import nbd
 import pytest
 
 from harness import stores
+from harness.commands import (DONE, FAILED, NOTFOUND, STORE, USAGE, assert_one_sentence, connect,
+                              on_terminal)
 from harness.server import CLI_LIMIT_S, SLOW, cli, program, wait_until
 
-DONE, FAILED, USAGE, NOTFOUND, STORE = range(5)
 COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "snapshot", "clone", "serve",
             "owner", "store"]
 MIB = 1 << 20
-
-
-@pytest.fixture
-def store(folder):
-    return stores.uri(folder / "store")
-
-
-@pytest.fixture
-def run(store):
-    """run(words...) gives the finished process; run(..., status=N) wants that exit status."""
-    def go(*words, status=DONE, env=None, stdin=""):
-        done = cli(store, *words, check=False, env={**stores.env(), **(env or {})}, stdin=stdin)
-        assert done.returncode == status, (
-            f"{words} gave {done.returncode}, not {status}\n{done.stdout}{done.stderr}")
-        if status != DONE:
-            assert_one_sentence(done.stderr)
-        return done
-    go.json = lambda *words: json.loads(go("--json", *words).stdout)
-    return go
-
-
-def assert_one_sentence(text):
-    assert text.startswith("fdb-nbd: "), text
-    assert text.count("\n") == 1 and text.endswith("\n"), text
 
 
 def bare(*words, env=None, **more):
@@ -56,32 +32,6 @@ def clean_env(**more):
     keep = {k: v for k, v in os.environ.items()
             if k not in ("FDB_NBD_STORE", "FDB_NBD_LOG", "XDG_DATA_HOME")}
     return dict(keep, **more)
-
-
-def on_terminal(words, typed):
-    """Runs the words with a terminal as stdin and stderr; gives status and what it said there."""
-    main, other = pty.openpty()
-    process = subprocess.Popen(words, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True)
-    os.close(other)
-    said = b""
-    try:
-        while b": " not in said.split(b"Type", 1)[-1] or b"Type" not in said:
-            said += os.read(main, 4096)
-        os.write(main, typed.encode())
-        process.wait(CLI_LIMIT_S)
-        while True:
-            more = os.read(main, 4096)
-            if not more:
-                break
-            said += more
-    except OSError:
-        pass  # the other end was closed: the process is over
-    finally:
-        os.close(main)
-        process.kill()
-        process.stdout.close()
-        process.wait()
-    return process.returncode, said.decode()
 
 
 # --- help and usage ---------------------------------------------------------------------
@@ -465,12 +415,6 @@ def test_full_output(run, store):
 
 
 # --- serve ------------------------------------------------------------------------------
-
-
-def connect(server, name):
-    client = nbd.NBD()
-    client.connect_uri(server.uri(name))
-    return client
 
 
 def test_serve_creates_once_and_says_so(servers):
