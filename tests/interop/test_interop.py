@@ -323,6 +323,107 @@ def test_qemu_reconnects_to_a_restarted_server(servers):
         assert c.read(4096, 4096) == b"\x77" * 4096
         assert c.read(1234, 2862) == b"\x5a" * 2862
 
+# -- snapshots ----------------------------------------------------------------------
+
+
+def written_and_snapped(server, name, rng):
+    """A volume with the snapshots mon and tue and changes behind the second; gives what they hold."""
+    server.cli("create", name, ODD)
+    states = {}
+    with connect(server, name) as c:
+        for snapshot in ("mon", "tue"):
+            for _ in range(20):
+                at = rng.randrange(ODD - 300000)
+                c.write(at, rng.randbytes(rng.choice([1, 511, 16384, 300000])))
+            c.trim(rng.randrange(ODD - MIB), MIB // 2)
+            server.cli("snapshot", "create", f"{name}@{snapshot}")
+            states[snapshot] = bytes(c.read_all())
+        c.write(0, rng.randbytes(MIB))
+    return states
+
+
+def differing(a, b, extents, unit=64 << 10):
+    """Checks that whatever differs lies in the extents, and that they are not all there is."""
+    inside = bytearray(len(a))
+    for at, length in extents:
+        inside[at:at + length] = b"\1" * length
+    for at in range(0, len(a), unit):
+        if a[at:at + unit] != b[at:at + unit]:
+            for i in range(at, min(at + unit, len(a))):
+                assert a[i] == b[i] or inside[i], i
+    assert 0 < inside.count(1) < len(a)
+
+
+def test_nbdinfo_map_of_snapshots(server, rng):
+    """B.25, D.10: what nbdinfo shows of a snapshot, and of what has changed since one."""
+    need("nbdinfo")
+    states = written_and_snapped(server, "mapped", rng)
+    told = json.loads(run("nbdinfo", "--json", server.uri("mapped@tue")).stdout)["exports"][0]
+    assert told["is_read_only"] and told["can_multi_conn"] and told["export-size"] == ODD
+    assert "qemu:dirty-bitmap:mon" in told["contexts"]
+    assert "qemu:dirty-bitmap:tue" not in told["contexts"]
+    told = json.loads(run("nbdinfo", "--map", "--json", server.uri("mapped@mon")).stdout)
+    assert sum(e["length"] for e in told) == ODD
+    for e in told:
+        assert e["type"] in (0, 2, 3)
+        part = states["mon"][e["offset"]:e["offset"] + e["length"]]
+        assert e["type"] == 0 or part == bytes(len(part))
+    told = json.loads(run("nbdinfo", "--map=qemu:dirty-bitmap:mon", "--json",
+                          server.uri("mapped@tue")).stdout)
+    assert sum(e["length"] for e in told) == ODD
+    assert {e["description"] for e in told} == {"clean", "dirty"}
+    differing(states["mon"], states["tue"],
+              [(e["offset"], e["length"]) for e in told if e["type"] == 1])
+
+
+def qemu_options(server, export, bitmap=None):
+    options = f"driver=nbd,server.type=unix,server.path={server.socket_path},export={export}"
+    return options + (f",x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}" if bitmap else "")
+
+
+def test_qemu_img_map_of_a_dirty_bitmap(server, rng):
+    need("qemu-img")
+    states = written_and_snapped(server, "qemumap", rng)
+    told = json.loads(run("qemu-img", "map", "--output=json", "--image-opts",
+                          qemu_options(server, "qemumap@tue", "mon")).stdout)
+    assert sum(e["length"] for e in told) == ODD
+    # qemu shows the bit of the bitmap as it shows a hole.
+    differing(states["mon"], states["tue"],
+              [(e["start"], e["length"]) for e in told if not e["data"]])
+
+
+def test_D10_qemu_style_incremental_pull(server, folder, rng):
+    """A full backup of one snapshot; then, of the next, what the bitmap says, read into an overlay
+    by copy-on-read, as scripts around qemu do it. The overlay on the full backup is the second
+    snapshot, and holds little more than what changed."""
+    need("qemu-img")
+    need("qemu-io")
+    states = written_and_snapped(server, "pulled", rng)
+    full, part = folder / "mon.qcow2", folder / "tue.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", server.uri("pulled@mon"), full)
+    run("qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", server.uri("pulled@tue"), part)
+    told = json.loads(run("qemu-img", "map", "--output=json", "--image-opts",
+                          qemu_options(server, "pulled@tue", "mon")).stdout)
+    reads = [w for e in told if not e["data"] for w in ("-c", f"read {e['start']} {e['length']}")]
+    run("qemu-io", "-C", "-f", "qcow2", *reads, part)
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", full, part)
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", part, folder / "restored")
+    # qcow2 rounds sizes up to its sectors, which this one is a multiple of.
+    assert digest((folder / "restored").read_bytes()) == digest(states["tue"])
+    dirty = sum(e["length"] for e in told if not e["data"])
+    assert part.stat().st_blocks * 512 < dirty + 4 * MIB
+
+
+def test_D10_nbdcopy_of_a_snapshot_under_writes(server, folder, rng):
+    need("nbdcopy")
+    states = written_and_snapped(server, "copied", rng)
+    with connect(server, "copied") as c:
+        copy = subprocess.Popen(["nbdcopy", server.uri("copied@mon"), folder / "out"])
+        while copy.poll() is None:
+            c.write(rng.randrange(ODD - 65536), rng.randbytes(65536))
+    assert copy.returncode == 0
+    assert digest((folder / "out").read_bytes()) == digest(states["mon"])
+
 
 # -- fio --------------------------------------------------------------------------
 
