@@ -63,8 +63,8 @@ int view_snapshot(struct run *run, struct catalog_entry *entry)
                         .entry = entry};
     env_random(run->env, &number, sizeof number);
     env_random(run->env, p.plan.mail.snapshot_id, sizeof p.plan.mail.snapshot_id);
-    snprintf(p.plan.mail.name, sizeof p.plan.mail.name, "export-%u-%08x", (unsigned)getpid(),
-             number);
+    snprintf(p.plan.mail.name, sizeof p.plan.mail.name, "%s-%u-%08x",
+             run->cli->command->name, (unsigned)getpid(), number);
     int status = change_volume(run, &p.plan);
     if (status == CLI_DONE && find(run, &p) != ST_OK)
         status = cli_failed(&run->op.err);
