@@ -11,9 +11,12 @@
 /* How often an asker looks although nothing woke it: the owner may have died. */
 #define ASK_TICK_MS SESSION_LOOK_MS
 #define ASK_WATCHES 2u
+#define N_CHECKED 3u /* gets of a look: mailbox, answer, owner; then its session where needed */
 /* A request of somebody else that lay in the mailbox for so long was left by a command
  * that died: one that lives withdraws its own. */
 #define MAIL_STALE_MS 15000u
+/* An answer that lay there for so long is not waited for: whoever does reads it at once. */
+#define ANSWER_STALE_MS 2000u
 
 static const uint8_t nobody[SESSION_ID_BYTES];
 
@@ -37,7 +40,8 @@ struct ask {
     uint8_t mine[RECORD_BYTES_MAX], other[RECORD_BYTES_MAX];
     size_t mine_len, other_len;
     uint64_t other_since_ns;
-    enum status outcome; /* of a request that is being withdrawn, or was answered */
+    uint64_t answer_id, answer_since_ns; /* of an answer to somebody else */
+    enum status outcome;                 /* of a request that is being withdrawn, or was answered */
     bool fence;
     char here[HOST_BYTES_MAX + 1];
     struct session_sight *sight, own_sight; /* of the owner's session, where it needs heartbeats */
@@ -107,7 +111,7 @@ static void ask_cleared(struct job *job, enum status st)
     job_finish(job, job->ask->outcome);
 }
 
-/* The answer came: takes question and answer out. */
+/* The answer came, in place of the question: takes it out. */
 static void ask_answered(struct job *job, const struct answer_record *answer)
 {
     struct ask *ask = job->ask;
@@ -117,10 +121,10 @@ static void ask_answered(struct job *job, const struct answer_record *answer)
         ask->outcome = ST_BUSY;
     fail(&job->op->err, ask->outcome, "%s", answer->text);
     job->op->number = answer->number;
-    job_check_value(job, &ask->mailbox, ask->mine, ask->mine_len);
-    job_clear(job, key_slice(&ask->mailbox));
+    job_check(job, &job->gets[1]);
     job_clear(job, key_slice(&ask->answer));
-    job_commit(job, false, ask_cleared);
+    /* Who waits for the turn after ours looks at once. */
+    job_commit(job, true, ask_cleared);
 }
 
 static void ask_withdrawn(struct job *job, enum status st)
@@ -204,12 +208,27 @@ static bool ask_other_is_stale(struct ask *ask, const struct store_get *mailbox)
     return false;
 }
 
-static void ask_write(struct job *job, const struct store_get *owner,
-                      const struct store_get *mailbox)
+/* Whether an answer lies there that somebody else has still to read: writing a question takes it
+ * away. */
+static bool ask_answer_is_awaited(struct ask *ask, const struct store_get *answer)
+{
+    uint64_t now = env_now_ns(ask->job->op->env);
+    struct answer_record rec;
+    if (answer->st != ST_OK || !answer_decode(answer->key, answer->head, &rec))
+        return false;
+    if (!ask->answer_since_ns || ask->answer_id != rec.id) {
+        ask->answer_id = rec.id;
+        ask->answer_since_ns = now;
+    }
+    return now - ask->answer_since_ns < ANSWER_STALE_MS * 1000000ull;
+}
+
+/* Of what was read, all has to be still so. */
+static void ask_write(struct job *job)
 {
     struct ask *ask = job->ask;
-    job_check(job, owner);
-    job_check(job, mailbox);
+    for (size_t i = 0; i < N_CHECKED; i++)
+        job_check(job, &job->gets[i]);
     job_set(job, &ask->mailbox, ask->mine, ask->mine_len);
     job_clear(job, key_slice(&ask->answer));
     job_commit(job, true, ask_written);
@@ -261,8 +280,9 @@ static void ask_seen(struct job *job, enum status st)
     if (!ask->written) {
         if (gone)
             ask_finish(job, ST_NOTFOUND);
-        else if (mailbox->st == ST_NOTFOUND || ask_other_is_stale(ask, mailbox))
-            ask_write(job, owner, mailbox);
+        else if (mailbox->st == ST_NOTFOUND ? !ask_answer_is_awaited(ask, answer)
+                                            : ask_other_is_stale(ask, mailbox))
+            ask_write(job);
         else if (late && timed) {
             ask_finish(job, ST_UNAVAIL); /* whoever asked first waits for the same */
         } else if (late) {
