@@ -89,8 +89,10 @@ static void make_here(struct change *c)
         volume_snapshot_rename(c->vol, op);
         break;
     case MAIL_FREEZE:
-        volume_freeze(c->vol, mail->token, (uint32_t)mail->number);
-        step_over(c, ST_OK, NULL);
+        /* (Nobody else could freeze what this command has just taken.) */
+        step_over(c,
+                  volume_freeze(c->vol, mail->token, (uint32_t)mail->number) ? ST_OK : ST_BUSY,
+                  &(struct err){0});
         break;
     default:
         CHECK(mail->kind == MAIL_THAW);

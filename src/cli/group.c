@@ -8,8 +8,8 @@
  * those that were are removed again.
  *
  * Volumes are taken and frozen in the order of their branches. Of two commands with volumes in
- * common the later freeze counts; who has lost one begins again after a while that is left to
- * chance.
+ * common the first freeze counts; the other command lets go and begins again after a while that is
+ * left to chance.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -1155,8 +1155,10 @@ static void mailbox_handle(struct mailbox *m)
         mail_history(m);
         break;
     case MAIL_FREEZE:
-        volume_freeze(vol, m->mail.token, (uint32_t)min_u64(m->mail.number, FREEZE_MS_MAX));
-        mailbox_answer(m, ST_OK, "frozen");
+        if (volume_freeze(vol, m->mail.token, (uint32_t)min_u64(m->mail.number, FREEZE_MS_MAX)))
+            mailbox_answer(m, ST_OK, "frozen");
+        else
+            mailbox_answer(m, ST_BUSY, "another snapshot of several volumes is being made of it");
         break;
     case MAIL_THAW:
         volume_thaw(vol, m->mail.token);

@@ -298,14 +298,17 @@ static void freeze_fire(struct env_timer *timer)
     thaw(vol);
 }
 
-void volume_freeze(struct volume *vol, uint64_t token, uint32_t ms)
+bool volume_freeze(struct volume *vol, uint64_t token, uint32_t ms)
 {
     struct shard *s = vol->shard;
+    if (vol->frozen && vol->freeze_token != token)
+        return false;
     freeze_end(vol);
     vol->frozen = true;
     vol->freeze_token = token;
     vol->freeze_timer.fire = freeze_fire;
     env_timer_start(s->env, &vol->freeze_timer, ms);
+    return true;
 }
 
 void volume_thaw(struct volume *vol, uint64_t token)

@@ -317,8 +317,9 @@ void volume_snapshot_remove(struct volume *vol, struct vol_history_op *op);
 void volume_snapshot_rename(struct volume *vol, struct vol_history_op *op);
 
 /* Changes that begin from now on wait, for `ms` at most or until volume_thaw() with the same token:
- * for snapshots of several volumes at one instant. A freeze replaces the one before. */
-void volume_freeze(struct volume *vol, uint64_t token, uint32_t ms);
+ * for snapshots of several volumes at one instant. False: it is frozen under another token, and that
+ * counts: whoever comes first gets all his volumes, if all are asked for in one order. */
+bool volume_freeze(struct volume *vol, uint64_t token, uint32_t ms);
 void volume_thaw(struct volume *vol, uint64_t token);
 
 /* Whether the space behind trims, removed snapshots and rollbacks is all given back, as far as is

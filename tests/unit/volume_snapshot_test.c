@@ -316,7 +316,8 @@ static void freeze(void **state)
     struct looking v;
     drv_write(d, 0, 4096, 0);
     drv_read(d, 0, LOOK_BYTES, before);
-    volume_freeze(d->p->vol, 5, 1000);
+    assert_true(volume_freeze(d->p->vol, 5, 1000));
+    assert_false(volume_freeze(d->p->vol, 4, 1000));
     struct change write = asked("");
     write.op.io.offset = 0;
     write.op.io.length = 8192;
@@ -342,7 +343,7 @@ static void freeze(void **state)
     assert_memory_equal(seen, before, LOOK_BYTES);
     view_close(d, &v);
     /* Nobody comes back: it ends by itself. */
-    volume_freeze(d->p->vol, 7, 1000);
+    assert_true(volume_freeze(d->p->vol, 7, 1000));
     write.answered = false;
     volume_zero(d->p->vol, &write.op.io);
     drv_wait_ms(d, 1500);
