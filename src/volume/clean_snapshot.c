@@ -282,7 +282,14 @@ static void find_next(struct clean_snapshot *s)
     cleaner_read(c, 1, next_read);
 }
 
-/* With q the volume itself, what was read of it counts only while there is no snapshot of it. */
+/* What was read of the volume itself counts only while there is no snapshot of it; what was read of a
+ * snapshot, while that is not removed: then rows it has in common with the volume may go. */
+static bool q_holds(const struct clean_snapshot *s)
+{
+    const struct volume *vol = s->c->vol;
+    return s->q ? history_is_live(&vol->history, s->q) : s->changes == vol->history_changes;
+}
+
 static void choose_q(struct clean_snapshot *s)
 {
     struct volume *vol = s->c->vol;
@@ -315,7 +322,6 @@ static bool have_rows2(struct clean_snapshot *s)
 void clean_snapshot_step(struct cleaner *c)
 {
     struct clean_snapshot *s = c->snapshot;
-    struct volume *vol = c->vol;
     if (!s->next_known) {
         find_next(s);
         return;
@@ -324,7 +330,7 @@ void clean_snapshot_step(struct cleaner *c)
         finished(c);
         return;
     }
-    if (!s->row2_known || (!s->q && s->changes != vol->history_changes)) {
+    if (!s->row2_known || !q_holds(s)) {
         choose_q(s);
         s->row2_known = true;
     }

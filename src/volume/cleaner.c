@@ -239,7 +239,7 @@ bool trash_busy(const struct volume *vol)
 bool volume_is_clean(const struct volume *vol)
 {
     const struct cleaner *c = vol->cleaner;
-    if (vol->ownership != VOL_OWNED || !c || has_work(c))
+    if (vol->ownership != VOL_OWNED || !c || has_work(c) || vol->n_ranges_uncommitted)
         return false;
     /* What was found is gone when it is committed. */
     list_for_each(l, &vol->gens)

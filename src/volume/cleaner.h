@@ -11,10 +11,12 @@
  * current epoch's keys, which can be written anew). Only the live snapshots and the volume as it is
  * now count as states. So a key is garbage where the oldest of those that are not older than x does
  * not name it: q(x). And what was found to be garbage stays garbage, whatever happens
- * between the look and the commit, with two exceptions that have to be watched:
+ * between the look and the commit, with three exceptions that have to be watched:
  *
  *   - q(x) is the volume itself, and before its rows were read a snapshot was made of it: then it may
  *     have let go since then of what that snapshot names.
+ *   - q(x) is a snapshot, and before its rows were read it was removed: then the volume may have
+ *     replaced rows that were q(x)'s too, and cleared them.
  *   - x is the current epoch. What is cleared of that is decided when the generation is built.
  *
  * What the volume lets go of while q(x) is itself goes by its own doing (generation.c), so what it

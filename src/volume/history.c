@@ -55,6 +55,12 @@ struct history_entry *history_find(const struct history *h, uint64_t epoch)
     return i < h->n && h->v[i].epoch == epoch ? &h->v[i] : NULL;
 }
 
+bool history_is_live(const struct history *h, uint64_t epoch)
+{
+    const struct history_entry *e = history_find(h, epoch);
+    return e && !e->rec.removed;
+}
+
 void history_add(struct history *h, uint64_t epoch, const struct snapshot_record *rec)
 {
     size_t at = place_of(h, epoch);

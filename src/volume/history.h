@@ -33,6 +33,8 @@ uint64_t history_live_at_or_above(const struct history *h, uint64_t epoch);
 /* The newest live snapshot; 0: none. */
 uint64_t history_newest_live(const struct history *h);
 
+bool history_is_live(const struct history *h, uint64_t epoch);
+
 /* The live snapshot of that name, the snapshot of that epoch (also a removed one), or NULL. They are
  * `h`'s and move with its next change. */
 struct history_entry *history_find_name(const struct history *h, const char *name);

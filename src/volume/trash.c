@@ -22,18 +22,23 @@
 /* Of a record whose keys a snapshot decides about. */
 struct trash_judge {
     struct cleaner *c;
+    uint64_t epoch; /* the snapshot's */
     struct row_reader rows;
     /* Keys that were found and are to be judged from keys[at] on. */
     struct trash_key {
         uint64_t no, epoch;
     } keys[CLEAN_BATCH_KEYS];
     uint32_t n_keys, at;
+    unsigned level; /* of the keys */
 };
 
-/* What was left to the build of a generation was not cleared if a snapshot came between. */
+/* What was left to the build of a generation was not cleared if a snapshot came between. And a
+ * snapshot that decided and is removed can't any more: rows it has in common with the volume may go. */
 static bool outdated(const struct cleaner *c)
 {
-    return c->trash.changes != c->vol->history_changes;
+    const struct trash_judge *j = c->trash.judge;
+    return c->trash.changes != c->vol->history_changes ||
+           (j && !history_is_live(&c->vol->history, j->epoch));
 }
 
 bool clean_trash_wanted(const struct cleaner *c)
@@ -91,6 +96,7 @@ static bool record_begin(struct cleaner *c)
         struct trash_judge *j = t->judge = mem_zalloc(sizeof *j);
         struct ancestry_record where;
         j->c = c;
+        j->epoch = snapshot;
         row_reader_init(&j->rows, vol->shard->store, vol->shard->env);
         j->rows.how = owner_read(vol);
         j->rows.how.background = true;
@@ -277,11 +283,10 @@ static bool judge_row(struct trash_judge *j, bool *garbage)
 static void judge_keys(struct trash_judge *j)
 {
     struct cleaner *c = j->c;
-    struct clean_trash *t = &c->trash;
     while (j->at < j->n_keys && !c->wait_gen) {
         const struct trash_key *key = &j->keys[j->at];
         bool garbage;
-        if (!(t->level ? judge_row(j, &garbage) : judge_block(j, &garbage)))
+        if (!(j->level ? judge_row(j, &garbage) : judge_block(j, &garbage)))
             return;
         j->at++;
         if (!garbage)
@@ -289,7 +294,7 @@ static void judge_keys(struct trash_judge *j)
         cleaner_room(c, weight_of_clears(1));
         cleaner_add_clear(c, (struct gen_clear){.epoch = key->epoch,
                                                 .no = key->no,
-                                                .level = (uint8_t)t->level,
+                                                .level = (uint8_t)j->level,
                                                 .certain = true});
         cleaner_added(c, 1);
     }
@@ -406,10 +411,12 @@ static void keys_found(struct cleaner *c)
     struct trash_judge *j = t->judge;
     const struct store_range *range = &c->ranges[0];
     uint64_t last = t->next, last_epoch = 0, n = 0;
-    if (j)
+    if (j) {
+        j->level = t->level;
         j->n_keys = j->at = 0;
-    else
+    } else {
         cleaner_room(c, weight_of_clears(range->n_pairs));
+    }
     for (uint32_t i = 0; i < range->n_pairs; i++) {
         uint64_t branch, no = 0, epoch = 0;
         unsigned level;

@@ -53,7 +53,11 @@ static void neighbours_are_live_ones(void **state)
     assert_int_equal(history_live_at_or_above(&h, 7), 0);
     assert_int_equal(history_newest_live(&h), 6);
 
+    assert_true(history_is_live(&h, 6));
+    assert_false(history_is_live(&h, 4));
+    assert_false(history_is_live(&h, 5));
     history_find(&h, 6)->rec.removed = 1;
+    assert_false(history_is_live(&h, 6));
     assert_int_equal(history_newest_live(&h), 2);
     assert_int_equal(history_live_at_or_above(&h, 3), 0);
 
