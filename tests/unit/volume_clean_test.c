@@ -1,0 +1,507 @@
+/*
+ * The cleaner: what removed snapshots, rollbacks and trims leave goes, all of it, and nothing that
+ * somebody still names; whatever happens meanwhile (G7). After each test the store is looked
+ * through (sim/stored.h).
+ *
+ * In a simulated world, on stores of both kinds (limits.clears_ranges); with STORE set (engine_test.h)
+ * on an engine of the program.
+ */
+#include "engine_test.h"
+
+#include "../sim/driver.h"
+#include "../sim/real_world.h"
+#include "../sim/seeds.h"
+#include "../sim/stored.h"
+#include "base/mem.h"
+#include "volume/internal.h"
+
+#define BS 4096u
+#define UNIT2 ((uint64_t)BS << (2 * INDEX_SHIFT)) /* bytes below one level-2 row: 4 GiB */
+#define SIZE (3 * UNIT2 + 40 * BS)
+#define REGION (2u << 20)
+#define SNAPSHOTS 16u
+
+static bool on_engine;
+
+/* How the store of a test is. */
+struct kind {
+    bool clears_ranges, log;
+};
+static const struct kind kinds[] = {{false, true}, {true, false}, {false, false}};
+#define KINDS (on_engine ? 1u : 3u)
+
+/* A volume, and what its snapshots must show. */
+struct past {
+    struct drv *d;
+    struct held {
+        char name[16];
+        uint64_t epoch;
+        uint8_t *bytes; /* of all regions */
+    } held[SNAPSHOTS];
+    unsigned n, named;
+};
+
+static struct past start_on(uint64_t seed, const struct kind *kind)
+{
+    struct drv_config config = {
+        .seed = seed,
+        .size = SIZE,
+        .block_size = BS,
+        .codec = CODEC_NONE,
+        .n_regions = 4, /* at the begin, at the end, and on both sides of level-2 rows */
+        .region_bytes = REGION,
+        .write_bytes_max = 200000,
+        .cache_bytes = 64u << 20,
+        .no_log = !kind->log,
+        .seal_age_ms = 20,
+        .store = {.has_log = kind->log,
+                  .clears_ranges = kind->clears_ranges,
+                  .commit_bytes_max = kind->log ? 0 : 9u << 20},
+    };
+    struct err e;
+    struct real_config real = {.uri = engine.uri, .seed = seed};
+    if (on_engine) {
+        uint64_t c = seed;
+        engine_reset(seed, &c);
+        config.world = world_real_new(&real, &e);
+        if (!config.world)
+            fail_msg("%s", e.text);
+    }
+    struct past p = {.d = drv_new(&config)};
+    drv_open(p.d);
+    drv_request_ownership(p.d);
+    assert_true(drv_drain(p.d));
+    return p;
+}
+
+/* --- asking for things ----------------------------------------------------------------- */
+
+struct change {
+    struct vol_history_op op;
+    bool answered;
+};
+
+static void changed(struct vol_io *io)
+{
+    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
+    container_of(op, struct change, op)->answered = true;
+}
+
+static bool is_answered(void *arg)
+{
+    return ((struct change *)arg)->answered;
+}
+
+static void await(struct drv *d, struct change *c)
+{
+    assert_true(world_run_until(d->world, d->p->env, is_answered, c));
+    if (c->op.io.st != ST_OK)
+        fail_msg("%s", c->op.err.text);
+}
+
+static struct change *asked(const char *name)
+{
+    struct change *c = mem_zalloc(sizeof *c);
+    c->op.io.done = changed;
+    snprintf(c->op.name, sizeof c->op.name, "%s", name);
+    return c;
+}
+
+/* Everything that was asked for is answered, so that the arrays are what a snapshot must hold. */
+static uint64_t snapshot(struct past *p)
+{
+    struct drv *d = p->d;
+    assert_true(p->n < SNAPSHOTS && drv_drain(d));
+    struct held *h = &p->held[p->n++];
+    snprintf(h->name, sizeof h->name, "s%u", p->named++);
+    h->bytes = mem_alloc((size_t)d->n_regions * REGION);
+    for (unsigned i = 0; i < d->n_regions; i++)
+        memcpy(h->bytes + (size_t)i * REGION, d->regions[i].now, d->regions[i].len);
+    struct change *c = asked(h->name);
+    volume_snapshot_create(d->p->vol, &c->op);
+    await(d, c);
+    h->epoch = c->op.epoch;
+    free(c);
+    return h->epoch;
+}
+
+static void forget(struct past *p, unsigned i)
+{
+    free(p->held[i].bytes);
+    memmove(&p->held[i], &p->held[i + 1], (p->n - i - 1) * sizeof p->held[0]);
+    p->n--;
+}
+
+static void remove_nth(struct past *p, unsigned i)
+{
+    struct change *c = asked(p->held[i].name);
+    volume_snapshot_remove(p->d->p->vol, &c->op);
+    await(p->d, c);
+    free(c);
+    forget(p, i);
+}
+
+static bool is_clean(void *arg)
+{
+    return volume_is_clean(((struct drv *)arg)->p->vol);
+}
+
+static void wait_clean(struct past *p)
+{
+    struct drv *d = p->d;
+    assert_true(drv_drain(d));
+    drv_request_ownership(d);
+    assert_true(drv_drain(d));
+    assert_true(world_run_until(d->world, d->p->env, is_clean, d));
+}
+
+/* --- looking at it --------------------------------------------------------------------- */
+
+struct looking {
+    struct volume_open open;
+    struct vol_io io;
+    bool opened, read, closed;
+};
+
+static void view_opened(struct volume_open *op)
+{
+    container_of(op, struct looking, open)->opened = true;
+}
+
+static bool is_opened(void *arg)
+{
+    return ((struct looking *)arg)->opened;
+}
+
+static void was_read(struct vol_io *io)
+{
+    container_of(io, struct looking, io)->read = true;
+}
+
+static bool is_read(void *arg)
+{
+    return ((struct looking *)arg)->read;
+}
+
+static void view_closed(void *arg)
+{
+    ((struct looking *)arg)->closed = true;
+}
+
+static bool is_closed(void *arg)
+{
+    return ((struct looking *)arg)->closed;
+}
+
+static void read_view(struct drv *d, struct looking *v, uint64_t off, uint32_t len, uint8_t *out)
+{
+    struct vol_seg segs[VOL_SEGS(REGION, BS)];
+    v->io = (struct vol_io){.done = was_read,
+                            .offset = off,
+                            .length = len,
+                            .segs = segs,
+                            .segs_cap = VOL_SEGS(REGION, BS)};
+    v->read = volume_read(v->open.vol, &v->io);
+    assert_true(world_run_until(d->world, d->p->env, is_read, v));
+    assert_int_equal(v->io.st, ST_OK);
+    for (uint32_t i = 0; i < v->io.n_segs; i++) {
+        const struct vol_seg *s = &v->io.segs[i];
+        if (s->buf)
+            memcpy(out, s->buf->data + s->offset, s->len);
+        else
+            memset(out, 0, s->len);
+        out += s->len;
+    }
+    volume_release_segs(&v->io);
+}
+
+/* Each snapshot shows what it showed when it was made. */
+static void compare_snapshots(struct past *p)
+{
+    struct drv *d = p->d;
+    uint8_t *seen = mem_alloc(REGION);
+    for (unsigned i = 0; i < p->n; i++) {
+        const struct held *h = &p->held[i];
+        struct looking v = {
+            .open = {.branch = d->branch, .epoch = h->epoch, .name = "v@s", .done = view_opened}};
+        volume_open(d->p->shard, &v.open);
+        assert_true(world_run_until(d->world, d->p->env, is_opened, &v));
+        assert_int_equal(v.open.st, ST_OK);
+        for (unsigned k = 0; k < d->n_regions; k++) {
+            const struct region *r = &d->regions[k];
+            for (uint64_t at = 0; at < r->len; at += VOLUME_READ_BYTES_MAX)
+                read_view(d, &v, r->start + at,
+                          (uint32_t)min_u64(r->len - at, VOLUME_READ_BYTES_MAX), seen + at);
+            if (memcmp(seen, h->bytes + (size_t)k * REGION, r->len))
+                fail_msg("snapshot %s (epoch %llu) shows something else in region %u", h->name,
+                         (unsigned long long)h->epoch, k);
+        }
+        volume_close(v.open.vol, view_closed, &v);
+        assert_true(world_run_until(d->world, d->p->env, is_closed, &v));
+    }
+    free(seen);
+}
+
+/* Nothing is left that nobody names; everything shows what it must. */
+static struct stored_counts look(struct past *p)
+{
+    struct drv *d = p->d;
+    struct stored_counts counts;
+    wait_clean(p);
+    compare_snapshots(p);
+    drv_reopen(d, true);
+    assert_false(d->violated);
+    process_close(d, d->p);
+    const char *wrong = stored_check(d->world, true, &counts);
+    if (wrong)
+        fail_msg("seed %llu: %s", (unsigned long long)d->c.seed, wrong);
+    assert_int_equal(counts.snapshots, p->n);
+    process_open(d, d->p);
+    drv_request_ownership(d);
+    drv_verify_all(d);
+    compare_snapshots(p);
+    assert_false(d->violated);
+    return counts;
+}
+
+static void end(struct past *p)
+{
+    struct drv *d = p->d;
+    look(p);
+    while (p->n)
+        forget(p, 0);
+    drv_close(d);
+    const char *wrong = world_end(d->world);
+    if (wrong)
+        fail_msg("%s", wrong);
+    assert_true(drv_free(d));
+}
+
+/* Writes into all regions, and trims of every size: in part, blocks, rows, level-2 rows. */
+static void go_on(struct past *p, unsigned steps)
+{
+    struct drv *d = p->d;
+    drv_steps(d, steps);
+    if (drv_one_in(d, 2))
+        drv_zero(d, drv_below(d, 2 * UNIT2), UNIT2 + drv_below(d, UNIT2), true, 0);
+    if (drv_one_in(d, 4))
+        drv_zero(d, 0, SIZE, true, 0);
+    drv_steps(d, steps);
+    assert_true(drv_drain(d));
+}
+
+/* --- removed snapshots ----------------------------------------------------------------- */
+
+/* The oldest, the newest, one between two, two neighbours, all. */
+static void any_of_several_goes(void **state)
+{
+    (void)state;
+    static const unsigned orders[][6] = {
+        {0, 0, 0, 0, 0, 0}, {5, 4, 3, 2, 1, 0}, {2, 2, 3, 0, 1, 0}, {1, 3, 1, 1, 0, 0}};
+    for (unsigned k = 0; k < KINDS; k++) {
+        for (unsigned o = 0; o < 4; o++) {
+            struct past p = start_on(10 * k + o, &kinds[k]);
+            for (unsigned i = 0; i < 6; i++) {
+                go_on(&p, 30);
+                snapshot(&p);
+            }
+            go_on(&p, 30);
+            for (unsigned i = 0; i < 6; i++) {
+                remove_nth(&p, orders[o][i]);
+                if (o != 3 || i % 2)
+                    look(&p);
+            }
+            end(&p);
+        }
+    }
+}
+
+/* Only what changed is looked at: a snapshot without changes goes without reading one row of the
+ * first level, and with one changed block it takes two, however much there is. */
+static void the_work_is_what_changed(void **state)
+{
+    (void)state;
+    if (on_engine)
+        return;
+    for (unsigned k = 0; k < KINDS; k++) {
+        struct past p = start_on(100 + k, &kinds[k]);
+        for (unsigned i = 0; i < 60; i++)
+            drv_write(p.d, i * (8u << 20), BS, 0);
+        snapshot(&p);
+        snapshot(&p);
+        drv_write(p.d, 5 * (8u << 20), BS, 0);
+        snapshot(&p);
+        wait_clean(&p);
+        struct mem_counts before, after;
+        mem_store_counts(p.d->db, &before);
+        remove_nth(&p, 0);
+        wait_clean(&p);
+        mem_store_counts(p.d->db, &after);
+        uint64_t unchanged = after.background_reads - before.background_reads;
+        mem_store_counts(p.d->db, &before);
+        remove_nth(&p, 0);
+        wait_clean(&p);
+        mem_store_counts(p.d->db, &after);
+        assert_int_equal(after.background_reads - before.background_reads, unchanged + 2);
+        assert_in_range(unchanged, 1, 12);
+        end(&p);
+    }
+}
+
+/* A snapshot of the volume as it is now has no younger neighbour: what the volume lets go of before
+ * the removal is known, while it is under way, and afterwards goes all the same. */
+static void removed_under_writes(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("removed under writes", on_engine ? 4 : 30, 40);
+    for (uint64_t s = 0; s < seeds.count; s++) {
+        struct past p = start_on(seeds.first + s, &kinds[(seeds.first + s) % KINDS]);
+        struct drv *d = p.d;
+        for (unsigned round = 0; round < 6; round++) {
+            for (unsigned i = 0; i < 3; i++) {
+                drv_steps(d, seeds.steps);
+                snapshot(&p);
+            }
+            drv_steps(d, seeds.steps);
+            while (p.n > round / 2) {
+                struct change *c = asked(p.held[drv_below(d, p.n)].name);
+                volume_snapshot_remove(d->p->vol, &c->op);
+                while (!c->answered && !d->violated)
+                    drv_steps(d, 3);
+                assert_int_equal(c->op.io.st, ST_OK);
+                unsigned i = 0;
+                while (strcmp(p.held[i].name, c->op.name))
+                    i++;
+                forget(&p, i);
+                free(c);
+                if (drv_one_in(d, 3))
+                    go_on(&p, 10);
+                if (drv_one_in(d, 4))
+                    snapshot(&p);
+                drv_steps(d, drv_below(d, 30));
+            }
+        }
+        end(&p);
+    }
+}
+
+/* --- trash ----------------------------------------------------------------------------- */
+
+/* A trim of much under the eyes of a snapshot that comes before it was cleared: what was written
+ * into the range again is the snapshot's, and stays until that goes. */
+static void trash_is_judged_by_who_may_name_it(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("trash under snapshots", on_engine ? 4 : 40, 30);
+    for (uint64_t s = 0; s < seeds.count; s++) {
+        struct past p = start_on(seeds.first + s, &kinds[(seeds.first + s) % KINDS]);
+        struct drv *d = p.d;
+        for (unsigned round = 0; round < 5; round++) {
+            drv_steps(d, seeds.steps);
+            drv_drain(d);
+            drv_zero(d, drv_below(d, REGION), UNIT2 + drv_below(d, UNIT2), true, 0);
+            drv_zero(d, drv_below(d, REGION / 2), REGION / 4, true, 0);
+            drv_steps(d, seeds.steps / 3);
+            snapshot(&p);
+            drv_steps(d, drv_below(d, seeds.steps));
+            if (drv_one_in(d, 2))
+                drv_zero(d, 0, SIZE, true, 0);
+            if (drv_one_in(d, 3))
+                remove_nth(&p, (unsigned)drv_below(d, p.n));
+            if (drv_one_in(d, 3))
+                look(&p);
+        }
+        while (p.n)
+            remove_nth(&p, (unsigned)drv_below(d, p.n));
+        end(&p);
+    }
+}
+
+/* After snapshots were removed the volume has blocks of many epochs, and one trim of it all leaves one
+ * record. */
+static void one_trim_of_many_epochs(void **state)
+{
+    (void)state;
+    for (unsigned k = 0; k < KINDS; k++) {
+        struct past p = start_on(200 + k, &kinds[k]);
+        struct drv *d = p.d;
+        for (unsigned i = 0; i < 10; i++) {
+            drv_write(d, i * 100000, 40000, 0);
+            drv_write(d, UNIT2 - 100000, 200000, 0);
+            snapshot(&p);
+        }
+        while (p.n > 1)
+            remove_nth(&p, 1);
+        wait_clean(&p);
+        uint64_t next = d->p->vol->state.trash_next;
+        drv_zero(d, 0, SIZE, true, 0);
+        drv_sync(d);
+        assert_int_equal(d->p->vol->state.trash_next, next + 1);
+        struct stored_counts counts = look(&p);
+        remove_nth(&p, 0);
+        assert_true(counts.blocks > 0);
+        counts = look(&p);
+        assert_int_equal(counts.blocks, 0);
+        /* Under a snapshot that holds everything there is nothing to leave. */
+        drv_write(d, 0, 100000, 0);
+        snapshot(&p);
+        wait_clean(&p);
+        next = d->p->vol->state.trash_next;
+        drv_zero(d, 0, SIZE, true, 0);
+        drv_sync(d);
+        assert_int_equal(d->p->vol->state.trash_next, next);
+        end(&p);
+    }
+}
+
+/* --- deaths ---------------------------------------------------------------------------- */
+
+/* Whoever comes next goes on where the one that died stood. */
+static void resumed_after_deaths(void **state)
+{
+    (void)state;
+    if (on_engine)
+        return;
+    struct seeds seeds = seeds_begin("deaths", 40, 30);
+    for (uint64_t s = 0; s < seeds.count; s++) {
+        struct past p = start_on(seeds.first + s, &kinds[(seeds.first + s) % KINDS]);
+        struct drv *d = p.d;
+        for (unsigned i = 0; i < 4; i++) {
+            go_on(&p, (unsigned)seeds.steps);
+            snapshot(&p);
+        }
+        go_on(&p, (unsigned)seeds.steps);
+        while (p.n || drv_one_in(d, 2)) {
+            if (p.n)
+                remove_nth(&p, (unsigned)drv_below(d, p.n));
+            if (drv_one_in(d, 3))
+                drv_zero(d, 0, SIZE, true, 0);
+            if (drv_one_in(d, 3))
+                drv_steps(d, 20);
+            for (uint64_t n = drv_below(d, 200); n > 0; n--)
+                drv_moment(d, 1);
+            bool power = drv_one_in(d, 2);
+            drv_crash(d, power);
+            drv_recover(d, power);
+            assert_false(d->violated);
+        }
+        end(&p);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(any_of_several_goes),
+        cmocka_unit_test(the_work_is_what_changed),
+        cmocka_unit_test(removed_under_writes),
+        cmocka_unit_test(trash_is_judged_by_who_may_name_it),
+        cmocka_unit_test(one_trim_of_many_epochs),
+        cmocka_unit_test(resumed_after_deaths),
+    };
+    const char *uri = getenv("STORE");
+    on_engine = uri && *uri;
+    if (on_engine)
+        engine_choose();
+    return engine_done(cmocka_run_group_tests_name("cleaner", tests, NULL, NULL));
+}
