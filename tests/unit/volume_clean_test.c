@@ -454,6 +454,88 @@ static void one_trim_of_many_epochs(void **state)
     }
 }
 
+/* --- rollbacks ------------------------------------------------------------------------- */
+
+struct waited {
+    struct catalog_op op;
+    bool done;
+};
+
+static void op_done(struct catalog_op *op)
+{
+    container_of(op, struct waited, op)->done = true;
+}
+
+static bool is_done(void *arg)
+{
+    return ((struct waited *)arg)->done;
+}
+
+/* The volume is what its nth snapshot holds; younger ones are gone. */
+static void roll_back(struct past *p, unsigned nth)
+{
+    struct drv *d = p->d;
+    const struct held *h = &p->held[nth];
+    drv_reopen(d, true);
+    process_close(d, d->p);
+    char name[32];
+    snprintf(name, sizeof name, "v@%s", h->name);
+    struct waited find = {.op = {.done = op_done}}, roll = {.op = {.done = op_done}};
+    catalog_find(&find.op, d->p->store, d->p->env, name);
+    assert_true(world_run_until(d->world, d->p->env, is_done, &find));
+    assert_int_equal(find.op.st, ST_OK);
+    catalog_rollback(&roll.op, d->p->store, d->p->env, &find.op.entries[0], true);
+    assert_true(world_run_until(d->world, d->p->env, is_done, &roll));
+    if (roll.op.st != ST_OK)
+        fail_msg("%s", roll.op.err.text);
+    catalog_op_free(&find.op);
+    catalog_op_free(&roll.op);
+    for (unsigned i = 0; i < d->n_regions; i++) {
+        struct region *r = &d->regions[i];
+        memcpy(r->now, h->bytes + (size_t)i * REGION, r->len);
+        memcpy(r->base, r->now, r->len);
+        memset(r->alloc, ALLOC_UNKNOWN, r->len / BS + 1);
+    }
+    while (p->n > nth + 1)
+        forget(p, p->n - 1);
+    process_open(d, d->p);
+}
+
+/* Of the epochs between nothing stays, also where one rollback follows another, deaths come between,
+ * and the snapshot it went back to is removed before they are cleared. */
+static void rolled_back_epochs_go(void **state)
+{
+    (void)state;
+    struct seeds seeds = seeds_begin("rollbacks", on_engine ? 4 : 40, 25);
+    for (uint64_t s = 0; s < seeds.count; s++) {
+        struct past p = start_on(seeds.first + s, &kinds[(seeds.first + s) % KINDS]);
+        struct drv *d = p.d;
+        for (unsigned round = 0; round < 6; round++) {
+            for (uint64_t n = 1 + drv_below(d, 3); n > 0; n--) {
+                go_on(&p, (unsigned)drv_below(d, seeds.steps));
+                snapshot(&p);
+            }
+            go_on(&p, (unsigned)drv_below(d, seeds.steps));
+            if (drv_one_in(d, 3))
+                remove_nth(&p, (unsigned)drv_below(d, p.n));
+            if (p.n)
+                roll_back(&p, (unsigned)drv_below(d, p.n));
+            drv_steps(d, drv_below(d, 10));
+            for (uint64_t n = drv_below(d, 60); n > 0; n--)
+                drv_moment(d, 1);
+            if (!on_engine && drv_one_in(d, 3)) {
+                drv_crash(d, false);
+                drv_recover(d, false);
+            }
+            if (p.n && drv_one_in(d, 3))
+                remove_nth(&p, p.n - 1);
+            if (drv_one_in(d, 3))
+                look(&p);
+        }
+        end(&p);
+    }
+}
+
 /* --- deaths ---------------------------------------------------------------------------- */
 
 /* Whoever comes next goes on where the one that died stood. */
@@ -497,6 +579,7 @@ int main(void)
         cmocka_unit_test(removed_under_writes),
         cmocka_unit_test(trash_is_judged_by_who_may_name_it),
         cmocka_unit_test(one_trim_of_many_epochs),
+        cmocka_unit_test(rolled_back_epochs_go),
         cmocka_unit_test(resumed_after_deaths),
     };
     const char *uri = getenv("STORE");
