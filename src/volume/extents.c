@@ -196,12 +196,10 @@ static bool entries_suffice(struct status_walk *w, const struct side_row side[SI
 static unsigned run_end(const uint16_t *source, unsigned i, unsigned end)
 {
     uint16_t first = source[i];
-    uint64_t four, these;
-    for (unsigned k = 0; k < 4; k++)
-        memcpy((uint8_t *)&four + 2 * k, &first, 2);
-    for (i++; i + 4 <= end; i += 4) {
-        memcpy(&these, source + i, 8);
-        if (these != four)
+    uint64_t four = first * 0x0001000100010001ull, these[4];
+    for (i++; i + 16 <= end; i += 16) {
+        memcpy(these, source + i, sizeof these);
+        if ((these[0] ^ four) | (these[1] ^ four) | (these[2] ^ four) | (these[3] ^ four))
             break;
     }
     while (i < end && source[i] == first)
