@@ -1,6 +1,9 @@
-"""A discard of any size is quick, and so is opening a large volume (checklist D.9)."""
+"""A discard of any size is quick, and so is opening a large volume (checklist D.9), and telling what
+is in it (D.11)."""
 
 import os
+import shutil
+import subprocess
 import time
 
 import nbd
@@ -86,3 +89,57 @@ def test_D09_opening_64_tib_takes_no_time(tmp_path, rng):
             h.shutdown()
         print("open and first read:", ", ".join(f"{t * 1000:.1f} ms" for t in times))
         assert min(times) < 0.05 * SLOW
+
+
+def timed_map(uri, context=None):
+    """Whole seconds and all: nbdinfo starts, asks for everything, and sums up."""
+    option = f"--map={context}" if context else "--map"
+    began = time.monotonic()
+    done = subprocess.run(["nbdinfo", option, "--totals", uri], capture_output=True, text=True,
+                          check=True, timeout=120 * SLOW)
+    took = time.monotonic() - began
+    totals = {}
+    for line in done.stdout.splitlines():
+        length, _, kind, *_ = line.split()
+        totals[int(kind)] = int(length)
+    return took, totals
+
+
+@pytest.mark.limit(300)
+def test_D11_maps_of_large_volumes(tmp_path, rng):
+    """A million extents over 8 TiB, two for each of the index rows of level 1; and what has changed
+    since a snapshot of that. On FoundationDB an eighth of it: there each row is a key to be asked
+    for over the network."""
+    if not shutil.which("nbdinfo"):
+        pytest.skip("nbdinfo is not installed")
+    rows = (64 << 10) if stores.on_fdb() else (512 << 10)
+    span, block = 16 << 20, 16384
+    size = rows * span
+    with Server(tmp_path, {"small": "1M"}, tcp=False) as server:
+        server.cli("create", "big", size, "--block-size", "16K")
+        h = nbd.NBD()
+        h.connect_uri(server.uri("big"))
+        for row in range(rows):
+            h.aio_zero(block, row * span, flags=nbd.CMD_FLAG_NO_HOLE)
+            if h.aio_in_flight() >= 256:
+                drain(h, 128)
+        drain(h, 0)
+        h.flush()
+        server.cli("snapshot", "create", "big@s")
+        changed = {rng.randrange(size // block) for _ in range(1000)}
+        for no in changed:
+            h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(rng.randbytes(block))), no * block)
+            if h.aio_in_flight() >= 128:
+                drain(h, 64)
+        drain(h, 0)
+        h.shutdown()
+        # Nothing of it is in memory.
+        server.restart()
+        took, totals = timed_map(server.uri("big@s"))
+        print(f"map of {2 * rows} extents over {size >> 40} TiB: {took:.3f} s")
+        assert totals == {2: rows * block, 3: size - rows * block}
+        assert took < 1.0 * SLOW
+        took, totals = timed_map(server.uri("big"), "qemu:dirty-bitmap:s")
+        print(f"map of {len(changed)} changed blocks in it: {took:.3f} s")
+        assert totals == {0: size - len(changed) * block, 1: len(changed) * block}
+        assert took < 1.0 * SLOW
