@@ -494,19 +494,19 @@ static int find_base(struct import *m)
         m->base = all[n - 1];
         return CLI_DONE;
     }
-    for (size_t i = 0; i < n; i++) {
-        if (first->snapshot && memcmp(all[i].rec.id, first->id, SNAPSHOT_ID_BYTES) == 0) {
+    for (size_t i = 0; first->snapshot && i < n; i++)
+        if (memcmp(all[i].rec.id, first->id, SNAPSHOT_ID_BYTES) == 0) {
             cli_error("volume \"%s\" in %s has what the stream brings already: it is snapshot \"%s\"",
                       m->name, run->cli->store_uri, all[i].rec.name);
             return CLI_FAILED;
         }
+    for (size_t i = 0; i < n; i++)
         if (memcmp(all[i].rec.id, first->base, SNAPSHOT_ID_BYTES) == 0) {
             cli_error("the stream goes on from snapshot \"%s\" of volume \"%s\" in %s, which has "
                       "newer ones: roll it back to that first",
                       all[i].rec.name, m->name, run->cli->store_uri);
             return CLI_FAILED;
         }
-    }
     cli_error("the stream goes on from snapshot \"%s\" of volume \"%s\", which volume \"%s\" in %s "
               "has not got: import what comes before first",
               first->base_name, m->source.volume.name, m->name, run->cli->store_uri);

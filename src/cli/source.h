@@ -63,8 +63,8 @@ struct source {
 /* Opens FILE, "-" being standard input, and reads its beginning. `name` must stay. */
 enum status source_open(struct source *s, struct run *run, const char *name, struct err *e);
 
-/* The next batch: until the next call. ST_INVAL with a sentence that names the position: it is
- * damaged, or cut off. */
+/* The next batch: until the next call. ST_IO with a sentence that names the position: it is damaged,
+ * or cut off. */
 enum status source_next(struct source *s, const struct source_batch **out, struct err *e);
 
 /* Always to be called. */

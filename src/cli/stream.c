@@ -156,7 +156,7 @@ size_t stream_pack(const void *data, size_t len, void *out)
 
 static enum status damaged(uint64_t at, struct err *e, const char *what)
 {
-    return fail(e, ST_INVAL, "the stream is damaged at byte %" PRIu64 ": %s", at, what);
+    return fail(e, ST_IO, "the stream is damaged at byte %" PRIu64 ": %s", at, what);
 }
 
 bool stream_is(const uint8_t mark[STREAM_MARK_BYTES])
@@ -173,7 +173,7 @@ enum status stream_take_begin(struct stream_reader *r, const uint8_t begin[STREA
     if (!stream_is(begin))
         return damaged(0, e, "it does not begin as one");
     if (version != VERSION)
-        return fail(e, ST_FORMAT,
+        return fail(e, ST_UNSUP,
                     "the stream has version %u at byte %u, and this fdb-nbd knows version %u only: "
                     "if it is not damaged, use a newer fdb-nbd",
                     version, STREAM_MARK_BYTES, VERSION);
@@ -358,7 +358,7 @@ enum status stream_unpack(const struct stream_frame *f, const void *body, void *
 enum status stream_ended(const struct stream_reader *r, size_t got, struct err *e)
 {
     if (r->last != STREAM_END)
-        return fail(e, ST_INVAL, "the stream is cut off at byte %" PRIu64 ": it has no end",
+        return fail(e, ST_IO, "the stream is cut off at byte %" PRIu64 ": it has no end",
                     r->position + got);
     if (got > 0)
         return damaged(r->position, e, "something follows behind its end");

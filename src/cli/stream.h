@@ -107,7 +107,7 @@ struct stream_reader {
 /* Whether these are the first bytes of a stream of ours, of whatever version. */
 bool stream_is(const uint8_t mark[STREAM_MARK_BYTES]);
 
-/* The bytes before the first frame. All that follow: ST_INVAL or ST_FORMAT with a sentence, after
+/* The bytes before the first frame. All that follow: ST_IO or (another version) ST_UNSUP with a sentence, after
  * which the reader is not used any more. */
 enum status stream_take_begin(struct stream_reader *r, const uint8_t begin[STREAM_BEGIN_BYTES],
                               struct err *e);
