@@ -6,10 +6,6 @@
  * works on stands in the store (a gap in the ancestry, a removed snapshot's record, a trash
  * record) and goes with the commit that finishes it, so a crash at any point leaves it to
  * be gone through again, which finds less.
- *
- * The order matters for removed snapshots: the oldest first, because what an older one names goes
- * with that one, and the search for the rows of a younger one, some of which may be gone after a
- * crash, would find its rows instead.
  */
 #include "volume/cleaner.h"
 
