@@ -104,7 +104,7 @@ static void make_here(struct change *c)
 enum status change_begin(struct change *c, struct run *run, struct run_owned *self,
                          const struct catalog_entry *entry)
 {
-    *c = (struct change){.run = run, .entry = *entry, .done = true};
+    *c = (struct change){.run = run, .self = self, .entry = *entry, .done = true};
     c->entry.snapshot.epoch = 0; /* the volume is what is changed, not the snapshot */
     enum run_owner state = run_owner_state(run, &entry->owner);
     if (state != OWNER_NONE && state != OWNER_DEAD)
@@ -127,6 +127,12 @@ void change_end(struct change *c)
     if (c->vol)
         run_close(c->run, c->vol);
     c->vol = NULL;
+}
+
+void change_yield(struct change *c)
+{
+    if (c->vol)
+        shard_wait_no_more(c->self->shard);
 }
 
 void change_start(struct change *c, const struct mail_record *mail)

@@ -20,6 +20,7 @@ struct change {
     struct err err;
 
     struct run *run; /* private, from here on */
+    struct run_owned *self;
     struct mail_record mail;
     struct catalog_op ask;
     struct vol_history_op op;
@@ -32,6 +33,10 @@ struct change {
 enum status change_begin(struct change *c, struct run *run, struct run_owned *self,
                          const struct catalog_entry *entry);
 void change_end(struct change *c);
+
+/* From now on whoever wants a volume that is ours gets it as soon as no step is under way and the loop
+ * turns for a moment: for commands that take long. The next step then is ST_CONFLICT. */
+void change_yield(struct change *c);
 
 /* One step. Several volumes may each have one under way. */
 void change_start(struct change *c, const struct mail_record *mail);

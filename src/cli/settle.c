@@ -24,6 +24,7 @@ void snapshot_settle(struct change *c, const char *what)
     if (!c->vol || !volume_is_owned(c->vol) || volume_is_clean(c->vol))
         return;
     interrupt_catch();
+    change_yield(c);
     progress_begin(&progress, run->env, 0, "clearing %s", what);
     uint64_t before = progress.shown ? bytes_used(run) : 0;
     for (unsigned n = 1; volume_is_owned(c->vol) && !volume_is_clean(c->vol) && !interrupted();
