@@ -7,9 +7,9 @@
  * thawed; if this command dies first, they thaw by themselves. Where one snapshot can't be made,
  * those that were are removed again.
  *
- * Volumes are taken and frozen in the order of their branches. Of two commands with volumes in
- * common the first freeze counts; the other command lets go and begins again after a while that is
- * left to chance.
+ * Volumes that nobody owns are taken in the order of their branches. Of two commands with volumes
+ * in common the first freeze counts; who meets one of another lets go of all and begins again after
+ * a while that is left to chance.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +27,7 @@ struct member {
     uint8_t id[SNAPSHOT_ID_BYTES];
     struct catalog_entry entry;
     struct change change;
-    bool begun, frozen, asked;
+    bool begun, asked;
 };
 
 struct group {
@@ -35,6 +35,7 @@ struct group {
     struct run_owned self;
     struct member *members;
     size_t n;
+    bool frozen;    /* some of them, perhaps */
     struct err err; /* why the last attempt failed */
 };
 
@@ -42,6 +43,29 @@ static int compare_branches(const void *a, const void *b)
 {
     const struct member *x = a, *y = b;
     return x->entry.branch < y->entry.branch ? -1 : x->entry.branch > y->entry.branch;
+}
+
+/* One step with all of them at once, because clients wait meanwhile. */
+static enum status all_at_once(struct group *g, struct mail_record *mail)
+{
+    enum status result = ST_OK;
+    for (size_t i = 0; i < g->n; i++) {
+        struct member *m = &g->members[i];
+        memcpy(mail->name, m->name->snapshot, sizeof mail->name);
+        memcpy(mail->snapshot_id, m->id, sizeof mail->snapshot_id);
+        change_start(&m->change, mail);
+    }
+    for (size_t i = 0; i < g->n; i++) {
+        struct member *m = &g->members[i];
+        enum status st = change_wait(&m->change);
+        /* What can be tried again is so only where nothing else stands against it. */
+        bool passing = st == ST_CONFLICT || st == ST_BUSY;
+        if (st == ST_OK || (passing && result != ST_OK))
+            continue;
+        result = st;
+        g->err = m->change.err;
+    }
+    return result;
 }
 
 static enum status take_and_freeze(struct group *g, uint64_t token)
@@ -61,63 +85,36 @@ static enum status take_and_freeze(struct group *g, uint64_t token)
     struct mail_record mail = run_mail(MAIL_FREEZE);
     mail.token = token;
     mail.number = FREEZE_MS;
-    for (size_t i = 0; i < g->n; i++) {
-        struct member *m = &g->members[i];
-        change_start(&m->change, &mail);
-        enum status st = change_wait(&m->change);
-        if (st != ST_OK) {
-            g->err = m->change.err;
-            return st;
-        }
-        m->frozen = true;
-    }
-    return ST_OK;
+    g->frozen = true;
+    return all_at_once(g, &mail);
 }
 
-/* All at once: clients wait. */
 static enum status make(struct group *g, uint64_t token)
 {
-    enum status result = ST_OK;
     struct mail_record mail = run_mail(MAIL_SNAPSHOT_CREATE);
     mail.token = token;
-    for (size_t i = 0; i < g->n; i++) {
-        struct member *m = &g->members[i];
-        memcpy(mail.name, m->name->snapshot, sizeof mail.name);
-        memcpy(mail.snapshot_id, m->id, sizeof mail.snapshot_id);
-        m->asked = true;
-        change_start(&m->change, &mail);
-    }
-    for (size_t i = 0; i < g->n; i++) {
-        struct member *m = &g->members[i];
-        enum status st = change_wait(&m->change);
-        /* What can be tried again is so only where nothing else stands against it. */
-        bool passing = st == ST_CONFLICT || st == ST_BUSY;
-        if (st == ST_OK || (passing && result != ST_OK))
-            continue;
-        result = st;
-        g->err = m->change.err;
-    }
-    return result;
+    for (size_t i = 0; i < g->n; i++)
+        g->members[i].asked = true;
+    return all_at_once(g, &mail);
 }
 
 static void let_go(struct group *g, uint64_t token)
 {
     struct mail_record mail = run_mail(MAIL_THAW);
+    struct err why = g->err;
     mail.token = token;
-    for (size_t i = 0; i < g->n; i++)
-        if (g->members[i].frozen)
-            change_start(&g->members[i].change, &mail);
-    /* One that can't be asked has thawed, or will. */
-    for (size_t i = 0; i < g->n; i++)
-        if (g->members[i].frozen)
-            change_wait(&g->members[i].change);
+    /* (One that can't be asked has thawed, or will.) */
+    if (g->frozen)
+        all_at_once(g, &mail);
+    g->frozen = false;
+    g->err = why;
     for (size_t i = 0; i < g->n; i++) {
         struct member *m = &g->members[i];
         if (m->begun && m->change.vol)
             volume_keep(m->change.vol, false);
         if (m->begun)
             change_end(&m->change);
-        m->begun = m->frozen = false;
+        m->begun = false;
     }
     run_disown(g->run, &g->self);
 }
