@@ -127,6 +127,11 @@ static void expect_late(const struct timed *t)
     assert_in_range(t->took_ms, TIMEOUT_MS * 9 / 10, TIMEOUT_MS * 13 / 10);
 }
 
+static void is_closed_now(void *arg)
+{
+    *(bool *)arg = true;
+}
+
 static void one_of_each_kind(uint32_t read_timeout_ms)
 {
     struct drv_config config = config_of(1, false);
@@ -203,6 +208,58 @@ static void each_kind_of_request_ends(void **state)
     one_of_each_kind(TIMEOUT_MS); /* reads end in the store */
 }
 
+/* A block status ends while the many rows it needs are being read, and what comes of them later is
+ * let go; also where the volume was closed meanwhile. */
+static void block_status_of_many_rows_ends(void **state)
+{
+    (void)state;
+    const uint64_t row_bytes = 4096u * 1024;
+    for (unsigned i = 0; i < 4; i++) {
+        struct drv_config config = config_of(3 + i, false);
+        struct timed status;
+        config.block_size = 4096;
+        config.size = 8ull << 30;
+        config.n_regions = 2;
+        config.region_bytes = 1u << 20;
+        config.store.timeout_ms = i & 1 ? TIMEOUT_MS : 0;
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        for (unsigned row = 0; row < 100; row++)
+            assert_int_equal(drv_zero(d, row * row_bytes, 4096, false, VOL_NO_HOLE), ST_OK);
+        drv_reopen(d, true);
+        /* Level 2 is in memory, level 1 is not. */
+        assert_int_equal(drv_zero(d, 200 * row_bytes, 4096, true, 0), ST_OK);
+        assert_int_equal(drv_sync(d), ST_OK);
+        mem_store_stop(d->db, true);
+        timed_begin(d, &status, 0, 100 * row_bytes);
+        volume_status(d->p->vol, &status.io);
+        drv_wait_ms(d, 2 * TIMEOUT_MS);
+        expect_late(&status);
+        if (i & 2) {
+            mem_store_stop(d->db, false);
+            timed_begin(d, &status, 0, 100 * row_bytes);
+            volume_status(d->p->vol, &status.io);
+            drv_wait_ms(d, TIMEOUT_MS / 2);
+            assert_true(status.answered && status.st == ST_OK);
+            assert_int_equal(status.io.n_extents, 4);
+            assert_int_equal(status.extents[0].length, 4096);
+            assert_int_equal(status.extents[1].length, row_bytes - 4096);
+        } else {
+            volume_unwatch_loss(&d->p->watcher);
+            bool closed = false;
+            volume_close(d->p->vol, is_closed_now, &closed);
+            d->p->vol = NULL;
+            drv_wait_ms(d, 100);
+            assert_false(closed);
+            mem_store_stop(d->db, false);
+            drv_wait_ms(d, 3000);
+            assert_true(closed);
+        }
+        drv_close(d);
+        assert_true(drv_free(d));
+    }
+}
+
 /* Who waits for the volume itself ends, too, and gets it later. */
 static void parked_requests_end(void **state)
 {
@@ -259,6 +316,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(stops_under_load),
         cmocka_unit_test(each_kind_of_request_ends),
+        cmocka_unit_test(block_status_of_many_rows_ends),
         cmocka_unit_test(parked_requests_end),
         cmocka_unit_test(memory_stays_bounded),
     };
