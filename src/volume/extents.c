@@ -6,6 +6,8 @@
  * comparison has. The rest are loaded many at a time and not kept: a map of a big volume
  * looks at each of them once, and would leave nothing else in memory. Only a walk that needs a
  * single row goes through the index, because the next question is often about the same one.
+ * Rows that stand close together are read as one range, until that turns out to bring too many
+ * versions of them that nobody asked for.
  *
  * What came that way may be outdated: a row that is in memory counts before it, and one that the
  * index does not name any more, or that was not there, is asked for through the index.
@@ -37,6 +39,8 @@ struct row_batch {
     struct status_walk *walk;
     struct store_read read;
     struct store_get *gets;
+    struct store_range range; /* instead of the gets, which are filled from it */
+    struct key begin, end;
     uint32_t n, next;
     bool failed;
     struct row1 plain[SIDES]; /* the one that was looked at last */
@@ -272,12 +276,47 @@ static void batch_free(struct status_walk *w)
     free(b);
 }
 
+static int compare_keys(struct slice a, struct slice b)
+{
+    int c = memcmp(a.data, b.data, min_u64(a.len, b.len));
+    return c ? c : a.len < b.len ? -1 : a.len > b.len;
+}
+
+/* Takes out of the range what was asked for. Where it was cut short, the rest was not asked for. */
+static void take_range(struct row_batch *b)
+{
+    const struct store_range *range = &b->range;
+    for (uint32_t i = 0; i < b->n; i++) {
+        struct store_get *get = &b->gets[i];
+        uint32_t low = 0, high = range->n_pairs;
+        while (low < high) {
+            uint32_t at = (low + high) / 2;
+            if (compare_keys(range->pairs[at].key, get->key) < 0)
+                low = at + 1;
+            else
+                high = at;
+        }
+        if (low == range->n_pairs && range->more) {
+            b->n = i;
+            return;
+        }
+        bool found = low < range->n_pairs && !compare_keys(range->pairs[low].key, get->key);
+        get->st = found ? ST_OK : ST_NOTFOUND;
+        if (found)
+            get->head = range->pairs[low].head;
+    }
+}
+
 static void batch_came(struct store_read *read, enum status st)
 {
     struct row_batch *b = container_of(read, struct row_batch, read);
     struct status_walk *w = b->walk;
     struct volume *vol = w->vol;
     b->failed = st != ST_OK;
+    if (read->n_ranges && st == ST_OK) {
+        take_range(b);
+        vol->rows_crowded |= b->range.more;
+    }
     w->reading = false;
     vol->fetches--;
     if (w->io) {
@@ -394,6 +433,23 @@ static uint64_t batch_end(struct status_walk *w, uint64_t row, uint32_t *n)
     return row;
 }
 
+/* Whether the rows are worth being read as a range; if so, prepares that. */
+static bool make_range(struct row_batch *b, bool crowded)
+{
+    const struct read_row *first = &b->rows[0], *last = &b->rows[b->n - 1];
+    if (crowded || last->no - first->no >= 2 * (uint64_t)b->n)
+        return false;
+    for (uint32_t i = 1; i < b->n; i++)
+        if (b->rows[i].branch != first->branch)
+            return false;
+    key_row(&b->begin, first->branch, 1, first->no, 0);
+    key_row(&b->end, first->branch, 1, last->no + 1, 0);
+    b->range = (struct store_range){.begin = key_slice(&b->begin),
+                                    .end = key_slice(&b->end),
+                                    .limit = 2 * b->n + READ_ROWS_MIN};
+    return true;
+}
+
 static void batch_read(struct status_walk *w, uint64_t row, uint64_t end, uint32_t n)
 {
     struct shard *s = w->vol->shard;
@@ -414,8 +470,13 @@ static void batch_read(struct status_walk *w, uint64_t row, uint64_t end, uint32
     w->loads += n;
     w->vol->fetches++;
     b->read = owner_read(w->vol);
-    b->read.gets = b->gets;
-    b->read.n_gets = n;
+    if (make_range(b, w->vol->rows_crowded)) {
+        b->read.ranges = &b->range;
+        b->read.n_ranges = 1;
+    } else {
+        b->read.gets = b->gets;
+        b->read.n_gets = n;
+    }
     b->read.done = batch_came;
     store_read(s->store, s->env, &b->read);
 }

@@ -306,6 +306,7 @@ struct volume {
 
     struct list entries[ENTRY_LISTS]; /* blk.in_vol, see entries_of() */
     struct index index;
+    bool rows_crowded; /* its level-1 rows have many versions: not to be read as ranges */
     struct list gens; /* oldest first; the last one is open */
     struct gen *open;
     uint64_t gen_next;
