@@ -329,8 +329,11 @@ void volume_lose(struct volume *vol, const char *why)
 {
     if (vol->lost)
         return;
-    log_error("volume %s: lost: %s; its connections are closed and nothing of it is answered",
-              vol->name, why);
+    if (vol->view_epoch)
+        log_info("%s: %s: nothing of it is answered any more", vol->name, why);
+    else
+        log_error("volume %s: lost: %s; its connections are closed and nothing of it is answered",
+                  vol->name, why);
     lose(vol, why);
 }
 
