@@ -212,6 +212,8 @@ static enum status fill(struct import *m, struct err *e)
 {
     const struct source_batch *b;
     enum status st;
+    /* A source that is slow does not make it idle. */
+    volume_keep(m->owned.vol, true);
     do {
         st = source_next(&m->source, &b, e);
         if (st == ST_OK && interrupted())
@@ -242,6 +244,7 @@ static enum status fill(struct import *m, struct err *e)
     if (st == ST_OK && !m->source.is_stream)
         st = resize(m, round_up_u64(max_u64(m->source.position, 1), SECTOR_BYTES), e);
     writings_wait(m, 0);
+    volume_keep(m->owned.vol, false);
     return st;
 }
 

@@ -378,6 +378,8 @@ void volume_drop_cache(struct volume *vol);
 /* Something ended: goes on with a loss, a release or a close that waited for it. The volume
  * itself goes later, from the loop. */
 void volume_progress(struct volume *vol);
+/* Whether the header says that an import into it is not complete, which is for that import alone. */
+bool volume_import_unfinished(const struct volume *vol, const struct header_record *h);
 enum status volume_set_header(struct volume *vol, const struct header_record *h, struct err *e);
 /* Answers all requests that wait for ownership or memory with ST_PERM. */
 void volume_fail_waiting(struct volume *vol);

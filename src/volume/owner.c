@@ -783,7 +783,9 @@ static void acquire_got(struct store_read *read, enum status st)
         acquire_drop(a);
         return;
     }
-    if (!shard_has_session(s, s->incarnation))
+    if (volume_import_unfinished(vol, &a->new_header) && !vol->may_be_ours)
+        acquire_fail(a, ST_PERM, "an import into it is not complete");
+    else if (!shard_has_session(s, s->incarnation))
         acquire_later(a, ADRIFT_MS);
     else if (session_none(&entry->owner) ||
              !memcmp(entry->owner.session, s->session->id, SESSION_ID_BYTES))

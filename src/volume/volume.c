@@ -22,6 +22,13 @@ static unsigned shift_of(uint32_t size)
     return (unsigned)__builtin_ctz(size);
 }
 
+bool volume_import_unfinished(const struct volume *vol, const struct header_record *h)
+{
+    /* (The snapshots that were there before are what they were.) */
+    return h->import_base && !vol->importing &&
+           (!vol->view_epoch || vol->view_epoch > h->import_base);
+}
+
 /* Takes over what the header says, at open and when ownership was taken. */
 enum status volume_set_header(struct volume *vol, const struct header_record *h, struct err *e)
 {
@@ -36,7 +43,7 @@ enum status volume_set_header(struct volume *vol, const struct header_record *h,
         (h->block_size & (h->block_size - 1)) || h->size % 512 || !h->size)
         return fail(e, ST_IO, "volume %s has a header that makes no sense: block size %u, size %llu",
                     vol->name, h->block_size, (unsigned long long)h->size);
-    if (h->import_base && !vol->importing && (!vol->view_epoch || vol->view_epoch > h->import_base))
+    if (volume_import_unfinished(vol, h))
         return fail(e, ST_BUSY,
                     "an import into volume %s is not complete: run it again, or roll the volume back "
                     "to its snapshot before it",

@@ -542,6 +542,38 @@ def test_an_import_into_a_volume_is_all_or_nothing(store, other, servers, rng, n
     history.check(other, "copy")
 
 
+def test_clients_see_all_of_an_import_or_nothing(store, other, servers, rng):
+    """Also one that was connected all the time."""
+    history = History(servers, store, rng, 2, resizes=False)
+    other.import_bytes("copy", store.run("export", "disk@s0", "-", "--stream").stdout)
+    rest = store.run("export", "disk", "-", "--since", "s0", "--all-snapshots").stdout
+    server = servers.start(store=other.path)
+    handle, reader = nbd.NBD(), nbd.NBD()
+    handle.connect_uri(server.uri("copy"))
+    reader.connect_uri(server.uri("copy@s0"))
+    process = other.start("import", "-", "copy", stdin=subprocess.PIPE)
+    feed(process, rest[:-100])
+    wait_until(lambda: other.snapshots("copy") == ["s0", "s1"], CLI_LIMIT_S, "it is half way")
+    with pytest.raises(nbd.Error):
+        handle.pread(4096, 0)
+    with pytest.raises(nbd.Error):
+        handle.pwrite(bytes(4096), 0)
+    late = nbd.NBD()
+    with pytest.raises(nbd.Error):
+        late.connect_uri(server.uri("copy"))
+        late.pread(4096, 0)
+    size = len(history.states["s0"])
+    assert bytes(reader.pread(size, 0)) == history.states["s0"]
+    feed(process, rest[-100:])
+    out, said = process.communicate(timeout=CLI_LIMIT_S)
+    assert process.returncode == DONE, said
+    assert bytes(handle.pread(size, 0)) == history.head
+    assert bytes(reader.pread(size, 0)) == history.states["s0"]
+    handle.shutdown()
+    reader.shutdown()
+    history.check(other, "copy")
+
+
 def test_a_killed_import_can_be_taken_back_by_hand(store, other, servers, rng):
     history = History(servers, store, rng, 2, resizes=False)
     other.import_bytes("copy", store.run("export", "disk@s0", "-", "--stream").stdout)
