@@ -853,6 +853,95 @@ static void rolling_back(void **state)
     memory_store_free(&m);
 }
 
+static enum status replace(struct memory_store *m, const struct catalog_entry *old, const char *by,
+                           struct err *e)
+{
+    struct waited w;
+    catalog_replace(fresh(&w), &m->store, &m->env, old, by);
+    enum status st = wait_for(m, &w);
+    if (e)
+        *e = w.op.err;
+    return st;
+}
+
+static void replacing(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    struct waited w;
+    struct err e;
+    memory_store_init(&m, "replace");
+    create(&m, "a");
+    create(&m, "new");
+    snapshot(&m, "a", "s");
+    uint64_t branch = find(&m, "new").branch;
+    struct catalog_entry a = find(&m, "a");
+    assert_int_equal(replace(&m, &a, "none", NULL), ST_NOTFOUND);
+    assert_int_equal(clone(&m, "a@s", "c", NULL), ST_OK);
+    assert_int_equal(replace(&m, &a, "new", &e), ST_EXISTS);
+    assert_non_null(strstr(e.text, "\"c\""));
+    assert_int_equal(remove_volume(&m, "c", false, NULL), ST_OK);
+    m.before_commit = taken_at_last_moment;
+    assert_int_equal(replace(&m, &a, "new", NULL), ST_BUSY);
+    assert_int_equal(find(&m, "a").branch, a.branch);
+    assert_int_equal(find(&m, "new").branch, branch);
+
+    /* In one commit: the name is never nobody's. */
+    a = find(&m, "a");
+    m.conflicts = 1;
+    assert_int_equal(replace(&m, &a, "new", NULL), ST_OK);
+    assert_int_equal(find(&m, "a").branch, branch);
+    find_fails(&m, "new");
+    find_fails(&m, "a@s");
+    assert_int_equal(replace(&m, &a, "new", NULL), ST_NOTFOUND);
+    bool more = true;
+    while (more) {
+        catalog_clear_removed(fresh(&w), &m.store, &m.env, &more);
+        assert_int_equal(wait_for(&m, &w), ST_OK);
+    }
+    struct key key;
+    key_snapshot(&key, a.branch, 1);
+    assert_null(memory_find(&m, key_slice(&key)));
+    memory_store_free(&m);
+}
+
+static enum status mark(struct memory_store *m, const struct catalog_entry *entry, uint64_t base)
+{
+    struct waited w;
+    catalog_mark_import(fresh(&w), &m->store, &m->env, entry, base);
+    return wait_for(m, &w);
+}
+
+static void marking_an_import(void **state)
+{
+    (void)state;
+    struct memory_store m;
+    memory_store_init(&m, "mark");
+    create(&m, "a");
+    uint64_t s = snapshot(&m, "a", "s");
+    struct catalog_entry a = find(&m, "a"), old = a;
+    m.conflicts = 1;
+    assert_int_equal(mark(&m, &a, s), ST_OK);
+    assert_int_equal(find(&m, "a").header.import_base, s);
+    /* Somebody else has marked it, taken it, or made a snapshot since it was looked up. */
+    assert_int_equal(mark(&m, &old, s), ST_BUSY);
+    a = find(&m, "a");
+    own(&m, a.branch, 1, 9);
+    assert_int_equal(mark(&m, &a, 0), ST_BUSY);
+    a = find(&m, "a");
+    snapshot(&m, "a", "later");
+    assert_int_equal(mark(&m, &a, 0), ST_BUSY);
+    a = find(&m, "a");
+    assert_int_equal(mark(&m, &a, 0), ST_OK);
+    assert_int_equal(find(&m, "a").header.import_base, 0);
+    /* Going back takes the mark away. */
+    a = find(&m, "a");
+    assert_int_equal(mark(&m, &a, s), ST_OK);
+    assert_int_equal(roll_back(&m, "a@s", true, NULL), ST_OK);
+    assert_int_equal(find(&m, "a").header.import_base, 0);
+    memory_store_free(&m);
+}
+
 /* A clone against the removal of what it is made from, and against a rollback to before it, each
  * begun at each moment of the other: one of them gets through, and what is left fits. */
 static void clones_against_removals(void **state)
@@ -1161,6 +1250,8 @@ int main(void)
         cmocka_unit_test(chains_of_clones_have_an_end),
         cmocka_unit_test(removing_what_has_history),
         cmocka_unit_test(rolling_back),
+        cmocka_unit_test(replacing),
+        cmocka_unit_test(marking_an_import),
         cmocka_unit_test(clones_against_removals),
         cmocka_unit_test(asking),
         cmocka_unit_test(asking_at_the_limits),

@@ -98,6 +98,7 @@ ROUND_TRIP(
         rec.parent_branch = 1 + chance_wide(&c) / 2;
         rec.parent_epoch = 1 + chance_wide(&c) / 2;
     };
+    if (chance_below(&c, 2)) rec.import_base = chance_below(&c, rec.epoch);
     WIDE(created_ns); TEXT(description))
 ROUND_TRIP(owner, key_owner, WIDE(token); BYTES(session); WIDE(since_ns); NARROW(pid); TEXT(host);
            TEXT(address))
@@ -130,7 +131,7 @@ static void impossible_records_are_refused(void **state)
     key_header(&k, 1);
     uint8_t bytes[RECORD_BYTES_MAX];
     struct header_record good = {.size = 512, .block_size = 4096, .epoch = 1}, back;
-    for (int wrong = 0; wrong < 9; wrong++) {
+    for (int wrong = 0; wrong < 10; wrong++) {
         struct header_record h = good;
         switch (wrong) {
         case 0:
@@ -155,6 +156,9 @@ static void impossible_records_are_refused(void **state)
             break;
         case 7:
             h.epoch = 0;
+            break;
+        case 8:
+            h.import_base = h.epoch;
             break;
         default:
             h.parent_branch = 5;
