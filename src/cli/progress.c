@@ -128,13 +128,20 @@ void progress_begin(struct progress *p, struct env *env, uint64_t total, const c
     env_timer_start(env, &p->timer, DRAW_MS);
 }
 
+void progress_wipe(struct progress *p)
+{
+    if (!p->shown || p->drawn == 0)
+        return;
+    fprintf(stderr, "\r%*s\r", (int)p->drawn, "");
+    fflush(stderr);
+    p->drawn = 0;
+}
+
 void progress_end(struct progress *p)
 {
     if (!p->shown)
         return;
     env_timer_stop(p->env, &p->timer);
-    if (p->drawn > 0)
-        fprintf(stderr, "\r%*s\r", (int)p->drawn, "");
-    fflush(stderr);
+    progress_wipe(p);
     p->shown = false;
 }

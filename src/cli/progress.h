@@ -40,7 +40,10 @@ struct progress {
 void progress_begin(struct progress *p, struct env *env, uint64_t total, const char *what, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* Wipes the line, so that something else can be printed. Harmless if never begun (all zeros). */
+/* Wipes the line, so that something else can be printed; it is drawn again soon. */
+void progress_wipe(struct progress *p);
+
+/* The last of it. Both are harmless if never begun (all zeros). */
 void progress_end(struct progress *p);
 
 /* The line, at most `width` characters and PROGRESS_LINE_BYTES - 1 bytes long, into `out`, and its

@@ -134,7 +134,8 @@ pid_t command_getpid(void)
 /* Not run here: the tables of the command line name them. */
 const struct cli_command serve_command = {.name = "serve"}, store_command = {.name = "store"},
                          export_command = {.name = "export"}, import_command = {.name = "import"},
-                         diff_command = {.name = "diff"};
+                         diff_command = {.name = "diff"}, verify_command = {.name = "verify"},
+                         usage_command = {.name = "usage"};
 
 /* --- from outside ---------------------------------------------------------------------------- */
 
