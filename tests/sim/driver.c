@@ -83,7 +83,8 @@ void drv_violation(struct drv *d, const char *format, ...)
     vsnprintf(d->what, sizeof d->what, format, args);
     va_end(args);
     if (!d->quiet)
-        fprintf(stderr, "seed %llu: %s\n", (unsigned long long)d->c.seed, d->what);
+        fprintf(stderr, "seed %llu: volume %s: %s\n", (unsigned long long)d->c.seed, d->name,
+                d->what);
 }
 
 /* --- contents ------------------------------------------------------------------------ */
@@ -114,7 +115,7 @@ void drv_fill(uint64_t id, uint8_t pattern, uint64_t off, uint64_t len, uint8_t 
     }
 }
 
-static void effect_onto(const struct effect *e, uint64_t start, uint64_t len, uint8_t *bytes)
+void drv_effect_onto(const struct effect *e, uint64_t start, uint64_t len, uint8_t *bytes)
 {
     uint64_t from = max_u64(e->off, start), to = min_u64(e->off + e->len, start + len);
     if (from >= to)
@@ -140,6 +141,7 @@ static void mark_alloc(struct drv *d, const struct effect *e, bool hole)
             continue;
         for (uint64_t b = from / bs; b * bs < to; b++) {
             uint8_t *a = &r->alloc[b - r->start / bs];
+            r->touched[b - r->start / bs] = d->effects;
             bool whole = b * bs >= e->off && min_u64((b + 1) * bs, d->size) <= e->off + e->len;
             if (e->kind == EFFECT_WRITE)
                 *a = ALLOC_DATA;
@@ -186,6 +188,7 @@ static void take_effect(struct drv *d, struct request *r)
     }
     mem_grow(&d->journal, &d->cap_journal, d->n_journal + 1, sizeof *d->journal);
     d->journal[d->n_journal] = e;
+    d->effects++;
     r->effect = d->n_journal++;
     r->effective = true;
     r->waiting_zero = false;
@@ -193,7 +196,7 @@ static void take_effect(struct drv *d, struct request *r)
     if (e.len) {
         mark_alloc(d, &e, hole);
         for (unsigned i = 0; i < d->n_regions; i++)
-            effect_onto(&e, d->regions[i].start, d->regions[i].len, d->regions[i].now);
+            drv_effect_onto(&e, d->regions[i].start, d->regions[i].len, d->regions[i].now);
     }
     if (r->kind == R_RESIZE)
         d->size = e.id;
@@ -201,7 +204,7 @@ static void take_effect(struct drv *d, struct request *r)
 
 /* Zeroes and trims that waited for room take effect somewhere inside a call or an event. The
  * order among them makes no difference. */
-static void look_at_zeros(struct drv *d)
+void drv_look(struct drv *d)
 {
     list_for_each (l, &d->flying) {
         struct request *r = container_of(l, struct request, link);
@@ -248,7 +251,7 @@ static bool later_value(struct drv *d, const struct request *r, uint64_t at, uin
         uint8_t byte = 0;
         if (!overlaps(e, at, 1))
             continue;
-        effect_onto(e, at, 1, &byte);
+        drv_effect_onto(e, at, 1, &byte);
         if (byte == got)
             return true;
     }
@@ -493,6 +496,7 @@ static void write_now(struct request *r)
     struct drv *d = r->d;
     list_remove(&r->link);
     list_add_tail(&d->flying, &r->link);
+    drv_look(d);
     take_effect(d, r);
     if (r->buffers) {
         r->io.segs_cap = VOL_SEGS(r->io.length, d->c.block_size);
@@ -519,7 +523,7 @@ static void write_withdraw(struct request *r, struct volume *vol)
     struct drv *d = r->d;
     volume_write_abort(vol, &r->io);
     request_finish(r);
-    look_at_zeros(d);
+    drv_look(d);
 }
 
 static void granted(struct vol_io *io)
@@ -540,7 +544,7 @@ static void granted(struct vol_io *io)
 void drv_submit(struct drv *d)
 {
     shard_submit(d->p->shard);
-    look_at_zeros(d);
+    drv_look(d);
     judge_suspects(d);
     for (size_t i = 0; i < d->n_inline; i++)
         free(d->inline_data[i]);
@@ -667,7 +671,7 @@ static void start_zero(struct drv *d, struct request *r)
         volume_trim(d->p->vol, &r->io);
     else
         volume_zero(d->p->vol, &r->io);
-    look_at_zeros(d);
+    drv_look(d);
 }
 
 /* Zeroes and trims may go over regions and what lies between them. */
@@ -701,12 +705,12 @@ static void start_write(struct drv *d, struct request *r)
         r->io.flags |= VOL_FUA;
     if (volume_write_begin(d->p->vol, &r->io))
         granted(&r->io);
-    look_at_zeros(d);
+    drv_look(d);
 }
 
 static bool nothing_flies(const struct drv *d)
 {
-    return !d->n_flying;
+    return !d->n_flying && !d->n_others;
 }
 
 void drv_request(struct drv *d)
@@ -777,8 +781,13 @@ void drv_request(struct drv *d)
 static bool step_by(struct drv *d, uint64_t limit_ns)
 {
     bool went = world_step(d->world, limit_ns);
-    look_at_zeros(d);
+    drv_look(d);
     judge_suspects(d);
+    list_for_each (l, &d->ring) {
+        struct drv *other = container_of(l, struct drv, ring);
+        drv_look(other);
+        judge_suspects(other);
+    }
     if (d->p && d->p->shard) {
         uint64_t used = buf_pool_used(d->p->shard->pool);
         if (used > d->c.cache_bytes + (8u << 20))
@@ -844,6 +853,10 @@ bool drv_drain(struct drv *d)
         if (nothing_flies(d))
             return true;
         if (!step(d) && list_empty(&d->ready) && !nothing_flies(d)) {
+            if (list_empty(&d->flying)) {
+                drv_violation(d, "a request of the test's is never answered");
+                continue;
+            }
             const struct request *r = container_of(d->flying.next, const struct request, link);
             drv_violation(d, "a request (%d, %llu+%llu) is never answered", (int)r->kind,
                           (unsigned long long)r->io.offset, (unsigned long long)r->io.length);
@@ -852,6 +865,26 @@ bool drv_drain(struct drv *d)
     if (!d->violated)
         drv_violation(d, "requests are not answered: it hangs");
     return false;
+}
+
+bool drv_until(struct drv *d, bool (*cond)(void *arg), void *arg)
+{
+    struct patience p = {0};
+    while (!d->violated && !cond(arg)) {
+        if (!world_patient(d->world, &p)) {
+            drv_violation(d, "what is waited for does not come: it hangs");
+            break;
+        }
+        if (d->p && d->p->vol) {
+            write_some(d, true);
+            drv_submit(d);
+        }
+        if (!cond(arg) && !step(d) && !cond(arg) && list_empty(&d->ready)) {
+            drv_violation(d, "what is waited for never comes");
+            break;
+        }
+    }
+    return !d->violated;
 }
 
 /* --- one request to its end ---------------------------------------------------------- */
@@ -989,7 +1022,7 @@ bool process_open(struct drv *d, struct process *p)
 {
     p->opened = p->closed = p->lost = false;
     p->open = (struct volume_open){.branch = d->branch, .done = opened};
-    snprintf(p->open.name, sizeof p->open.name, "v");
+    memcpy(p->open.name, d->name, sizeof p->open.name);
     volume_open(p->shard, &p->open);
     if (!world_run_until(d->world, p->env, is_opened, p))
         drv_violation(d, "the volume does not open");
@@ -1001,6 +1034,51 @@ bool process_open(struct drv *d, struct process *p)
     p->watcher.lost = lost;
     volume_watch_loss(p->vol, &p->watcher);
     return true;
+}
+
+struct view_opening {
+    struct volume_open op;
+    bool opened;
+};
+
+static void view_opened(struct volume_open *op)
+{
+    container_of(op, struct view_opening, op)->opened = true;
+}
+
+static bool is_view_opened(void *arg)
+{
+    return ((const struct view_opening *)arg)->opened;
+}
+
+struct volume *drv_view_open(struct drv *d, struct shard *shard, struct env *env, uint64_t branch,
+                             uint64_t epoch, enum status *st)
+{
+    struct view_opening opening = {
+        .op = {.branch = branch, .epoch = epoch, .done = view_opened, .name = "view"}};
+    volume_open(shard, &opening.op);
+    if (!world_run_until(d->world, env, is_view_opened, &opening))
+        drv_violation(d, "a snapshot does not open");
+    *st = opening.op.st;
+    return opening.op.vol;
+}
+
+static void view_closed(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+static bool is_view_closed(void *arg)
+{
+    return *(const bool *)arg;
+}
+
+void drv_view_close(struct drv *d, struct volume *view, struct env *env)
+{
+    bool closed = false;
+    volume_close(view, view_closed, &closed);
+    if (!world_run_until(d->world, env, is_view_closed, &closed))
+        drv_violation(d, "a snapshot does not close");
 }
 
 struct process *process_start(struct drv *d)
@@ -1077,7 +1155,7 @@ void process_stop(struct drv *d, struct process *p)
 static bool no_zombies(void *arg)
 {
     const struct drv *d = arg;
-    return !d->n_flying || !list_empty(&d->ready);
+    return nothing_flies(d) || !list_empty(&d->ready);
 }
 
 /* The process is dead. What is left of it in memory is taken apart (where time is simulated, in
@@ -1110,11 +1188,14 @@ static void bury(struct drv *d, struct process *p)
     shard_submit(p->shard);
     /* Else it would try what the store refuses the dead for ever. */
     volume_lose_all(p->shard);
+    /* (One that is just being taken would be taken under another session.) */
+    if (p->vol && p->vol->replaying)
+        volume_lose(p->vol, "its process died");
     for (size_t i = 0; i < d->n_inline; i++)
         free(d->inline_data[i]);
     d->n_inline = 0;
     /* Writes in line may have been granted on the way. */
-    for (unsigned i = 0; i < 1000 && d->n_flying; i++) {
+    for (unsigned i = 0; i < 1000 && !nothing_flies(d); i++) {
         while (!list_empty(&d->ready)) {
             struct request *r = container_of(d->ready.next, struct request, link);
             volume_write_abort(p->vol, &r->io);
@@ -1122,12 +1203,15 @@ static void bury(struct drv *d, struct process *p)
         }
         world_run_until(d->world, p->env, no_zombies, d);
     }
+    if (d->n_others)
+        drv_violation(d, "after the volume was lost a request of the test's is never answered");
     if (d->n_flying) {
         const struct request *r = container_of(d->flying.next, const struct request, link);
         drv_violation(d, "after the volume was lost a request (%d, stage %d) is never answered",
                       (int)r->kind, r->io.stage);
-        return;
     }
+    if (d->violated)
+        return;
     process_close(d, p);
     if (!d->violated)
         process_free(d, p);
@@ -1226,6 +1310,23 @@ struct process *process_beside(struct drv *d, struct process *p, uint64_t *branc
     return q;
 }
 
+/* The ith of the places that are looked at. */
+static void place_region(struct drv *d, unsigned i)
+{
+    struct region *r = &d->regions[i];
+    uint64_t bs = d->c.block_size;
+    r->len = d->n_regions == 1 ? d->c.size : d->c.region_bytes / bs * bs;
+    if (d->n_regions == 1)
+        return;
+    uint64_t slot = d->c.size / d->n_regions;
+    r->start = i * slot / bs * bs;
+    /* The edges of index rows of both levels are where it goes wrong. */
+    uint64_t unit = drv_one_in(d, 2) ? bs << 10 : bs << 20;
+    uint64_t edge = (r->start + unit - 1) / unit * unit;
+    if (!drv_one_in(d, 4) && edge >= r->start + r->len / 2 && edge < r->start + slot - r->len)
+        r->start = edge - (drv_one_in(d, 2) ? r->len / 2 / bs * bs : 0);
+}
+
 static void make_regions(struct drv *d)
 {
     uint64_t bs = d->c.block_size;
@@ -1233,20 +1334,16 @@ static void make_regions(struct drv *d)
     d->regions = mem_zalloc(d->n_regions * sizeof *d->regions);
     for (unsigned i = 0; i < d->n_regions; i++) {
         struct region *r = &d->regions[i];
-        r->len = d->n_regions == 1 ? d->c.size : d->c.region_bytes / bs * bs;
-        if (d->n_regions > 1) {
-            uint64_t slot = d->c.size / d->n_regions;
-            r->start = i * slot / bs * bs;
-            /* The edges of index rows of both levels are where it goes wrong. */
-            uint64_t unit = drv_one_in(d, 2) ? bs << 10 : bs << 20;
-            uint64_t edge = (r->start + unit - 1) / unit * unit;
-            if (!drv_one_in(d, 4) && edge >= r->start + r->len / 2 &&
-                edge < r->start + slot - r->len)
-                r->start = edge - (drv_one_in(d, 2) ? r->len / 2 / bs * bs : 0);
+        if (d->c.beside) {
+            r->start = d->c.beside->regions[i].start;
+            r->len = d->c.beside->regions[i].len;
+        } else {
+            place_region(d, i);
         }
         r->now = mem_zalloc(r->len);
         r->base = mem_zalloc(r->len);
         r->alloc = mem_zalloc(r->len / bs + 2);
+        r->touched = mem_zalloc((r->len / bs + 2) * sizeof *r->touched);
     }
 }
 
@@ -1257,6 +1354,11 @@ struct drv *drv_new(const struct drv_config *config)
     if (!d->c.cache_bytes)
         d->c.cache_bytes = VOLUME_CACHE_BYTES_MIN;
     d->chance = config->seed;
+    list_init(&d->ring);
+    if (d->c.beside) {
+        list_add_tail(&d->c.beside->ring, &d->ring);
+        d->c.world = d->c.beside->world;
+    }
     d->world = d->c.world ? d->c.world : world_sim_new(config->seed, &d->c.store);
     d->sim = d->world->sim;
     d->db = d->world->db;
@@ -1265,16 +1367,19 @@ struct drv *drv_new(const struct drv_config *config)
     list_init(&d->ready);
     list_init(&d->shown);
     log_set_level((enum log_level)(LOG_LEVEL_ERROR + 1));
-    d->branch = drv_make_volume(d, "v");
+    snprintf(d->name, sizeof d->name, "%s", d->c.name ? d->c.name : "v");
+    d->branch = d->c.branch ? d->c.branch : drv_make_volume(d, d->name);
     make_regions(d);
     return d;
 }
 
 bool drv_free(struct drv *d)
 {
-    const char *wrong = d->violated ? NULL : world_end(d->world);
+    bool last = list_empty(&d->ring);
+    const char *wrong = d->violated || !last ? NULL : world_end(d->world);
     if (wrong)
         drv_violation(d, "%s", wrong);
+    list_remove(&d->ring);
     /* After a violation anything may be left over: memory is the least of it. */
     if (d->violated) {
         static struct drv *abandoned[64] __attribute__((used));
@@ -1282,11 +1387,13 @@ bool drv_free(struct drv *d)
         abandoned[n++ % 64] = d;
         return false;
     }
-    world_free(d->world);
+    if (last)
+        world_free(d->world);
     for (unsigned i = 0; i < d->n_regions; i++) {
         free(d->regions[i].now);
         free(d->regions[i].base);
         free(d->regions[i].alloc);
+        free(d->regions[i].touched);
     }
     free(d->regions);
     free(d->journal);
@@ -1311,18 +1418,24 @@ void drv_check_store(struct drv *d)
         drv_violation(d, "%s", wrong);
 }
 
+/* (An engine is looked at only while nobody writes.) */
+static bool may_look(const struct drv *d)
+{
+    return !d->c.damaged && !d->violated && (d->sim || list_empty(&d->ring));
+}
+
 void drv_close(struct drv *d)
 {
     if (!drv_drain(d))
         return;
     process_stop(d, d->p);
     d->p = NULL;
-    if (!d->c.damaged && !d->violated)
+    if (may_look(d))
         drv_check_store(d);
 }
 
 /* Everything up to here is in the store: the journal begins anew. */
-static void checkpoint(struct drv *d)
+void drv_checkpoint(struct drv *d)
 {
     for (unsigned i = 0; i < d->n_regions; i++)
         memcpy(d->regions[i].base, d->regions[i].now, d->regions[i].len);
@@ -1331,12 +1444,18 @@ static void checkpoint(struct drv *d)
     d->durable = d->answered = 0;
 }
 
+void drv_array_changed(struct drv *d, uint64_t size)
+{
+    d->size = size;
+    drv_checkpoint(d);
+}
+
 void drv_reopen(struct drv *d, bool new_process)
 {
     if (!drv_drain(d))
         return;
     process_close(d, d->p);
-    if (!d->c.damaged && !d->violated)
+    if (may_look(d))
         drv_check_store(d);
     if (d->violated)
         return;
@@ -1346,7 +1465,7 @@ void drv_reopen(struct drv *d, bool new_process)
     }
     if (d->p)
         process_open(d, d->p);
-    checkpoint(d);
+    drv_checkpoint(d);
     trace(d, 0, d->size, "reopened", new_process);
 }
 
@@ -1428,7 +1547,7 @@ static void match_prefix(struct drv *d, uint8_t **actual, uint64_t at_least)
                 continue;
             uint64_t o = from - r->start;
             wrong -= mismatches(r->now + o, actual[i] + o, to - from);
-            effect_onto(e, r->start, r->len, r->now);
+            drv_effect_onto(e, r->start, r->len, r->now);
             wrong += mismatches(r->now + o, actual[i] + o, to - from);
         }
         if (e->kind == EFFECT_RESIZE)
@@ -1452,7 +1571,7 @@ void drv_recover(struct drv *d, bool power)
         drv_open(d);
     if (!d->violated && read_back(d, actual)) {
         match_prefix(d, actual, power ? d->durable : d->answered);
-        checkpoint(d);
+        drv_checkpoint(d);
         for (unsigned i = 0; i < d->n_regions; i++)
             memset(d->regions[i].alloc, ALLOC_UNKNOWN, d->regions[i].len / d->c.block_size + 1);
     }

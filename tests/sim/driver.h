@@ -39,12 +39,18 @@ struct drv_config {
     bool damaged;      /* the store is damaged on purpose: drv_close does not check it */
     struct world *world; /* NULL: a simulated one with `store`, from the seed; the driver's */
     struct mem_config store;
+    /* Another driver, whose world this one shares, and which volume it drives: a clone that is there
+     * already and holds nothing but zeros as far as the array goes, until told otherwise. */
+    struct drv *beside;
+    const char *name; /* NULL: "v" */
+    uint64_t branch;  /* 0: it is made */
 };
 
 struct region {
     uint64_t start, len;
     uint8_t *now, *base; /* after all of the journal, and before it */
     uint8_t *alloc;      /* per block: ALLOC_* */
+    uint64_t *touched;   /* per block: the last effect there, in numbers of drv.effects; 0: none */
 };
 
 enum { ALLOC_HOLE, ALLOC_DATA, ALLOC_UNKNOWN };
@@ -83,14 +89,17 @@ struct drv {
     struct world *world;
     struct sim *sim; /* the world's, these two: for tests of simulated ones */
     struct mem_store *db;
+    struct list ring; /* the drivers that share the world */
     uint64_t chance; /* the driver's own, apart from the world's */
     uint64_t branch, size, base_size;
+    char name[NAME_BYTES_MAX + 1];
     struct process *p;
     struct region *regions;
     unsigned n_regions;
     struct effect *journal;
     size_t n_journal, cap_journal;
     uint64_t next_id;
+    uint64_t effects; /* there were so many, in the journal or in those before it */
     uint64_t durable;   /* effects that must survive the machine */
     uint64_t answered;  /* ... the process */
     struct list flying; /* requests */
@@ -99,6 +108,7 @@ struct drv {
     uint8_t **inline_data;
     size_t n_inline, cap_inline;
     size_t n_flying;
+    size_t n_others; /* requests of the test's own that are to be waited for, too */
     bool suspects; /* some effect is one; judged after the step */
     uint64_t seen_nospc, seen_io, reads_checked, bytes_checked, requests;
     bool quiet; /* violations are expected: no message */
@@ -138,6 +148,15 @@ void drv_open(struct drv *d);  /* process_start into d->p */
 void drv_close(struct drv *d); /* drains, and ends d->p in good order */
 void drv_reopen(struct drv *d, bool new_process);
 
+/* Opens a snapshot (of the driver's volume or another one) on the shard of a process. NULL: it can't
+ * be, `st` says why. drv_view_close() waits until it is closed. */
+struct volume *drv_view_open(struct drv *d, struct shard *shard, struct env *env, uint64_t branch,
+                             uint64_t epoch, enum status *st);
+void drv_view_close(struct drv *d, struct volume *view, struct env *env);
+/* Runs the world, with what has arrived for this volume, until the condition holds; false (and a
+ * violation) where that does not come. */
+bool drv_until(struct drv *d, bool (*cond)(void *arg), void *arg);
+
 /* Issues one random request; runs the world for a moment; both, many times. */
 void drv_request(struct drv *d);
 void drv_breathe(struct drv *d);
@@ -145,6 +164,8 @@ void drv_breathe(struct drv *d);
 void drv_moment(struct drv *d, uint64_t steps);
 void drv_steps(struct drv *d, uint64_t n);
 void drv_submit(struct drv *d);
+/* What took effect inside calls and events that the driver did not make. */
+void drv_look(struct drv *d);
 /* Waits until everything is answered; false (and a violation) where that does not come. */
 bool drv_drain(struct drv *d);
 
@@ -181,6 +202,14 @@ enum status drv_flush(struct drv *d);
 enum status drv_sync(struct drv *d);
 enum status drv_resize(struct drv *d, uint64_t size);
 enum status drv_read(struct drv *d, uint64_t off, uint64_t len, uint8_t *out);
+
+/* What the array says of bytes; `start`, `len`: what `bytes` holds. */
+void drv_effect_onto(const struct effect *e, uint64_t start, uint64_t len, uint8_t *bytes);
+/* All that was written is in the store: the journal begins anew. */
+void drv_checkpoint(struct drv *d);
+/* The array is another one from now on (clones, rollbacks): now, alloc and touched of all regions were
+ * changed, and `size` is the volume's. */
+void drv_array_changed(struct drv *d, uint64_t size);
 
 /* The bytes a write puts at volume offset `off`. */
 void drv_fill(uint64_t id, uint8_t pattern, uint64_t off, uint64_t len, uint8_t *out);

@@ -297,6 +297,7 @@ static struct stored_row *newest_row2(struct stored *s, uint64_t branch, uint64_
 struct view {
     struct stored *s;
     const char *of; /* for messages, with branch and epoch */
+    bool is_snapshot;
     uint64_t branch, epoch, size;
     uint32_t block_size;
     struct ancestry_record ancestry;
@@ -306,7 +307,9 @@ struct view {
 static struct stored_row *visible_row2(struct view *v, uint64_t no)
 {
     const struct ancestry_record *a = &v->ancestry;
-    struct stored_row *row = newest_row2(v->s, v->branch, no, a->after, v->epoch);
+    /* (A snapshot's says all, own epochs too.) */
+    struct stored_row *row =
+        v->is_snapshot ? NULL : newest_row2(v->s, v->branch, no, a->after, v->epoch);
     for (uint32_t i = 0; i < a->n_segments && !row; i++)
         row = newest_row2(v->s, a->segments[i].branch, no, a->segments[i].after,
                           a->segments[i].upto);
@@ -481,6 +484,7 @@ static void check_branch(struct stored *s, const struct stored_branch *b)
         s->counts.snapshots++;
         struct view v = {.s = s,
                          .of = "the snapshot",
+                         .is_snapshot = true,
                          .branch = b->branch,
                          .epoch = snap->epoch,
                          .size = snap->rec.size,
