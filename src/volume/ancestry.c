@@ -80,6 +80,14 @@ void ancestry_close_gap(struct ancestry_record *now, uint64_t branch, uint64_t u
     }
 }
 
+void ancestry_forget_parents(struct ancestry_record *now, uint64_t branch)
+{
+    uint32_t n = 0;
+    while (n < now->n_segments && now->segments[n].branch == branch)
+        n++;
+    now->n_segments = n;
+}
+
 bool ancestry_empty(const struct ancestry_record *now)
 {
     return now->after == 0 && now->n_segments == 0;

@@ -34,6 +34,9 @@ bool ancestry_gap(const struct ancestry_record *now, uint64_t branch, uint64_t *
 /* The gap that ends with `upto` holds nothing any more: forgets it. */
 void ancestry_close_gap(struct ancestry_record *now, uint64_t branch, uint64_t upto);
 
+/* Nothing is inherited any more: forgets all branches but this one. */
+void ancestry_forget_parents(struct ancestry_record *now, uint64_t branch);
+
 /* Whether there is nothing to say, so that no record needs to be stored. */
 bool ancestry_empty(const struct ancestry_record *now);
 

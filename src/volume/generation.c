@@ -102,7 +102,8 @@ struct gen *gen_open(struct volume *vol)
 bool gen_empty(const struct gen *g)
 {
     return !g->n_dirty && !g->n_ranges && !g->n_clears && !g->force && list_empty(&g->waiters) &&
-           !g->n_trash_done && !g->n_snapshots_done && !g->gap_closed.upto && !g->new_size;
+           !g->n_trash_done && !g->n_snapshots_done && !g->gap_closed.upto && !g->n_adopts &&
+           !g->new_size;
 }
 
 void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
@@ -138,6 +139,19 @@ void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io)
     io->held_space.keys -= io->held_keys_each;
     g->reserved.body_bytes += cost;
     g->reserved.keys += io->held_keys_each;
+}
+
+void gen_adopt(struct volume *vol, unsigned level, uint64_t no)
+{
+    uint64_t weight = weight_of_row(vol);
+    gen_make_fit(vol, 0, weight);
+    struct gen *g = vol->open;
+    g->weight += weight;
+    mem_grow(&g->adopts, &g->cap_adopts, g->n_adopts + 1, sizeof *g->adopts);
+    g->adopts[g->n_adopts++] = (struct gen_adopt){.no = no, .level = level};
+    if (!g->opened_ns)
+        g->opened_ns = env_now_ns(vol->shard->env);
+    shard_age_start(vol->shard);
 }
 
 void gen_untouch(struct volume *vol, struct blk *e)
@@ -416,6 +430,18 @@ static bool clear_rows(struct gen *g)
     return true;
 }
 
+static bool adopt_rows(struct gen *g)
+{
+    size_t before = g->n_items + g->n_clears;
+    while (g->prepare_at < before + g->n_adopts) {
+        const struct gen_adopt *a = &g->adopts[g->prepare_at - before];
+        if (!have_rows(g, a->no << (a->level * INDEX_SHIFT)))
+            return false;
+        g->prepare_at++;
+    }
+    return true;
+}
+
 static struct gen_item *find_item(struct gen *g, uint64_t no)
 {
     struct gen_item probe = {.no = no};
@@ -680,7 +706,8 @@ static void prepare_step(struct gen *g)
         volume_progress(g->vol);
         return;
     }
-    if (!range_rows(g) || !item_rows(g) || !clear_rows(g) || !item_bases(g))
+    if (!range_rows(g) || !item_rows(g) || !clear_rows(g) || !adopt_rows(g) ||
+        !item_bases(g))
         return;
     encode_start(g);
 }
@@ -1172,7 +1199,7 @@ static void build_state(struct gen *g)
         mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
         snapshot_built(g);
     }
-    if (g->new_size || g->snapshot) {
+    if (g->new_size || g->snapshot || g->detach) {
         struct header_record header = vol->header;
         if (g->new_size)
             header.size = g->new_size;
@@ -1201,6 +1228,14 @@ static const struct ancestry_record *ancestry_before(const struct gen *g)
     return &g->vol->ancestry;
 }
 
+static void build_adopt(struct gen *g, const struct gen_adopt *a)
+{
+    struct volume *vol = g->vol;
+    struct row_slot *r = a->level == 2 ? index_row2(vol, a->no) : index_row1(vol, a->no);
+    if (r)
+        row_changed(g, r);
+}
+
 static void put_ancestry(struct gen *g)
 {
     struct key key;
@@ -1214,14 +1249,15 @@ static void put_ancestry(struct gen *g)
     mutate(g, STORE_SET, &key, keep_bytes(g, bytes, len), (struct slice){0});
 }
 
-/* Nothing of the epochs that were rolled back is left: they are epochs like others again. In memory
- * that takes effect with the commit: until then what is stored may still have keys of them. */
-static void build_gap(struct gen *g)
+/* Nothing of the epochs that were rolled back is left: they are epochs like others again. And nothing
+ * is inherited any more, so there is no parent. In memory the ancestry changes with the commit:
+ * until then what is stored may still have keys of those epochs. */
+static void build_ancestry(struct gen *g)
 {
     struct volume *vol = g->vol;
-    if (!g->gap_closed.upto)
+    if (!g->gap_closed.upto && !g->detach)
         return;
-    if (vol->shard->store->limits.clears_ranges) {
+    if (g->gap_closed.upto && vol->shard->store->limits.clears_ranges) {
         struct key begin, end;
         key_prefix_blocks(&begin, vol->branch, g->gap_closed.after + 1);
         key_prefix_blocks(&end, vol->branch, g->gap_closed.upto + 1);
@@ -1229,7 +1265,16 @@ static void build_gap(struct gen *g)
     }
     g->ancestry = mem_alloc(sizeof *g->ancestry);
     *g->ancestry = *ancestry_before(g);
-    ancestry_close_gap(g->ancestry, vol->branch, g->gap_closed.upto);
+    if (g->gap_closed.upto)
+        ancestry_close_gap(g->ancestry, vol->branch, g->gap_closed.upto);
+    if (g->detach) {
+        struct key child;
+        CHECK(!history_newest_live(&vol->history));
+        ancestry_forget_parents(g->ancestry, vol->branch);
+        key_child(&child, vol->header.parent_branch, vol->header.parent_epoch, vol->branch);
+        clear_key(g, &child);
+        vol->header.parent_branch = vol->header.parent_epoch = 0;
+    }
     put_ancestry(g);
 }
 
@@ -1257,10 +1302,12 @@ static void build(struct gen *g, const struct state_record *before)
         build_item(g, &g->items[i]);
     for (size_t i = 0; i < g->n_clears; i++)
         build_clear(g, &g->clears[i]);
+    for (size_t i = 0; i < g->n_adopts; i++)
+        build_adopt(g, &g->adopts[i]);
     build_rows1(g, bytes);
     build_rows2(g, bytes);
+    build_ancestry(g);
     build_state(g);
-    build_gap(g);
     free(bytes);
     check_weight(g);
 }
@@ -1305,6 +1352,7 @@ static void gen_free(struct gen *g)
     free(g->trash_done);
     free(g->snapshot);
     free(g->snapshots_done);
+    free(g->adopts);
     free(g->ancestry);
     free(g->scan);
     free(g->pinned);
@@ -1321,7 +1369,7 @@ static void answer_waiters(struct volume *vol, struct list *waiters, uint64_t sn
         struct vol_io *io = container_of(l, struct vol_io, link);
         if (io->kind == IO_READ || io->kind == IO_STATUS)
             fetch_resume(vol, io);
-        else if (io->kind == IO_SNAPSHOT)
+        else if (io->kind == IO_SNAPSHOT || io->kind == IO_FLATTEN)
             snapshot_answer(io, snapshot_epoch, st);
         else
             volume_end_io(vol, io, st);
@@ -1368,7 +1416,7 @@ static void commit_failed(struct gen *g, enum status st)
     while ((l = list_pop(&told))) {
         struct vol_io *io = container_of(l, struct vol_io, link);
         enum status told_st = st == ST_NOSPC ? ST_NOSPC : ST_IO;
-        if (io->kind == IO_SNAPSHOT)
+        if (io->kind == IO_SNAPSHOT || io->kind == IO_FLATTEN)
             snapshot_answer(io, 0, told_st);
         else
             volume_end_io(vol, io, told_st);

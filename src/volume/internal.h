@@ -16,6 +16,7 @@
  *   view.c        snapshots as volumes nobody owns
  *   cleaner.c     space that nobody needs any more; trash.c, clean_*.c: its kinds (cleaner.h)
  *   rowread.c     rows past the index in memory
+ *   flatten.c     making what is inherited the volume's own
  *   replay.c      the log of an owner that died
  *   timeout.c     requests that the store keeps waiting too long
  *   shard.c       limits, and the batch that ends with one log write
@@ -62,6 +63,7 @@ enum io_kind {
     IO_SNAPSHOT,
     IO_SNAPSHOT_REMOVE,
     IO_SNAPSHOT_RENAME,
+    IO_FLATTEN,
 };
 enum io_stage {
     IO_IDLE,
@@ -140,6 +142,9 @@ struct gen_item {
     struct slice body;
 };
 
+/* In vol_io.flags: not a client's, so it may change a volume that is served read-only. */
+#define IO_BY_COMMAND (1u << 31)
+
 /* Something to be cleared, found by the cleaner. What is `certain` nobody names or ever will; else
  * that is so where the index does not name it when the generation is built. */
 struct gen_clear {
@@ -148,6 +153,12 @@ struct gen_clear {
     bool certain;
     uint32_t n_blocks; /* level 0, not 0: so many of one level-1 row, whether they are there or not */
     uint32_t runs_max; /* not certain: more ranges than that have no room in this commit */
+};
+
+/* A row that is to be stored as the volume's own. */
+struct gen_adopt {
+    uint64_t no;
+    unsigned level;
 };
 
 /* Epochs after `after`, up to `upto`, that were rolled back; upto 0: none. */
@@ -188,6 +199,9 @@ struct gen {
     uint64_t *snapshots_done; /* epochs of removed snapshots that are finished with this commit */
     size_t n_snapshots_done, cap_snapshots_done;
     struct gen_gap gap_closed; /* with this commit */
+    bool detach; /* with this commit the volume has no parent any more */
+    struct gen_adopt *adopts;
+    size_t n_adopts, cap_adopts;
     struct ancestry_record *ancestry; /* stored by this commit; NULL: it stays */
     uint64_t trash_first, trash_end; /* build: blocks for the next trash record */
     uint64_t first_seq, last_seq; /* log records; first 0: none */
@@ -281,6 +295,9 @@ struct volume {
     /* P: the newest live snapshot's epoch; 0: none. What the index drops of an epoch up to here, of
      * this branch, a snapshot may name. */
     uint64_t protected_epoch;
+    /* Blocks up to here are its own or about to be (flatten.c), if that was begun when it had been
+     * taken so often. */
+    uint64_t flatten_upto, flatten_taken;
     /* Counts, from 1, how often somebody else was found to have changed the data while this process
      * did not own it: see struct vol_writer. */
     uint64_t lineage;
@@ -501,6 +518,15 @@ void gen_owes(struct gen *g, const struct vol_io *io);
 /* Answers the requests that wait for commits, because there will be none. */
 void gen_fail_waiters(struct volume *vol);
 
+/* Stores the level-1 or level-2 row as the volume's own with the open generation, although nothing
+ * in it changes. */
+void gen_adopt(struct volume *vol, unsigned level, uint64_t no);
+
+/* --- flatten.c ------------------------------------------------------------------- */
+
+/* Goes on with one that was parked until the volume was owned. */
+void flatten_resume(struct volume *vol, struct vol_io *io);
+
 /* --- weight.c -------------------------------------------------------------------- */
 
 /* What a mutation counts for in a commit, as all the weights here do. */
@@ -510,6 +536,8 @@ uint64_t weight_of_mutation(const struct store_mutation *m);
 uint64_t weight_of_write(const struct volume *vol, uint64_t first, uint64_t end);
 uint64_t weight_of_zeros(const struct volume *vol, uint64_t first, uint64_t end);
 uint64_t weight_of_clears(uint64_t n);
+/* A row of either level, with the level-2 row above it. */
+uint64_t weight_of_row(const struct volume *vol);
 /* A record beside those that any commit may have. */
 uint64_t weight_of_record(void);
 /* Zeros over more blocks than this need not fit one generation. */

@@ -1080,7 +1080,7 @@ static void mail_history_done(struct vol_io *io)
     struct mailbox *m = container_of(op, struct mailbox, history);
     m->inflight--;
     mailbox_answer_number(m, io->st, io->st == ST_OK ? "done" : op->err.text,
-                          op->epoch);
+                          m->mail.kind == MAIL_FLATTEN ? io->offset : op->epoch);
 }
 
 static void mail_history(struct mailbox *m)
@@ -1091,6 +1091,7 @@ static void mail_history(struct mailbox *m)
     memcpy(op->name, m->mail.name, sizeof op->name);
     memcpy(op->to, m->mail.to, sizeof op->to);
     memcpy(op->id, m->mail.snapshot_id, sizeof op->id);
+    op->io.offset = m->mail.number;
     m->inflight++;
     switch (m->mail.kind) {
     case MAIL_SNAPSHOT_CREATE:
@@ -1098,6 +1099,9 @@ static void mail_history(struct mailbox *m)
         break;
     case MAIL_SNAPSHOT_REMOVE:
         volume_snapshot_remove(vol, op);
+        break;
+    case MAIL_FLATTEN:
+        volume_flatten(vol, op);
         break;
     default:
         volume_snapshot_rename(vol, op);
@@ -1154,6 +1158,7 @@ static void mailbox_handle(struct mailbox *m)
     case MAIL_SNAPSHOT_CREATE:
     case MAIL_SNAPSHOT_REMOVE:
     case MAIL_SNAPSHOT_RENAME:
+    case MAIL_FLATTEN:
         mail_history(m);
         break;
     case MAIL_FREEZE:

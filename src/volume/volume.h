@@ -326,9 +326,11 @@ void volume_thaw(struct volume *vol, uint64_t token);
  * known; only the owner's answer means something. It is worked on while the volume is owned. */
 bool volume_is_clean(const struct volume *vol);
 
-/* Makes blocks that the volume has from its parent its own, from byte op->io.offset on, some of them:
- * then op->io.offset is where to go on. Past the end (io.offset == the size) the volume has no
- * parent any more. ST_BUSY where it has snapshots, which hold inherited blocks too. */
+/* Makes blocks that the volume has from its parent its own, from byte op->io.offset (in) on, some of
+ * them: then op->io.offset is where to go on (which may be further back, after the volume changed
+ * hands). Past the end (io.offset == the size) the volume has no parent any more. ST_BUSY where it
+ * has snapshots, which hold inherited blocks too; ST_IO where some can't be read: they begin at
+ * io.offset or within a piece behind it. */
 void volume_flatten(struct volume *vol, struct vol_history_op *op);
 
 struct volume_stats {

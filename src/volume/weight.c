@@ -141,6 +141,11 @@ uint64_t weight_of_clears(uint64_t n)
     return n * MUTATION_BYTES;
 }
 
+uint64_t weight_of_row(const struct volume *vol)
+{
+    return row1_weight(vol) + row2_weight(vol);
+}
+
 uint64_t weight_of_record(void)
 {
     return MUTATION_BYTES + RECORD_BYTES_MAX;

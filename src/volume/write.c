@@ -185,7 +185,7 @@ static bool admit(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
     CHECK(io->length > 0 && io->offset + io->length >= io->offset);
-    bool read_only = vol->read_only || vol->served_read_only;
+    bool read_only = vol->read_only || (vol->served_read_only && !(io->flags & IO_BY_COMMAND));
     if (read_only || io->offset + io->length > vol->size) {
         io->st = read_only ? ST_PERM : ST_NOSPC;
         return true;
@@ -751,6 +751,9 @@ void write_resume(struct volume *vol, struct vol_io *io)
     case IO_SNAPSHOT_REMOVE:
     case IO_SNAPSHOT_RENAME:
         snapshot_resume(vol, io);
+        break;
+    case IO_FLATTEN:
+        flatten_resume(vol, io);
         break;
     default:
         fetch_resume(vol, io);
