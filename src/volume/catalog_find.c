@@ -256,6 +256,7 @@ static void find_snapshot(struct job *job)
     for (size_t i = 0; i < op->n_snapshots; i++) {
         if (strcmp(op->snapshots[i].rec.name, job->to) == 0) {
             op->entries[0].snapshot = op->snapshots[i];
+            catalog_drop_snapshots(job);
             job_finish(job, ST_OK);
             return;
         }

@@ -384,6 +384,7 @@ static void rollback_written(struct job *job, enum status st)
                  job->entry.snapshot.rec.name);
         job_store_failed(job, st, what);
     } else {
+        catalog_drop_snapshots(job);
         job_finish(job, ST_OK);
     }
 }

@@ -74,6 +74,7 @@ static void remove_written(struct job *job, enum status st)
         snprintf(what, sizeof what, "remove \"%s\"", job->entry.name);
         job_store_failed(job, st, what);
     } else {
+        catalog_drop_snapshots(job);
         job_finish(job, ST_OK);
     }
 }
