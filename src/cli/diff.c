@@ -101,6 +101,7 @@ static int print_diff(struct diff *d)
     struct run_owned reader;
     struct volume *to = NULL, *from = NULL;
     char data[24], zero[24];
+    run->background = true;
     if (run_own(run, NULL, &reader) != ST_OK)
         return cli_failed(&run->op.err);
     enum status st = view_open(run, reader.shard, &d->from, &d->from.snapshot, &from);
@@ -117,6 +118,7 @@ static int print_diff(struct diff *d)
     view_close(run, to);
     view_close(run, from);
     run_disown(run, &reader);
+    run->background = false;
     if (st != ST_OK)
         return cli_failed(&run->op.err);
     if (interrupted())

@@ -428,10 +428,12 @@ static int export(struct export *x, const char *name, const char *file)
         status = choose_states(x);
     if (status != CLI_DONE)
         return status;
+    run->background = true;
     if (run_own(run, NULL, &x->reader) != ST_OK)
         return cli_failed(&run->op.err);
     st = export_all(x, &e);
     run_disown(run, &x->reader);
+    run->background = false;
     if (st != ST_OK)
         return interrupted() ? interrupt_status() : cli_failed(&e);
     if (x->file.kind != OUTFILE_PIPE)

@@ -363,6 +363,7 @@ static enum status own(struct run *run, const struct catalog_entry *entry, bool 
                                   .env = run->env,
                                   .session = &owned->session,
                                   .cache_bytes = VOLUME_CACHE_BYTES_MIN,
+                                  .background = run->background,
                                   .no_log = true};
     st = shard_new(&config, &owned->shard, e);
     if (st == ST_OK && entry)

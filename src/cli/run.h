@@ -26,6 +26,7 @@ struct run {
     struct meta_record meta;
     struct catalog_op op; /* the one in progress, or the last; run_op() starts over */
     bool answered;
+    bool background; /* what is read of volumes may wait while others are busy; before run_own() */
     struct session_sight sight; /* of the session that was looked at last */
     uint64_t sighted_ns;         /* ... and when */
     enum run_owner sighted;

@@ -95,6 +95,7 @@ struct shard {
     uint64_t next_tag;
     uint32_t seal_age_ms;
     uint32_t owner_wait_ms;
+    bool background; /* reads may wait while others are busy */
     bool leaving; /* the process is about to end: all volumes are given back soon */
 
     /* G6. What writes hold: dirty blocks of all generations and buffers being received. */
@@ -347,7 +348,8 @@ struct volume {
  * whatever generations have not committed yet, the layers above keep in memory. */
 static inline struct store_read owner_read(const struct volume *vol)
 {
-    return (struct store_read){.own = true, .tag = vol->branch};
+    return (struct store_read){
+        .own = true, .tag = vol->branch, .background = vol->shard->background};
 }
 
 static inline struct list *entries_of(struct volume *vol, uint64_t no)

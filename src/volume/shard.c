@@ -104,6 +104,7 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     s->store = config->store;
     s->env = config->env;
     s->session = config->session;
+    s->background = config->background;
     s->seal_age_ms = config->seal_age_ms ? config->seal_age_ms : 1000;
     s->owner_wait_ms = config->owner_wait_ms;
     s->write_bytes_max = config->cache_bytes / 2;

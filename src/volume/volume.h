@@ -39,6 +39,7 @@ struct shard_config {
     struct session *session;  /* this process's, see session.h */
     uint64_t cache_bytes;     /* budget of all block buffers, at least VOLUME_CACHE_BYTES_MIN */
     uint64_t log_bytes;       /* 0: a size fitting cache_bytes */
+    bool background;          /* its reads may wait while others are busy: export, verify */
     bool no_log;              /* answer at the commit although the store has a log (commands) */
     uint32_t seal_age_ms;     /* 0: 1000 */
     /* A request that has waited about so long for the store is answered ST_IO; 0: it waits. */
