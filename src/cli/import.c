@@ -50,11 +50,11 @@ struct import {
     const struct import_options *o;
     const char *name;
     char hidden[NAME_BYTES_MAX + 1]; /* the volume is called so until it is complete; or "" */
-    bool marked;                     /* the volume is marked */
     struct source source;
     struct catalog_entry entry; /* of the volume that is written */
     struct catalog_snapshot base;
     struct run_owned owned;
+    struct volume_watcher watcher;
     struct progress progress;
     unsigned n_writings; /* under way */
     enum status st;     /* of the first that failed */
@@ -141,12 +141,20 @@ static void write_zeros(struct import *m, const struct source_item *item)
     }
 }
 
+/* Somebody took the volume away, and may have changed it: nothing more is written. */
+static void volume_lost(struct volume_watcher *w, const char *why)
+{
+    struct import *m = container_of(w, struct import, watcher);
+    (void)why;
+    if (m->st == ST_OK)
+        m->st = ST_PERM;
+}
+
 /* The sentence about what a change of the volume failed with. */
 static enum status cannot_write(struct import *m, enum status st, struct err *e)
 {
-    const char *why = st == ST_PERM ? volume_refusal(m->owned.vol) : "";
     return fail(e, st, "cannot write volume \"%s\" in %s: %s", m->name, m->run->cli->store_uri,
-                why[0] ? why : status_text(st));
+                st == ST_PERM ? "it was taken from this command" : status_text(st));
 }
 
 static enum status settle(struct import *m, struct err *e)
@@ -214,6 +222,8 @@ static enum status fill(struct import *m, struct err *e)
     enum status st;
     /* A source that is slow does not make it idle. */
     volume_keep(m->owned.vol, true);
+    m->watcher.lost = volume_lost;
+    volume_watch_loss(m->owned.vol, &m->watcher);
     do {
         st = source_next(&m->source, &b, e);
         if (st == ST_OK && interrupted())
@@ -244,6 +254,7 @@ static enum status fill(struct import *m, struct err *e)
     if (st == ST_OK && !m->source.is_stream)
         st = resize(m, round_up_u64(max_u64(m->source.position, 1), SECTOR_BYTES), e);
     writings_wait(m, 0);
+    volume_unwatch_loss(&m->watcher);
     volume_keep(m->owned.vol, false);
     return st;
 }
@@ -399,7 +410,7 @@ static enum status create_hidden(struct import *m, struct err *e)
     }
     if (st == ST_OK) {
         m->entry = run->op.entries[0];
-        st = run_own(run, &m->entry, &m->owned);
+        st = run_own_marked(run, &m->entry, &m->owned);
     }
     if (st != ST_OK)
         *e = run->op.err;
@@ -558,6 +569,13 @@ static int unmark(struct import *m, bool complete)
     int status = find_free(m->run, m->name, &entry);
     if (status != CLI_DONE)
         return status;
+    if (!entry.header.import_base && !complete)
+        return CLI_FAILED; /* done already, by hand */
+    if (!entry.header.import_base) {
+        cli_error("volume \"%s\" in %s was taken back to a snapshot by somebody else", m->name,
+                  m->run->cli->store_uri);
+        return CLI_FAILED;
+    }
     m->entry = entry;
     return complete ? mark(m, 0) : take_back(m, &entry);
 }

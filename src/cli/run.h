@@ -116,7 +116,7 @@ struct run_owned {
  * none). On failure prints nothing, leaves why in run->op.err, and nothing to be undone. */
 enum status run_own(struct run *run, const struct catalog_entry *entry, struct run_owned *owned);
 
-/* The same for a volume that this command has marked for an import (catalog_mark_import). */
+/* The same for a volume that this command imports into; it may be marked (catalog_mark_import). */
 enum status run_own_marked(struct run *run, const struct catalog_entry *entry,
                            struct run_owned *owned);
 

@@ -1131,6 +1131,12 @@ static void mailbox_handle(struct mailbox *m)
 {
     struct volume *vol = m->vol;
     m->handling = true;
+    /* What an import must be able to go back to stays as it is. */
+    if (vol->importing && m->mail.kind != MAIL_RELEASE && m->mail.kind != MAIL_EVICT &&
+        m->mail.kind != MAIL_SYNC) {
+        mailbox_answer(m, ST_BUSY, "an import into it is under way");
+        return;
+    }
     switch (m->mail.kind) {
     case MAIL_RELEASE:
         m->requests_then = requests_of(vol);

@@ -574,6 +574,31 @@ def test_clients_see_all_of_an_import_or_nothing(store, other, servers, rng):
     history.check(other, "copy")
 
 
+def test_nothing_else_is_done_to_a_volume_meanwhile(store, other, servers, rng):
+    """What an import may have to go back to stays; and one whose volume is taken away ends."""
+    history = History(servers, store, rng, 2, resizes=False)
+    other.import_bytes("copy", store.run("export", "disk@s0", "-", "--stream").stdout)
+    rest = store.run("export", "disk", "-", "--since", "s0", "--all-snapshots").stdout
+    process = other.start("import", "-", "copy", stdin=subprocess.PIPE)
+    feed(process, rest[:-100])
+    wait_until(lambda: other.snapshots("copy") == ["s0", "s1"], CLI_LIMIT_S, "it is half way")
+    for words in (["snapshot", "remove", "copy@s0"], ["snapshot", "create", "copy@new"],
+                  ["snapshot", "rename", "copy@s0", "new"], ["resize", "copy", "1G"]):
+        assert "import" in other.refused(*words), words
+    assert "in use" in other.refused("remove", "copy", "--snapshots", "--yes")
+    assert "in use" in other.import_bytes("copy", rest, status=FAILED).stderr.decode()
+    assert other.snapshots("copy") == ["s0", "s1"]
+    other.run("owner", "evict", "copy", "--yes")
+    # It finds out when it goes on.
+    feed(process, rest[-100:])
+    out, said = process.communicate(timeout=CLI_LIMIT_S)
+    assert process.returncode == FAILED and b"cannot write" in said, said
+    assert other.snapshots("copy") == ["s0"]
+    assert other.content("copy") == history.states["s0"]
+    other.import_bytes("copy", rest)
+    history.check(other, "copy")
+
+
 def test_a_killed_import_can_be_taken_back_by_hand(store, other, servers, rng):
     history = History(servers, store, rng, 2, resizes=False)
     other.import_bytes("copy", store.run("export", "disk@s0", "-", "--stream").stdout)
