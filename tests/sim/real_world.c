@@ -20,6 +20,7 @@
 struct handle {
     struct list link;
     struct store *store;
+    unsigned uses; /* processes; more than one only where a real process can open a store once */
 };
 
 struct stored {
@@ -104,32 +105,42 @@ static struct store *attach(struct world *w, struct env **env, struct err *e)
     struct store *store;
     struct store_options options = {.flags = STORE_CREATE, .lease_ms = w->lease_ms};
     *env = r->env;
+    if (r->dir[0] && !list_empty(&r->handles)) {
+        struct handle *shared = container_of(r->handles.next, struct handle, link);
+        shared->uses++;
+        return shared->store;
+    }
     if (store_open(r->uri, &options, &store, e) != ST_OK)
         return NULL;
     if (r->mortal)
         store = mortal_store_new(&r->graveyard, store, r->env);
     struct handle *h = mem_zalloc(sizeof *h);
     h->store = store;
+    h->uses = 1;
     list_add_tail(&r->handles, &h->link);
     return store;
 }
 
-static void forget(struct real *r, const struct store *store)
+/* Whether nobody uses it any more. */
+static bool forget(struct real *r, const struct store *store)
 {
     list_for_each_safe (l, next, &r->handles) {
         struct handle *h = container_of(l, struct handle, link);
         if (h->store != store)
             continue;
+        if (--h->uses > 0)
+            return false;
         list_remove(&h->link);
         free(h);
     }
+    return true;
 }
 
 static void detach(struct world *w, struct env *env, struct store *store)
 {
     (void)env;
-    forget(real_of(w), store);
-    store_close(store);
+    if (forget(real_of(w), store))
+        store_close(store);
 }
 
 static void stop(struct world *w, struct env *env)

@@ -19,6 +19,7 @@
 #include <pthread.h>
 
 #include "../sim/driver.h"
+#include "../sim/family.h"
 #include "../sim/real_world.h"
 #include "../sim/seeds.h"
 
@@ -28,6 +29,7 @@
 static struct totals {
     uint64_t seeds, requests, reads_checked, bytes_checked, reopens, takeovers, outages;
     uint64_t deaths, late_landed, late_refused, late_failed;
+    struct family_counts family;
 } totals;
 
 /* The cluster stops answering, for a moment; a thread ends that, because opening and closing a
@@ -66,7 +68,8 @@ static void maybe_outage(struct drv *d)
 
 /* --- one seed ------------------------------------------------------------------------- */
 
-static struct drv *begin(uint64_t seed, uint64_t *c, bool mortal)
+/* An empty store, and what kind of volume is in it. */
+static struct drv_config configure(uint64_t seed, uint64_t *c, bool mortal)
 {
     struct err e;
     *c = seed * 2654435761u + 4711;
@@ -103,6 +106,12 @@ static struct drv *begin(uint64_t seed, uint64_t *c, bool mortal)
     config.world = world_real_new(&real, &e);
     if (!config.world)
         fail_msg("seed %llu: %s\n", (unsigned long long)seed, e.text);
+    return config;
+}
+
+static struct drv *begin(uint64_t seed, uint64_t *c, bool mortal)
+{
+    struct drv_config config = configure(seed, c, mortal);
     struct drv *d = drv_new(&config);
     if (!d->violated)
         drv_open(d);
@@ -219,6 +228,28 @@ static void deaths(void **state)
     }
 }
 
+/* Snapshots, clones and rollbacks, as in volume_history_test.c. */
+static void histories(void **state)
+{
+    (void)state;
+    struct seeds s = seeds_of("histories", engine.faults ? 24 : 10, engine.faults ? 250 : 500);
+    for (uint64_t i = 0; i < s.count; i++) {
+        uint64_t c;
+        bool mortal = !engine.is_lmdb && (s.first + i) % 2;
+        struct family_config config = {.drv = configure(s.first + i, &c, mortal), .deaths = mortal};
+        if (config.drv.n_regions > 1) {
+            config.drv.n_regions = 5 + config.drv.n_regions % 20;
+            config.drv.region_bytes = (1 + engine_pick(&c, 6)) * config.drv.block_size;
+        }
+        /* (All snapshots are kept in memory, too.) */
+        config.drv.size = config.drv.n_regions > 1 ? config.drv.size
+                                                   : min_u64(config.drv.size, 2u << 20);
+        if (!family_run(&config, s.steps, &totals.family))
+            fail_msg("to replay: SEED=%llu SEEDS=1\n", (unsigned long long)(s.first + i));
+        engine_count(s.first + i);
+    }
+}
+
 /* --- what happened -------------------------------------------------------------------- */
 
 static void every_kind_happened(void **state)
@@ -235,6 +266,11 @@ static void every_kind_happened(void **state)
     engine_tell("  refused", totals.late_refused);
     engine_tell("  failed", totals.late_failed);
     engine_tell("outages of the cluster", totals.outages);
+    engine_tell("snapshots", totals.family.snapshots);
+    engine_tell("  compared", totals.family.views_compared);
+    engine_tell("clones", totals.family.clones);
+    engine_tell("rollbacks", totals.family.rollbacks);
+    engine_tell("changes of history cut short", totals.family.cut_short);
     if (!engine.fake)
         return;
     engine_tell("commits", engine.sum.commits_happened);
@@ -255,11 +291,13 @@ int main(void)
 {
     const struct CMUnitTest with_log[] = {
         cmocka_unit_test(requests_and_reopenings),
+        cmocka_unit_test(histories),
         cmocka_unit_test(every_kind_happened),
     };
     const struct CMUnitTest without_log[] = {
         cmocka_unit_test(requests_and_reopenings),
         cmocka_unit_test(deaths),
+        cmocka_unit_test(histories),
         cmocka_unit_test(every_kind_happened),
     };
     engine_choose();
