@@ -59,6 +59,7 @@ const struct cli_command *const cli_commands[] = {
     &diff_command,
     &export_command,
     &import_command,
+    &usage_command,
     &verify_command,
     &serve_command,
     &owner_command,
