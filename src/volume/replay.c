@@ -95,11 +95,12 @@ static void read_done(struct env_work *work)
 {
     struct replay *r = container_of(work, struct replay, work);
     struct volume *vol = r->vol;
-    if (r->st != ST_OK) {
-        log_error("volume %s: %s", vol->name, r->err.text);
+    if (r->st != ST_OK || vol->lost) {
+        if (r->st != ST_OK)
+            log_error("volume %s: %s", vol->name, r->err.text);
         for (size_t i = 0; i < r->n; i++)
             free((void *)(uintptr_t)r->batch[i].payload);
-        replay_finish(r, r->st);
+        replay_finish(r, r->st != ST_OK ? r->st : ST_PERM);
         return;
     }
     vol->open->replayed_log = vol->state.logs[r->at].log_id;
