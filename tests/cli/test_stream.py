@@ -244,7 +244,7 @@ def test_devices_are_written_in_place(store, folder, rng):
     made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True,
                           text=True)
     if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
+        pytest.skip(f"no loop devices on this machine: {made.stderr.strip()}")
     device = made.stdout.strip()
     try:
         data = bytes(image(rng, MIB))
