@@ -869,7 +869,7 @@ static bool command_wait_or_die(struct command *c)
     struct family *f = c->f;
     if (!f->c.deaths || !drv_one_in(c->d, 3))
         return command_wait(c);
-    drv_moment(c->d, drv_below(c->d, 40));
+    drv_moment(c->d, drv_below(c->d, drv_one_in(c->d, 2) ? 6 : 40));
     if (c->finished)
         return true;
     c->died = true;
@@ -1238,7 +1238,16 @@ static void crash_one(struct member *m)
 {
     struct family *f = m->f;
     bool power = f->c.power && drv_one_in(m->d, 3);
-    drv_moment(m->d, drv_below(m->d, 60));
+    /* In the middle of a change, more often than not. */
+    if (m->n_deeds < DEEDS_MAX && !drv_one_in(m->d, 4)) {
+        if (drv_one_in(m->d, 2))
+            create(m, 0, 0, 0);
+        else
+            remove_one(m);
+        drv_moment(m->d, drv_below(m->d, 12));
+    } else {
+        drv_moment(m->d, drv_below(m->d, 60));
+    }
     trace(m, power ? "dies with the machine" : "dies");
     if (!m->d->violated)
         die(f, m, power);
