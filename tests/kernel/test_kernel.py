@@ -54,7 +54,7 @@ def namespace():
 @pytest.fixture(scope="module")
 def server(namespace, module_servers):
     volumes = {f"{fs}-{c}": "512M" for fs in MAKE for c in (1, 2)}
-    volumes["killed"] = volumes["upgraded"] = "512M"
+    volumes["killed"] = volumes["upgraded"] = volumes["history"] = "512M"
     return module_servers.start(volumes, host=uml.HOST_ADDRESS, port=PORT,
                                 prefix=namespace.enter, reachable=False)
 
@@ -266,3 +266,92 @@ wc -l </tmp/sums
 """, limit_s=90))
     detach(guest)
     guest.run("kill $(cat /tmp/proxy)")
+
+
+@pytest.mark.limit(240)
+def test_clone_of_a_snapshot_of_a_mounted_file_system(guest, server):
+    """G7: a snapshot taken while ext4 writes holds what was on the disk then: its clone mounts, is
+    clean, and has the files as they were, whatever was done to them later; and so has the
+    snapshot itself, read-only."""
+    attach(guest, "history")
+    guest.run("""
+mkfs.ext4 -F -q /dev/nbd0
+mount /dev/nbd0 /tmp/mnt
+cd /tmp/mnt
+mkdir kept churn
+for n in $(seq 60); do dd if=/dev/urandom of=kept/$n bs=$((n * 3001)) count=1 status=none; done
+sync
+sha256sum kept/* >/tmp/kept
+rm -f /tmp/over /tmp/stop /tmp/sums
+(set -e
+ i=0
+ until test -e /tmp/stop; do
+    i=$((i + 1))
+    dd if=/dev/urandom of=churn/$((i % 25)) bs=20k count=5 conv=fsync status=none
+    dd if=/dev/urandom of=churn/once-$i bs=7k count=1 conv=fsync status=none
+    sha256sum churn/once-$i >>/tmp/sums
+ done; echo over >/tmp/over) >/tmp/said 2>&1 &
+until [ "$(cat /tmp/sums 2>/dev/null | wc -l)" -ge 20 ]; do sleep 0.01; done
+""", limit_s=120)
+    # What had reached the disk before the snapshot was asked for has to be in it.
+    guest.run("cp /tmp/sums /tmp/sums-then")
+    server.cli("snapshot", "create", "history@then")
+    guest.run("""
+at=$(wc -l </tmp/sums)
+until [ "$(wc -l </tmp/sums)" -ge $((at + 20)) ]; do sleep 0.01; done
+touch /tmp/stop
+for i in $(seq 2000); do test -e /tmp/over && break; sleep 0.02; done
+cat /tmp/said
+test -e /tmp/over
+cd /tmp/mnt
+for n in $(seq 60); do
+    case $((n % 3)) in
+    0) rm kept/$n ;;
+    1) dd if=/dev/urandom of=kept/$n bs=9000 seek=1 count=2 conv=notrunc status=none ;;
+    esac
+done
+rm -r churn
+dd if=/dev/urandom of=more bs=1M count=24 status=none
+fstrim /tmp/mnt
+cd /; umount /tmp/mnt
+fsck.ext4 -f -n /dev/nbd0
+""", limit_s=120)
+    detach(guest)
+
+    server.cli("clone", "history@then", "again")
+    compare = "cd /tmp/mnt && sha256sum --quiet -c /tmp/kept && sha256sum --quiet -c /tmp/sums-then; "
+    attach(guest, "again")
+    guest.run(f"""
+mount /dev/nbd0 /tmp/mnt
+{compare}
+echo new >kept/new
+cd /; umount /tmp/mnt
+fsck.ext4 -f -n /dev/nbd0
+mount /dev/nbd0 /tmp/mnt
+test "$(cat /tmp/mnt/kept/new)" = new
+{compare}
+cd /; umount /tmp/mnt
+""", limit_s=120)
+    detach(guest)
+
+    # The snapshot is as it was, also after its clone was written to.
+    server.cli("clone", "history@then", "third")
+    server.cli("remove", "again", "--yes")
+    attach(guest, "third")
+    guest.run(f"""
+mount /dev/nbd0 /tmp/mnt
+{compare}
+test ! -e /tmp/mnt/kept/new
+cd /; umount /tmp/mnt
+fsck.ext4 -f -n /dev/nbd0
+""", limit_s=120)
+    detach(guest)
+    attach(guest, "history@then")
+    guest.run("""
+test "$(cat /sys/block/nbd0/ro)" = 1
+mount -t ext4 -o ro,noload /dev/nbd0 /tmp/mnt
+cd /tmp/mnt && sha256sum --quiet -c /tmp/kept
+cd /; umount /tmp/mnt
+""")
+    detach(guest)
+    assert "I/O error" not in guest.console()
