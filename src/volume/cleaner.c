@@ -13,6 +13,7 @@
 
 #define RETRY_MS 1000u
 #define RETRY_MS_MAX 60000u
+#define FAILURES_HOPELESS 3u
 
 /* Generations that were sealed before what the history is now became known are to be committed
  * first: they may hold a snapshot's rows, or let go of something because they took it for
@@ -212,7 +213,8 @@ bool trash_kick(struct volume *vol, bool urgent)
     if (!has_work(c))
         return false;
     cleaner_run(c);
-    return true;
+    /* Where the store can't be read for a while, nobody should wait for what it would bring. */
+    return c->failures < FAILURES_HOPELESS;
 }
 
 void trash_committed(struct volume *vol, struct gen *g)
