@@ -196,12 +196,12 @@ static bool has_work(const struct cleaner *c)
     return clean_trash_wanted(c);
 }
 
-bool trash_kick(struct volume *vol, bool urgent)
+bool cleaner_kick(struct volume *vol, bool urgent)
 {
     if (vol->ownership != VOL_OWNED || vol->read_only)
         return false;
     if (vol->cleaner && vol->cleaner->stopped)
-        trash_stop(vol); /* what it read when it was stopped has come back */
+        cleaner_stop(vol); /* what it read when it was stopped has come back */
     struct cleaner *c = vol->cleaner;
     if (!c) {
         c = vol->cleaner = mem_zalloc(sizeof *c);
@@ -217,7 +217,7 @@ bool trash_kick(struct volume *vol, bool urgent)
     return c->failures < FAILURES_HOPELESS;
 }
 
-void trash_committed(struct volume *vol, struct gen *g)
+void cleaner_committed(struct volume *vol, struct gen *g)
 {
     struct cleaner *c = vol->cleaner;
     if (!c || vol->ownership != VOL_OWNED)
@@ -229,7 +229,7 @@ void trash_committed(struct volume *vol, struct gen *g)
     cleaner_run(c);
 }
 
-bool trash_busy(const struct volume *vol)
+bool cleaner_busy(const struct volume *vol)
 {
     return vol->cleaner && vol->cleaner->reading;
 }
@@ -249,7 +249,7 @@ bool volume_is_clean(const struct volume *vol)
     return true;
 }
 
-void trash_stop(struct volume *vol)
+void cleaner_stop(struct volume *vol)
 {
     struct cleaner *c = vol->cleaner;
     if (!c)
@@ -259,7 +259,7 @@ void trash_stop(struct volume *vol)
     if (c->waits_rows)
         index_wait_stop(&c->row_wait);
     if (c->reading)
-        return; /* trash_stop() comes again before the volume goes */
+        return; /* cleaner_stop() comes again before the volume goes */
     clean_snapshot_drop(c);
     clean_trash_drop(c);
     vol->cleaner = NULL;

@@ -1472,7 +1472,7 @@ static void commit_done(struct store_commit *commit, enum status st)
     vol->gens_queued--;
     struct list waiters = LIST_INIT(waiters);
     list_splice_tail(&waiters, &g->waiters);
-    trash_committed(vol, g);
+    cleaner_committed(vol, g);
     gen_free(g);
     /* First the next commit, then the answers: the store is the slower one. */
     if (!vol->gens_queued && !shard_uses_log(s))

@@ -566,12 +566,12 @@ void replay_start(struct volume *vol, void (*done)(struct volume *vol, enum stat
 
 /* To be called when there may be something to clear. `urgent`: somebody waits for space. True where
  * it has work. */
-bool trash_kick(struct volume *vol, bool urgent);
+bool cleaner_kick(struct volume *vol, bool urgent);
 /* A generation has committed: goes on with what waited for it. */
-void trash_committed(struct volume *vol, struct gen *g);
+void cleaner_committed(struct volume *vol, struct gen *g);
 /* Whether a read of it is under way. */
-bool trash_busy(const struct volume *vol);
+bool cleaner_busy(const struct volume *vol);
 /* The volume is given back, lost or freed. To be called again once it is not busy. */
-void trash_stop(struct volume *vol);
+void cleaner_stop(struct volume *vol);
 
 #endif

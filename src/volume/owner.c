@@ -304,7 +304,7 @@ static void owned(struct volume *vol)
     vol->ownership = VOL_OWNED;
     mailbox_start(vol);
     resume_parked(vol);
-    trash_kick(vol, false);
+    cleaner_kick(vol, false);
     volume_progress(vol);
 }
 
@@ -935,7 +935,7 @@ void owner_progress(struct volume *vol)
     struct release *r = vol->release;
     if (!r || r->committing || vol->lost)
         return;
-    if (vol->busy > parked_count(vol) || vol->fetches || index_loading(vol) || trash_busy(vol))
+    if (vol->busy > parked_count(vol) || vol->fetches || index_loading(vol) || cleaner_busy(vol))
         return;
     if (!gen_empty(vol->open))
         gen_seal(vol, false);
@@ -952,7 +952,7 @@ void owner_release(struct volume *vol, void (*done)(struct volume *vol, void *ar
     vol->release->vol = vol;
     vol->release_done = done;
     vol->release_arg = arg;
-    trash_stop(vol);
+    cleaner_stop(vol);
     if (vol->mailbox && !vol->mailbox->handling && vol->mailbox->armed) {
         store_watch_stop(&vol->mailbox->watch);
         vol->mailbox->armed = false;

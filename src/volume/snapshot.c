@@ -208,7 +208,7 @@ static void record_changed(struct store_commit *commit, enum status st)
         CHECK(decoded);
         vol->protected_epoch = history_newest_live(&vol->history);
         if (entry->rec.removed)
-            trash_kick(vol, false);
+            cleaner_kick(vol, false);
     }
     end(vol, op, st);
 }

@@ -326,7 +326,7 @@ static void lose(struct volume *vol, const char *why)
     vol->ownership = VOL_UNOWNED;
     freeze_end(vol);
     owner_forget(vol);
-    trash_stop(vol);
+    cleaner_stop(vol);
     gen_fail_waiters(vol);
     volume_fail_waiting(vol);
     volume_tell_watchers(vol, why);
@@ -368,7 +368,7 @@ static void volume_free(struct volume *vol)
     struct list reopen = LIST_INIT(reopen);
 
     owner_forget(vol);
-    trash_stop(vol);
+    cleaner_stop(vol);
     view_stop(vol);
     freeze_end(vol);
     volume_drop_cache(vol);
@@ -387,7 +387,7 @@ static void volume_free(struct volume *vol)
 static bool may_free(const struct volume *vol)
 {
     return vol->closing && !vol->fail_posted && !vol->busy && !vol->fetches &&
-           !index_loading(vol) && owner_quiet(vol) && !trash_busy(vol) && view_quiet(vol) &&
+           !index_loading(vol) && owner_quiet(vol) && !cleaner_busy(vol) && view_quiet(vol) &&
            (vol->lost ? list_empty(&vol->gens)
                       : vol->ownership == VOL_UNOWNED && !vol->may_be_ours);
 }

@@ -87,7 +87,7 @@ static bool space_may_come(struct shard *s)
             continue;
         if (!gen_empty(vol->open) || vol->gens_queued)
             may = true;
-        if (trash_kick(vol, true))
+        if (cleaner_kick(vol, true))
             may = true;
     }
     return may;
