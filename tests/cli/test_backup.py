@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from harness import stores
 from harness.commands import (DONE, FAILED, USAGE, assert_one_sentence, connect,  # noqa: F401
                               run, store)
 from harness.fixtures import new_folder
@@ -21,7 +20,7 @@ from harness.server import SLOW, Server, program, wait_until
 
 MIB = 1 << 20
 SIZE = 24 * MIB + 512
-embedded = pytest.mark.lmdb("copies the embedded engine's files")
+pytestmark = pytest.mark.lmdb("copies the embedded engine's files")
 
 
 def served_copy(folder, path):
@@ -38,7 +37,6 @@ def answered_before(ops, ns):
             and not op.error}
 
 
-@embedded
 @pytest.mark.limit(300)
 def test_backup_under_load(servers, folder, seed):
     """Several loads one after the other, with copies made in their midst."""
@@ -81,7 +79,6 @@ def test_backup_under_load(servers, folder, seed):
     assert late > 0
 
 
-@embedded
 def test_writes_of_an_owner_that_died_are_in_the_copy(servers, folder, rng):
     """G1: what was answered from a log that nobody has replayed yet."""
     server = servers.start({"v": SIZE}, tcp=False)
@@ -97,7 +94,6 @@ def test_writes_of_an_owner_that_died_are_in_the_copy(servers, folder, rng):
         assert c.read_all() == wanted
 
 
-@embedded
 def test_the_copy_is_a_store_of_its_own(servers, folder, rng):
     server = servers.start({"v": SIZE}, tcp=False)
     data = rng.randbytes(3 * MIB)
@@ -153,7 +149,6 @@ def big(servers, rng):
     return server, client, data
 
 
-@embedded
 @pytest.mark.limit(180)
 def test_kill_9_of_the_backup(servers, folder, rng):
     """It dies in the middle: nobody notices, the space it held is used again, and the next one
@@ -193,7 +188,6 @@ def test_kill_9_of_the_backup(servers, folder, rng):
         assert other.cli("verify", "v").returncode == DONE
 
 
-@embedded
 def test_interrupted(servers, folder, rng):
     """SIGINT: nothing is left, and the same command makes it afterwards."""
     server, client, _ = big(servers, rng)
@@ -215,7 +209,6 @@ def test_interrupted(servers, folder, rng):
     client.shutdown()
 
 
-@embedded
 def test_refusals(servers, folder, run):
     run("create", "v", "8M")
     full = folder / "full"
@@ -230,11 +223,3 @@ def test_refusals(servers, folder, run):
             done = subprocess.run([*program(), "store", "backup"], capture_output=True, text=True)
             assert done.returncode == USAGE
     assert os.listdir(full) == ["file"]
-
-
-def test_a_cluster_is_backed_up_otherwise(run, folder):
-    if not stores.on_fdb():
-        pytest.skip("about FoundationDB: run with --store=fdb")
-    run("create", "v", "8M")
-    said = run("store", "backup", folder / "copy", status=FAILED).stderr
-    assert "fdbbackup" in said and "docs/foundationdb.md" in said

@@ -10,6 +10,7 @@ LIBFDB_C), else from PATH and LD_LIBRARY_PATH, else from where FoundationDB's pa
 """
 
 import atexit
+import contextlib
 import ctypes.util
 import json
 import os
@@ -77,6 +78,17 @@ class Programs:
     def client_env(self):
         """What makes fdb-nbd load this library."""
         return {"FDB_NBD_LIBFDB_C": self.client} if "/" in self.client else {}
+
+
+class BackupTools:
+    """Where FoundationDB's own backup programs are; Missing where one is not."""
+
+    def __init__(self):
+        self.backup = _find_program("FDBBACKUP", "fdbbackup", ["/usr/bin", "/usr/local/bin"])
+        self.restore = _find_program("FDBRESTORE", "fdbrestore", ["/usr/bin", "/usr/local/bin"])
+        self.agent = _find_program("FDB_BACKUP_AGENT", "backup_agent",
+                                   ["/usr/lib/foundationdb/backup_agent",
+                                    "/usr/local/foundationdb/backup_agent"])
 
 
 def why_missing():
@@ -367,6 +379,40 @@ class Cluster:
         if self.tls:
             env.update(self.tls.client_env())
         return env
+
+    # -- backups -----------------------------------------------------------
+
+    @contextlib.contextmanager
+    def backup_agent(self):
+        """A process of FoundationDB's that does the work of its backups, while the block runs."""
+        words = [*self.prefix, BackupTools().agent, "-C", str(self.file), "--logdir", str(self.logs)]
+        with open(self.folder / "agent", "ab") as out:
+            process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *words],
+                                       stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                       cwd=self.folder, start_new_session=True)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def backup(self, folder, limit_s=120):
+        """A backup of all of it below a folder, of one moment after the call; gives its URL."""
+        self._tool(BackupTools().backup, "start", "-C", str(self.file), "-d", f"file://{folder}",
+                   "-w", limit_s=limit_s)
+        (made,) = Path(folder).iterdir()
+        return f"file://{made}"
+
+    def restore(self, url, limit_s=120):
+        """What is in a backup, into a cluster that is empty."""
+        self._tool(BackupTools().restore, "start", "--dest-cluster-file", str(self.file), "-r", url,
+                   "-w", limit_s=limit_s)
+
+    def _tool(self, *words, limit_s):
+        done = subprocess.run([*self.prefix, *words], capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, timeout=limit_s * SLOW, cwd=self.folder)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
 
     def problems(self):
         """What its processes logged as errors (severity 40): they would explain a lot."""
