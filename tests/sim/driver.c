@@ -1188,8 +1188,9 @@ static void bury(struct drv *d, struct process *p)
     shard_submit(p->shard);
     /* Else it would try what the store refuses the dead for ever. */
     volume_lose_all(p->shard);
-    /* (One that is just being taken would be taken under another session.) */
-    if (p->vol && p->vol->replaying)
+    /* (One that is just being taken would be taken under another session.) Where a generation of the
+     * replay waits for the store, it would wait for ever. */
+    if (p->vol && p->vol->replaying && p->vol->gens_queued)
         volume_lose(p->vol, "its process died");
     for (size_t i = 0; i < d->n_inline; i++)
         free(d->inline_data[i]);

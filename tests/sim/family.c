@@ -40,6 +40,7 @@ struct kept {
     struct effect *maybe; /* it holds the first so many of these, too; see resolve() */
     size_t n_maybe;
     unsigned n_clones;
+    unsigned n_leaving; /* of these: being removed just now */
     bool gone, seen;
 };
 
@@ -63,7 +64,7 @@ struct deed {
 struct member {
     struct family *f;
     struct drv *d;
-    struct kept *parent; /* it is a clone of; holds no reference: that has clones */
+    struct kept *parent; /* it is a clone of */
     struct list snapshots;
     struct list deeds;
     size_t n_snapshots, n_deeds;
@@ -226,6 +227,15 @@ static struct kept *any_snapshot(struct member *m)
             return container_of(l, struct kept, link);
     }
     return NULL;
+}
+
+static void leave_parent(struct member *m)
+{
+    if (!m->parent)
+        return;
+    m->parent->n_clones--;
+    kept_put(m->f, m->parent);
+    m->parent = NULL;
 }
 
 /* What the volume holds becomes what the snapshot holds. */
@@ -685,7 +695,7 @@ static void remove_done(struct deed *deed)
     enum status st = deed->op.io.st;
     trace(m, "snapshot %s of epoch %llu removed: %s", k->name, (ull)k->epoch, status_text(st));
     if (st == ST_OK) {
-        if (k->n_clones)
+        if (k->n_clones > k->n_leaving)
             drv_violation(m->d, "snapshot %s was removed and has clones", k->name);
         kept_gone(m->f, k);
         m->f->counts->removed++;
@@ -939,6 +949,7 @@ static struct member *member_new(struct family *f, struct drv *d, struct kept *p
     if (!parent)
         return m;
     m->parent = parent;
+    parent->refs++;
     parent->n_clones++;
     list_for_each (l, &parent->of->deeds) {
         struct deed *deed = container_of(l, struct deed, link);
@@ -968,6 +979,7 @@ static void member_free(struct member *m)
         kept_gone(f, container_of(l, struct kept, link));
     }
     arrays_free(f, m->born_depth);
+    leave_parent(m);
     free(m);
 }
 
@@ -1059,6 +1071,8 @@ static void delete_one(struct member *m)
     if (d->violated)
         return;
     command_again(&c);
+    if (m->parent)
+        m->parent->n_leaving++;
     catalog_remove(&c.op, c.store, c.env, &entry, with);
     if (!command_wait_or_die(&c))
         return;
@@ -1071,6 +1085,8 @@ static void delete_one(struct member *m)
         look_again(&c);
     bool there = !d->violated && find(&c, d->name, &entry) == ST_OK;
     command_end(&c);
+    if (m->parent)
+        m->parent->n_leaving--;
     if (d->violated)
         return;
     if (!there && refused)
@@ -1084,8 +1100,6 @@ static void delete_one(struct member *m)
     f->counts->happened += died;
     f->counts->deleted++;
     trace(m, "removed");
-    if (m->parent)
-        m->parent->n_clones--;
     member_free(m);
     drv_free(d);
 }

@@ -17,6 +17,9 @@
  * other sectors too.
  *
  * Zeros tell nothing of who wrote them. Where only one change can have, it was that one.
+ *
+ * A snapshot takes down the floors when it is asked for. When all of it was shown, its floors
+ * are raised by what it shows (G3) and by what must have come before that (G2).
  */
 #include "history.h"
 
@@ -31,7 +34,7 @@
 #include "base/mem.h"
 
 /* How a change is known to have taken effect. */
-enum why { NOT_KNOWN, WAS_ANSWERED, WAS_SHOWN, CAME_BEFORE };
+enum why { NOT_KNOWN, WAS_ANSWERED, WAS_SHOWN, CAME_BEFORE, IN_SNAPSHOT };
 
 /* Moments are counted in calls, because many of these may come at one time of the world. */
 struct op {
@@ -41,9 +44,11 @@ struct op {
     uint32_t n;
     uint64_t first;
     uint64_t begun_ns, sent_ns, ended_ns; /* `sent_ns`: last */
+    uint64_t first_sent_ns;
     uint64_t sent, settled;               /* moments; 0: not */
+    uint64_t first_sent, ended;
     uint32_t copies, last_copy;           /* 0: none */
-    uint32_t by;      /* WAS_SHOWN: the read, CAME_BEFORE: the change behind it */
+    uint32_t by;      /* WAS_SHOWN: the read, CAME_BEFORE: the change behind it, IN_SNAPSHOT: that */
     uint32_t gone_by; /* the read that did not show it */
     uint64_t by_sector, gone_sector, settled_sector;
     uint32_t settled_by;
@@ -75,6 +80,15 @@ struct shown {
     uint32_t read, op; /* `op` 0: zeros */
 };
 
+/* `shown`: per sector the write that it shows, or zeros (SHOWS_ZEROS), or nothing yet (0). */
+struct snapshot {
+    uint64_t made; /* the moment; 0: not known */
+    uint32_t *floors; /* when it was asked for; raised by what it shows */
+    uint32_t *shown;
+    uint64_t n_shown;
+};
+#define SHOWS_ZEROS UINT32_MAX
+
 struct history {
     uint64_t n_sectors, moment, now_ns;
     struct op *ops; /* from 1 */
@@ -88,6 +102,8 @@ struct history {
     uint32_t *newest; /* of each sector: its links' head */
     uint32_t *floor;
     struct shown *shown;
+    struct snapshot *snapshots; /* from 1 */
+    size_t n_snapshots, cap_snapshots;
     uint64_t quiet; /* the moment after which no change was under way */
     struct history_counts counts;
     bool violated;
@@ -111,6 +127,11 @@ void history_free(struct history *h)
         free(h->ops[i].floors);
     for (size_t i = 0; i < h->n_connections; i++)
         free(h->connections[i].copies);
+    for (size_t i = 1; i <= h->n_snapshots; i++) {
+        free(h->snapshots[i].floors);
+        free(h->snapshots[i].shown);
+    }
+    free(h->snapshots);
     free(h->ops);
     free(h->copies);
     free(h->connections);
@@ -221,6 +242,11 @@ static void say_why(struct history *h, uint32_t no)
         }
         if (op->why == NOT_KNOWN) {
             say(h, ", which is the oldest that can have made zeros that a read had shown");
+            return;
+        }
+        if (op->why == IN_SNAPSHOT) {
+            say(h, ", which had been shown in sector %llu by snapshot %u",
+                (unsigned long long)op->by_sector, op->by);
             return;
         }
         say(h, ", which was sent before ");
@@ -370,6 +396,10 @@ void history_sent(struct history *h, uint64_t now_ns, uint32_t no, uint32_t conn
         copy_over(h, op);
     op->sent = h->moment;
     op->failed = false;
+    if (!op->first_sent) {
+        op->first_sent = h->moment;
+        op->first_sent_ns = now_ns;
+    }
 
     mem_grow(&h->copies, &h->cap_copies, h->n_copies + 2, sizeof *h->copies);
     uint32_t i = (uint32_t)++h->n_copies;
@@ -645,6 +675,7 @@ void history_answered(struct history *h, uint64_t now_ns, uint32_t no, const uin
     CHECK(op->sent && !op->failed);
     op->answered = true;
     op->ended_ns = now_ns;
+    op->ended = h->moment;
     h->counts.answered++;
     if (h->violated)
         return;
@@ -655,6 +686,205 @@ void history_answered(struct history *h, uint64_t now_ns, uint32_t no, const uin
     } else {
         change_answered(h, no);
     }
+}
+
+/* --- snapshots --------------------------------------------------------------------------- */
+
+uint32_t history_snapshot(struct history *h, uint64_t now_ns)
+{
+    CHECK(now_ns >= h->now_ns);
+    h->now_ns = now_ns;
+    h->moment++;
+    mem_grow(&h->snapshots, &h->cap_snapshots, h->n_snapshots + 2, sizeof *h->snapshots);
+    struct snapshot *s = &h->snapshots[++h->n_snapshots];
+    *s = (struct snapshot){.floors = mem_alloc(h->n_sectors * sizeof *s->floors),
+                           .shown = mem_zalloc(h->n_sectors * sizeof *s->shown)};
+    memcpy(s->floors, h->floor, h->n_sectors * sizeof *s->floors);
+    return (uint32_t)h->n_snapshots;
+}
+
+static struct snapshot *snapshot_at(struct history *h, uint64_t now_ns, uint32_t snapshot)
+{
+    CHECK(snapshot > 0 && snapshot <= h->n_snapshots && now_ns >= h->now_ns);
+    h->now_ns = now_ns;
+    h->moment++;
+    return &h->snapshots[snapshot];
+}
+
+void history_snapshot_made(struct history *h, uint64_t now_ns, uint32_t snapshot)
+{
+    struct snapshot *s = snapshot_at(h, now_ns, snapshot);
+    CHECK(!s->made);
+    s->made = h->moment;
+}
+
+bool history_snapshot_is_whole(const struct history *h, uint32_t snapshot)
+{
+    return h->snapshots[snapshot].n_shown == h->n_sectors;
+}
+
+/* Begins a sentence about what it shows in a sector. */
+static bool snapshot_violates(struct history *h, uint32_t snapshot, uint64_t sector,
+                              const char *guarantees)
+{
+    if (!violate(h))
+        return false;
+    uint32_t no = h->snapshots[snapshot].shown[sector];
+    say(h, "%s: sector %llu: snapshot %u shows ", guarantees, (unsigned long long)sector, snapshot);
+    if (no == SHOWS_ZEROS)
+        say(h, "zeros");
+    else
+        say_op(h, no);
+    return true;
+}
+
+/* Whether zeros may be of its instant: somebody has sent them, or they were there at first. */
+static bool snapshot_may_show_zeros(const struct history *h, const struct snapshot *s,
+                                    uint64_t sector)
+{
+    for (uint32_t l = h->newest[sector]; l && h->links[l].op >= s->floors[sector];
+         l = h->links[l].before) {
+        const struct op *op = &h->ops[h->links[l].op];
+        if (op->kind == HISTORY_ZERO && op->sent && (!s->made || op->first_sent < s->made))
+            return true;
+    }
+    return !s->floors[sector];
+}
+
+/* What it shows in a sector is not older than what it must have. */
+static void judge_floor(struct history *h, uint32_t snapshot, uint64_t sector,
+                        const char *guarantees)
+{
+    const struct snapshot *s = &h->snapshots[snapshot];
+    uint32_t no = s->shown[sector], floor = s->floors[sector];
+    bool fits = no == SHOWS_ZEROS ? snapshot_may_show_zeros(h, s, sector) : no >= floor;
+    if (fits || !snapshot_violates(h, snapshot, sector, guarantees))
+        return;
+    say(h, ", and not ");
+    say_op(h, floor);
+    say_why(h, floor);
+}
+
+/* All sectors of a change are in it, or what changed them since. */
+static void snapshot_has(struct snapshot *s, const struct op *op, uint32_t no)
+{
+    for (uint64_t i = op->first; i < op->first + op->n; i++)
+        if (s->floors[i] < no)
+            s->floors[i] = no;
+}
+
+static void judge_floors(struct history *h, uint32_t snapshot, const char *guarantees)
+{
+    for (uint64_t i = 0; i < h->n_sectors && !h->violated; i++)
+        judge_floor(h, snapshot, i, guarantees);
+}
+
+/* The one of the writes it shows that was sent last; NULL: it shows none. */
+static const struct op *snapshot_newest(const struct history *h, const struct snapshot *s)
+{
+    const struct op *newest = NULL;
+    for (uint64_t i = 0; i < h->n_sectors; i++) {
+        const struct op *op = s->shown[i] != SHOWS_ZEROS ? &h->ops[s->shown[i]] : NULL;
+        if (op && (!newest || op->first_sent > newest->first_sent))
+            newest = op;
+    }
+    return newest;
+}
+
+/* All of it was shown: whole changes (G3), and a prefix (G2). */
+static void judge_whole(struct history *h, uint32_t snapshot)
+{
+    struct snapshot *s = &h->snapshots[snapshot];
+    const struct op *newest = snapshot_newest(h, s);
+    h->counts.snapshots_whole++;
+    for (uint64_t i = 0; i < h->n_sectors; i++)
+        if (s->shown[i] != SHOWS_ZEROS)
+            snapshot_has(s, &h->ops[s->shown[i]], s->shown[i]);
+    judge_floors(h, snapshot, "G3");
+    for (uint32_t no = 1; newest && no <= h->n_ops; no++) {
+        const struct op *op = &h->ops[no];
+        if (op->kind != HISTORY_READ && op->answered && op->ended < newest->first_sent)
+            snapshot_has(s, op, no);
+    }
+    judge_floors(h, snapshot, "G2");
+}
+
+static void snapshot_sector(struct history *h, uint32_t snapshot, uint64_t sector,
+                            const uint8_t *data)
+{
+    struct snapshot *s = &h->snapshots[snapshot];
+    uint32_t had = s->shown[sector], no = SHOWS_ZEROS;
+    if (!is_zeros(data)) {
+        uint64_t word;
+        memcpy(&word, data, sizeof word);
+        no = (uint32_t)(word >> 32);
+        const struct op *op = no && no <= h->n_ops ? &h->ops[no] : NULL;
+        if (!op || op->kind != HISTORY_WRITE || !op->sent || sector < op->first ||
+            sector >= op->first + op->n || !is_of(data, no, sector)) {
+            if (violate(h))
+                say(h, "G3, G5: sector %llu: snapshot %u shows what no operation put there "
+                       "(first word %016llx)",
+                    (unsigned long long)sector, snapshot, (unsigned long long)word);
+            return;
+        }
+    }
+    s->shown[sector] = no;
+    if (had && had != no) {
+        if (snapshot_violates(h, snapshot, sector, "G7")) {
+            say(h, ", and showed before ");
+            had == SHOWS_ZEROS ? say(h, "zeros") : say_op(h, had);
+        }
+        return;
+    }
+    if (had)
+        return;
+    s->n_shown++;
+    judge_floor(h, snapshot, sector, "G7");
+    if (no == SHOWS_ZEROS || h->violated)
+        return;
+    if (s->made && h->ops[no].first_sent > s->made) {
+        if (snapshot_violates(h, snapshot, sector, "G7"))
+            say(h, ", which was sent after the snapshot had been made");
+        return;
+    }
+    establish(h, no, IN_SNAPSHOT, snapshot, sector);
+}
+
+void history_snapshot_shown(struct history *h, uint64_t now_ns, uint32_t snapshot,
+                            uint64_t first_sector, uint32_t n_sectors, const uint8_t *data)
+{
+    struct snapshot *s = snapshot_at(h, now_ns, snapshot);
+    CHECK(first_sector < h->n_sectors && n_sectors <= h->n_sectors - first_sector);
+    bool was_whole = s->n_shown == h->n_sectors;
+    h->counts.snapshot_reads++;
+    for (uint32_t i = 0; i < n_sectors && !h->violated; i++)
+        snapshot_sector(h, snapshot, first_sector + i, data + (size_t)i * HISTORY_SECTOR);
+    if (!h->violated && !was_whole && s->n_shown == h->n_sectors)
+        judge_whole(h, snapshot);
+}
+
+/* What was answered in `h` before `op`, a change of another volume, was sent. */
+static void snapshot_has_until(struct history *h, uint32_t snapshot, const struct op *other)
+{
+    struct snapshot *s = &h->snapshots[snapshot];
+    for (uint32_t no = 1; other && no <= h->n_ops; no++) {
+        const struct op *op = &h->ops[no];
+        if (op->kind != HISTORY_READ && op->answered && op->ended_ns < other->first_sent_ns)
+            snapshot_has(s, op, no);
+    }
+    judge_floors(h, snapshot, "G7, of several volumes at one instant");
+}
+
+void history_snapshots_together(struct history *a, uint32_t snapshot_a, struct history *b,
+                                uint32_t snapshot_b)
+{
+    CHECK(history_snapshot_is_whole(a, snapshot_a) && history_snapshot_is_whole(b, snapshot_b));
+    if (a->violated || b->violated)
+        return;
+    const struct op *newest_a = snapshot_newest(a, &a->snapshots[snapshot_a]);
+    const struct op *newest_b = snapshot_newest(b, &b->snapshots[snapshot_b]);
+    snapshot_has_until(a, snapshot_a, newest_b);
+    snapshot_has_until(b, snapshot_b, newest_a);
 }
 
 /* --- the end ----------------------------------------------------------------------------- */

@@ -22,6 +22,10 @@
  *   - G8: a change that was given up does not appear after a newer change of one of its sectors
  *     was answered or shown; nor does a copy of a request that was sent on a connection that
  *     is gone.
+ *   - G7: a snapshot has every change that was answered, or shown, before it was asked for, and none
+ *     that was sent after it was made; with a change it has all that were answered before that
+ *     one was sent (G2), and whole changes only (G3); it never shows anything else. Reads
+ *     that are sent later do not show less than it has.
  * Not proved: what G2 and G3 say of zeroes and trims whose zeros may be somebody else's.
  *
  * Breaking the rules of these calls ends the process (CHECK).
@@ -62,6 +66,21 @@ void history_failed(struct history *h, uint64_t now_ns, uint32_t op);
  * be there or not; later, too, as long as nothing newer was answered or shown. */
 void history_given_up(struct history *h, uint64_t now_ns, uint32_t op);
 
+/* A snapshot is asked for: its number, from 1. */
+uint32_t history_snapshot(struct history *h, uint64_t now_ns);
+/* It is made: whoever asked was told so. (Not called where nobody knows when, or whether.) */
+void history_snapshot_made(struct history *h, uint64_t now_ns, uint32_t snapshot);
+/* A read of it, or of an untouched clone of it, or of what was rolled back to it, shows this. */
+void history_snapshot_shown(struct history *h, uint64_t now_ns, uint32_t snapshot,
+                            uint64_t first_sector, uint32_t n_sectors, const uint8_t *data);
+/* Every sector of it was shown. What it says as a whole is judged then. */
+bool history_snapshot_is_whole(const struct history *h, uint32_t snapshot);
+/* Two whole ones, of two volumes, were made at one instant: with a change the one has what was
+ * answered on the other volume before that change was sent. The times of both histories are of one
+ * clock. */
+void history_snapshots_together(struct history *a, uint32_t snapshot_a, struct history *b,
+                                uint32_t snapshot_b);
+
 /* The bytes of a write's sector. */
 void history_fill(uint32_t op, uint64_t sector, uint8_t out[HISTORY_SECTOR]);
 
@@ -79,6 +98,7 @@ const char *history_check(struct history *h);
 struct history_counts {
     uint64_t reads, writes, zeros, answered, failed, sent_again;
     uint64_t given_up, given_up_there, given_up_gone; /* changes */
+    uint64_t snapshots_whole, snapshot_reads;
 };
 void history_counts(const struct history *h, struct history_counts *counts);
 
