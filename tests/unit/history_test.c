@@ -781,6 +781,170 @@ static void every_sector_is_read_in_the_end(void **state)
     refused(&s, "sector 0 was not read", "after the last change");
 }
 
+static uint32_t snapshot_of(struct scene *s)
+{
+    return history_snapshot(s->h, ++s->now);
+}
+
+static void snapshot_is_made(struct scene *s, uint32_t snapshot)
+{
+    history_snapshot_made(s->h, ++s->now, snapshot);
+}
+
+static void snapshot_shows(struct scene *s, uint32_t snapshot, uint32_t a, uint32_t b, uint32_t c,
+                           uint32_t d)
+{
+    const uint32_t ops[SCENE_SECTORS] = {a, b, c, d};
+    uint8_t data[SCENE_SECTORS * HISTORY_SECTOR] = {0};
+    for (uint32_t i = 0; i < SCENE_SECTORS; i++)
+        if (ops[i])
+            history_fill(ops[i], i, data + i * HISTORY_SECTOR);
+    history_snapshot_shown(s->h, ++s->now, snapshot, 0, SCENE_SECTORS, data);
+}
+
+/* A write answered before the snapshot, one under way with it, one sent behind it: in all four
+ * sectors. */
+struct instant {
+    struct scene s;
+    uint32_t snapshot, before, with, behind;
+};
+
+static struct instant instant(bool known)
+{
+    struct instant i = {.s = scene()};
+    i.before = writes(&i.s, 0, 2, 1);
+    answered(&i.s, i.before);
+    i.with = writes(&i.s, 2, 1, 1);
+    i.snapshot = snapshot_of(&i.s);
+    answered(&i.s, i.with);
+    if (known)
+        snapshot_is_made(&i.s, i.snapshot);
+    i.behind = writes(&i.s, 3, 1, 1);
+    answered(&i.s, i.behind);
+    return i;
+}
+
+static void snapshots_hold_what_was_answered(void **state)
+{
+    (void)state;
+    struct instant i = instant(true);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, 0, 0);
+    in_the_end(&i.s, i.before, i.before, i.with, i.behind);
+    possible(&i.s);
+    i = instant(true);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, i.with, 0);
+    in_the_end(&i.s, i.before, i.before, i.with, i.behind);
+    possible(&i.s);
+
+    i = instant(true);
+    snapshot_shows(&i.s, i.snapshot, i.before, 0, 0, 0);
+    refused(&i.s, "G7", "sector 1: snapshot 1 shows zeros, and not write #1");
+    i = instant(true);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, i.with, i.behind);
+    refused(&i.s, "G7", "sent after the snapshot had been made");
+    /* Where nobody knows when it was made, it may. */
+    i = instant(false);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, i.with, i.behind);
+    in_the_end(&i.s, i.before, i.before, i.with, i.behind);
+    possible(&i.s);
+    /* But not this one without those answered before it was sent. */
+    i = instant(false);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, 0, i.behind);
+    refused(&i.s, "G2", "sector 2: snapshot 1 shows zeros, and not write #2");
+}
+
+static void snapshots_hold_whole_changes(void **state)
+{
+    (void)state;
+    struct scene s = scene();
+    uint32_t a = writes(&s, 0, 2, 1), snapshot = snapshot_of(&s);
+    snapshot_shows(&s, snapshot, a, 0, 0, 0);
+    refused(&s, "G3", "sector 1: snapshot 1 shows zeros, and not write #1");
+    s = scene();
+    a = writes(&s, 0, 2, 1);
+    snapshot = snapshot_of(&s);
+    uint8_t data[HISTORY_SECTOR] = {1};
+    history_snapshot_shown(s.h, ++s.now, snapshot, 0, 1, data);
+    refused(&s, "G3, G5", "no operation put there");
+}
+
+static void snapshots_stay(void **state)
+{
+    (void)state;
+    struct instant i = instant(false);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, 0, 0);
+    assert_true(history_snapshot_is_whole(i.s.h, i.snapshot));
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, 0, 0);
+    snapshot_shows(&i.s, i.snapshot, i.before, i.before, i.with, 0);
+    refused(&i.s, "G7", "and showed before zeros");
+}
+
+/* What a snapshot shows was there before it. */
+static void reads_do_not_show_less_than_snapshots(void **state)
+{
+    (void)state;
+    for (unsigned k = 0; k < 2; k++) {
+        struct scene s = scene();
+        uint32_t a = writes(&s, 0, 1, 1), snapshot = snapshot_of(&s);
+        given_up(&s, a);
+        snapshot_shows(&s, snapshot, a, 0, 0, 0);
+        if (k == 0) {
+            in_the_end(&s, a, 0, 0, 0);
+            possible(&s);
+        } else {
+            sector_shows(&s, 0, 0);
+            refused(&s, "G1, G4", "which had been shown in sector 0 by snapshot 1");
+        }
+    }
+}
+
+static void snapshots_show_zeros_that_were_there(void **state)
+{
+    (void)state;
+    struct scene s = scene();
+    uint32_t w = writes(&s, 0, 1, 1);
+    answered(&s, w);
+    uint32_t snapshot = snapshot_of(&s), z = zeroes(&s, 0, 1, 1);
+    answered(&s, z);
+    snapshot_shows(&s, snapshot, 0, 0, 0, 0);
+    in_the_end(&s, 0, 0, 0, 0);
+    possible(&s);
+    s = scene();
+    w = writes(&s, 0, 1, 1);
+    answered(&s, w);
+    snapshot = snapshot_of(&s);
+    snapshot_is_made(&s, snapshot);
+    z = zeroes(&s, 0, 1, 1);
+    answered(&s, z);
+    snapshot_shows(&s, snapshot, 0, 0, 0, 0);
+    refused(&s, "G7", "shows zeros, and not write #1");
+}
+
+/* A write of `b` that was sent after one of `a` had been answered. */
+static void snapshots_are_of_one_instant(void **state)
+{
+    (void)state;
+    for (unsigned k = 0; k < 4; k++) {
+        struct scene a = scene(), b = scene();
+        uint32_t sa = snapshot_of(&a), sb = snapshot_of(&b);
+        uint32_t wa = writes(&a, 0, 1, 1);
+        answered(&a, wa);
+        b.now = a.now;
+        uint32_t wb = writes(&b, 3, 1, 1);
+        answered(&b, wb);
+        snapshot_shows(&a, sa, k & 1 ? wa : 0, 0, 0, 0);
+        snapshot_shows(&b, sb, 0, 0, 0, k & 2 ? wb : 0);
+        history_snapshots_together(b.h, sb, a.h, sa);
+        in_the_end(&a, wa, 0, 0, 0);
+        in_the_end(&b, 0, 0, 0, wb);
+        possible(&b);
+        if (k == 2)
+            refused(&a, "G7, of several volumes at one instant", "and not write #1");
+        else
+            possible(&a);
+    }
+}
+
 static void given_up_changes_are_counted(void **state)
 {
     (void)state;
@@ -1299,6 +1463,12 @@ int main(void)
         cmocka_unit_test(reads_without_an_answer_prove_nothing),
         cmocka_unit_test(every_sector_is_read_in_the_end),
         cmocka_unit_test(given_up_changes_are_counted),
+        cmocka_unit_test(snapshots_hold_what_was_answered),
+        cmocka_unit_test(snapshots_hold_whole_changes),
+        cmocka_unit_test(snapshots_stay),
+        cmocka_unit_test(reads_do_not_show_less_than_snapshots),
+        cmocka_unit_test(snapshots_show_zeros_that_were_there),
+        cmocka_unit_test(snapshots_are_of_one_instant),
         cmocka_unit_test(a_good_server_is_possible),
         cmocka_unit_test(planted_faults_are_found),
     };
