@@ -417,7 +417,7 @@ static void viewer_open(struct member *m)
     struct drv *d = m->d;
     struct kept *k = any_snapshot(m);
     enum status st;
-    if (f->n_viewers == VIEWERS_MAX || !k)
+    if (f->n_viewers == VIEWERS_MAX || !k || (k->n_maybe && is_removed(k)))
         return;
     struct viewer *v = mem_zalloc(sizeof *v);
     k->refs++;
