@@ -179,6 +179,11 @@ class Server:
     def pid(self):
         return self.process.pid
 
+    def cpu_s(self):
+        """What the server has used of the processors so far, all its threads."""
+        after_name = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
     def running(self):
         return self.process is not None and self.process.poll() is None
 
