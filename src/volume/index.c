@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "volume/internal.h"
+#include "volume/rowread.h"
 
 #define ROWS_LOADED_AT_ONCE 512u
 #define ROWS2_AHEAD 16u
@@ -143,12 +144,6 @@ bool index_loading(const struct volume *vol)
     return false;
 }
 
-/* Where a level-2 row may be: the keys of some of its epochs in one branch. */
-struct row_place {
-    struct key begin, end;
-    uint64_t branch;
-};
-
 struct row_load {
     struct store_read read;
     struct store_get get; /* level 1: the row; level 2 of a view: the record of its snapshot */
@@ -157,7 +152,7 @@ struct row_load {
     struct env_timer retry;
     uint32_t n_places; /* level 2: the first one that has a row counts */
     struct store_range *ranges;
-    struct row_place places[];
+    struct row2_place places[];
 };
 
 /* Sources that name nothing: the store lacks them, so every read of them is EIO (G5). */
@@ -199,24 +194,15 @@ static void load_again(struct env_timer *timer)
 static bool take_row2(struct row_load *load)
 {
     struct row_slot *r = load->slot;
-    for (uint32_t i = 0; i < load->n_places; i++) {
-        if (!load->ranges[i].n_pairs)
-            continue;
-        const struct store_pair *pair = &load->ranges[i].pairs[0];
-        uint64_t branch, no, epoch;
-        unsigned level;
-        if (!key_parse_row(pair->key, &branch, &level, &no, &epoch) ||
-            !row2_decode(&r->row2, pair->key, pair->head))
-            return false;
-        r->epoch = epoch;
-        r->branch = branch;
-        if (branch != r->vol->branch)
-            for (unsigned k = 0; k < INDEX_FANOUT; k++) {
-                struct row2_entry *entry = &r->row2.entry[k];
-                if (entry->kind == ROW2_ROW && !entry->branch)
-                    entry->branch = branch;
-            }
-        return true;
+    struct row_source at;
+    if (row2_take(load->ranges, load->n_places, &r->row2, &at) == ROW_DAMAGED)
+        return false;
+    r->epoch = at.epoch;
+    r->branch = at.branch;
+    for (unsigned k = 0; at.branch != r->vol->branch && k < INDEX_FANOUT; k++) {
+        struct row2_entry *entry = &r->row2.entry[k];
+        if (entry->kind == ROW2_ROW && !entry->branch)
+            entry->branch = at.branch;
     }
     return true;
 }
@@ -288,16 +274,10 @@ uint64_t row2_branch(const struct volume *vol, const struct row2_entry *entry)
     return entry->branch ? entry->branch : vol->branch;
 }
 
-static void add_place(struct row_load *load, uint64_t branch, uint64_t after, uint64_t upto)
+static void add_place(struct row_load *load, struct ancestry_segment at)
 {
-    struct row_place *place = &load->places[load->n_places];
-    place->branch = branch;
-    key_row(&place->begin, branch, 2, load->slot->no, after + 1);
-    key_row(&place->end, branch, 2, load->slot->no, upto + 1);
-    load->ranges[load->n_places++] = (struct store_range){.begin = key_slice(&place->begin),
-                                                          .end = key_slice(&place->end),
-                                                          .limit = 1,
-                                                          .reverse = true};
+    row2_place(&load->places[load->n_places], &at, load->slot->no, &load->ranges[load->n_places]);
+    load->n_places++;
 }
 
 static void load_row2(struct row_slot *r)
@@ -318,9 +298,9 @@ static void load_row2(struct row_slot *r)
     if (vol->view_epoch)
         key_snapshot(&load->key, vol->branch, vol->view_epoch);
     else
-        add_place(load, vol->branch, a->after, vol->header.epoch);
+        add_place(load, (struct ancestry_segment){vol->branch, a->after, vol->header.epoch});
     for (uint32_t i = 0; i < a->n_segments; i++)
-        add_place(load, a->segments[i].branch, a->segments[i].after, a->segments[i].upto);
+        add_place(load, a->segments[i]);
     load_read(load);
 }
 

@@ -4,29 +4,25 @@
 
 /* --- one level-2 row ------------------------------------------------------------------ */
 
-uint32_t row2_search(struct row2_search *search, const struct ancestry_record *where, uint64_t no,
-                     struct store_range *ranges)
+void row2_place(struct row2_place *place, const struct ancestry_segment *segment, uint64_t no,
+                struct store_range *range)
 {
-    for (uint32_t i = 0; i < where->n_segments; i++) {
-        const struct ancestry_segment *s = &where->segments[i];
-        key_row(&search->begin[i], s->branch, 2, no, s->after + 1);
-        key_row(&search->end[i], s->branch, 2, no, s->upto + 1);
-        ranges[i] = (struct store_range){.begin = key_slice(&search->begin[i]),
-                                         .end = key_slice(&search->end[i]),
-                                         .limit = 1,
-                                         .reverse = true};
-    }
-    search->ranges = ranges;
-    search->n_ranges = where->n_segments;
-    return search->n_ranges;
+    key_row(&place->begin, segment->branch, 2, no, segment->after + 1);
+    key_row(&place->end, segment->branch, 2, no, segment->upto + 1);
+    *range = (struct store_range){.begin = key_slice(&place->begin),
+                                  .end = key_slice(&place->end),
+                                  .limit = 1,
+                                  .reverse = true};
 }
 
-enum row_found row2_found(const struct row2_search *search, struct row2 *row, struct row_source *at)
+enum row_found row2_take(const struct store_range *ranges, uint32_t n_ranges, struct row2 *row,
+                         struct row_source *at)
 {
-    for (uint32_t i = 0; i < search->n_ranges; i++) {
-        if (!search->ranges[i].n_pairs)
+    *at = (struct row_source){0};
+    for (uint32_t i = 0; i < n_ranges; i++) {
+        if (!ranges[i].n_pairs)
             continue;
-        const struct store_pair *pair = &search->ranges[i].pairs[0];
+        const struct store_pair *pair = &ranges[i].pairs[0];
         uint64_t no;
         unsigned level;
         if (!key_parse_row(pair->key, &at->branch, &level, &no, &at->epoch)) {
@@ -36,9 +32,23 @@ enum row_found row2_found(const struct row2_search *search, struct row2 *row, st
         }
         return row2_decode(row, pair->key, pair->head) ? ROW_THERE : ROW_DAMAGED;
     }
-    *at = (struct row_source){0};
     row2_init(row);
     return ROW_MISSING;
+}
+
+uint32_t row2_search(struct row2_search *search, const struct ancestry_record *where, uint64_t no,
+                     struct store_range *ranges)
+{
+    for (uint32_t i = 0; i < where->n_segments; i++)
+        row2_place(&search->places[i], &where->segments[i], no, &ranges[i]);
+    search->ranges = ranges;
+    search->n_ranges = where->n_segments;
+    return search->n_ranges;
+}
+
+enum row_found row2_found(const struct row2_search *search, struct row2 *row, struct row_source *at)
+{
+    return row2_take(search->ranges, search->n_ranges, row, at);
 }
 
 /* --- the reader ----------------------------------------------------------------------- */

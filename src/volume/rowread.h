@@ -16,9 +16,23 @@ enum row_found {
     ROW_DAMAGED, /* it is there, and can't be read */
 };
 
-/* The search for one level-2 row: a range of one key for each place it may be in. */
+/* One place where a level-2 row may be. */
+struct row2_place {
+    struct key begin, end;
+};
+
+/* Fills `range`, which is to be read, for the newest version of the level-2 row `no` in a segment. */
+void row2_place(struct row2_place *place, const struct ancestry_segment *segment, uint64_t no,
+                struct store_range *range);
+
+/* What the ranges, read, have of it: the first one that has any counts. *at: its key's branch and epoch
+ * (where it is damaged too). Missing: all of its blocks are ABSENT. */
+enum row_found row2_take(const struct store_range *ranges, uint32_t n_ranges, struct row2 *row,
+                         struct row_source *at);
+
+/* The search for one level-2 row in all the places it may be in. */
 struct row2_search {
-    struct key begin[ANCESTRY_MAX], end[ANCESTRY_MAX];
+    struct row2_place places[ANCESTRY_MAX];
     const struct store_range *ranges;
     uint32_t n_ranges;
 };
@@ -29,8 +43,7 @@ struct row2_search {
 uint32_t row2_search(struct row2_search *search, const struct ancestry_record *where, uint64_t no,
                      struct store_range *ranges);
 
-/* What the read of the ranges found: the row, and in *at its key's branch and epoch (where it is
- * damaged too). Missing: all of its blocks are ABSENT. */
+/* What the read of the ranges found. */
 enum row_found row2_found(const struct row2_search *search, struct row2 *row,
                           struct row_source *at);
 
