@@ -26,6 +26,7 @@
 #define HOT_SECTORS 64u
 #define STATUS_EXTENTS_MAX 4096u
 #define NOWHERE UINT32_MAX
+#define UNKNOWN_MAX 6u /* so often a snapshot is asked for under its names */
 #define MS 1000000ull
 
 enum op_kind { OP_READ, OP_WRITE, OP_ZERO, OP_TRIM, OP_FLUSH, OP_STATUS };
@@ -74,6 +75,7 @@ struct client {
     uint64_t next_cookie, answered;
     unsigned gateway;
     bool stopped, leaving, gone, resting;
+    unsigned name, unknown;  /* of its own names: the present one, and how often it was unknown */
     uint64_t reads_at_ns;    /* takes no answers until then */
     uint32_t burst;          /* requests left in this one */
     uint64_t read_all_at;    /* next sector; n_sectors: none */
@@ -169,15 +171,15 @@ static struct op *op_new(struct client *c, enum op_kind kind, uint64_t first, ui
                       .conn = NOWHERE,
                       .cookie = ++c->next_cookie << 8 | (uint64_t)(op - c->ops)};
     c->n_ops++;
-    if (kind == OP_FLUSH || kind == OP_STATUS)
+    if (kind == OP_READ)
+        op->data = mem_alloc((size_t)n * HISTORY_SECTOR);
+    if (kind == OP_FLUSH || kind == OP_STATUS || c->c.snapshot)
         return op;
     enum history_kind as = kind == OP_READ    ? HISTORY_READ
                            : kind == OP_WRITE ? HISTORY_WRITE
                                               : HISTORY_ZERO;
     op->no = history_begin(all->history, now_ns(c), as, first, n);
     hold(c, op, true);
-    if (kind == OP_READ)
-        op->data = mem_alloc((size_t)n * HISTORY_SECTOR);
     return op;
 }
 
@@ -429,6 +431,14 @@ static void op_succeeded(struct client *c, struct op *op)
     trace(c->c.name, "is answered: %s", op_text(op, text));
     if (op->no)
         history_answered(all->history, now_ns(c), op->no, op->data);
+    if (c->c.snapshot) {
+        if (op->data)
+            history_snapshot_shown(all->history, now_ns(c), c->c.snapshot, op->first, op->n,
+                                   op->data);
+        all->counts.snapshot_reads++;
+        op_over(c, op);
+        return;
+    }
     all->counts.answered++;
     all->served[c->conns[op->conn].gateway]++;
     c->answered++;
@@ -725,7 +735,7 @@ static void put_option(uint8_t *out, size_t *at, uint32_t option, const uint8_t 
 static void send_options(struct conn *conn)
 {
     struct client *c = conn->client;
-    const char *name = c->c.all->names[c->c.all->name];
+    const char *name = c->c.names[0] ? c->c.names[c->name] : c->c.all->names[c->c.all->name];
     uint32_t name_len = (uint32_t)strlen(name);
     uint32_t context_len = (uint32_t)strlen(NBD_CONTEXT_ALLOCATION);
     uint8_t out[1024], data[512];
@@ -761,6 +771,8 @@ static void take_export_info(struct conn *conn, const uint8_t *p, size_t len)
     uint64_t needed = (uint64_t)c->c.all->n_sectors * HISTORY_SECTOR;
     uint16_t wanted = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA |
                       NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_CAN_MULTI_CONN;
+    if (c->c.read_only)
+        wanted = NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY | NBD_FLAG_CAN_MULTI_CONN;
     uint64_t size = len == 12 ? get_be64(p + 2) : 0;
     if ((size != needed && size != needed + c->c.all->tail_bytes) ||
         (get_be16(p + 10) & wanted) != wanted)
@@ -768,11 +780,31 @@ static void take_export_info(struct conn *conn, const uint8_t *p, size_t len)
                   size ? get_be16(p + 10) : 0);
 }
 
+/* It looks for nothing any more. */
+static void find_nothing(struct client *c)
+{
+    trace(c->c.name, "finds neither %s nor %s", c->c.names[0], c->c.names[1]);
+    c->gone = true;
+    for (unsigned i = 0; i < c->c.n_connections; i++)
+        conn_end(&c->conns[i], END_CLOSE);
+    for (struct op *op = c->ops; op < c->ops + SLOTS; op++)
+        if (op->used)
+            op_over(c, op);
+}
+
 static void option_refused(struct conn *conn, uint32_t type)
 {
-    struct clients *all = conn->client->c.all;
-    if (type == NBD_REP_ERR_UNKNOWN)
+    struct client *c = conn->client;
+    struct clients *all = c->c.all;
+    if (type == NBD_REP_ERR_UNKNOWN && c->c.names[0]) {
+        c->name = !c->name;
+        if (++c->unknown == UNKNOWN_MAX) {
+            find_nothing(c);
+            return;
+        }
+    } else if (type == NBD_REP_ERR_UNKNOWN) {
         all->name = !all->name; /* it was renamed */
+    }
     conn_lost(conn, END_CLOSE, type == NBD_REP_ERR_UNKNOWN ? "no such export" : "refused");
 }
 
@@ -806,6 +838,7 @@ static size_t take_option_reply(struct conn *conn, const uint8_t *p, size_t len)
     }
     if (!conn->n_options) {
         conn->state = CONN_READY;
+        c->unknown = 0;
         trace(c->c.name, "connection %u to gateway %u: in transmission", conn->no,
               conn->gateway + 1);
     }
@@ -1109,6 +1142,11 @@ uint32_t client_die(struct client *c, enum client_death how)
         if (op->used)
             op_give_up(c, op);
     return how == CLIENT_VANISHED ? c->c.all->stale_ms : 0;
+}
+
+bool client_found_nothing(const struct client *c)
+{
+    return c->unknown == UNKNOWN_MAX;
 }
 
 bool client_is_gone(const struct client *c)

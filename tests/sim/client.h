@@ -39,6 +39,7 @@ struct client_counts {
     uint64_t half_sent; /* writes of which a dying client had sent a part only */
     uint64_t connections, connections_lost, timeouts;
     uint64_t deaths;
+    uint64_t snapshot_reads; /* answered; counted as nothing else */
 };
 
 /* What the clients of the volume have in common. */
@@ -90,6 +91,11 @@ struct client_config {
     bool mixes_gateways;    /* a connection that was lost goes elsewhere alone */
     bool only_writes;       /* reads just what it is told to (client_read_all) */
     bool stays;             /* goes to no other gateway than the first */
+    /* Reads a snapshot (its number in the history), under these names of it, whatever the volume's
+     * is; what is read only is a view, else a clone or what was rolled back to it. 0: the volume. */
+    uint32_t snapshot;
+    const char *names[2];
+    bool read_only;
     unsigned depth;         /* 1 .. CLIENT_DEPTH_MAX requests at once */
     struct client_mix mix;
     /* Requests come in bursts of up to so many, with pauses of up to so long between them. */
@@ -130,6 +136,9 @@ void client_turn_to(struct client *c, unsigned gateway);
 void client_move(struct client *c, unsigned gateway);
 /* Ends one of its connections, as far as that can be heard; it goes on elsewhere. */
 void client_lose_connection(struct client *c);
+
+/* No gateway knew its own names, each several times: it is gone. */
+bool client_found_nothing(const struct client *c);
 
 /* Says goodbye and closes: it is idle. */
 void client_leave(struct client *c);

@@ -28,7 +28,7 @@
 #define MS 1000000ull
 #define PLACES_MAX CLIENT_GATEWAYS_MAX
 #define GATEWAYS_MAX 64u
-#define CLIENTS_MAX 64u
+#define CLIENTS_MAX 96u
 #define COMMANDS_MAX 64u
 #define WORDS_MAX 8u
 #define NAME_BYTES 24u
@@ -47,8 +47,21 @@
 #define VOLUME_NAME "disk"
 #define OTHER_NAME "renamed"
 #define SPARE_NAME "spare"
+#define SECOND_NAME "second" /* of the other volume, which is there in some seeds */
+#define SECOND_PERCENT 40u
+#define SECOND_BLOCKS 24u
+#define KEPT_MAX 12u   /* snapshots that are made */
+#define VIEWERS_MAX 8u /* that look at them during the storm */
+#define VIEWS_MAX 4u   /* snapshots that are looked at in the end */
 
-enum { HOST_GATEWAYS = 1, HOST_VMS = 10, HOST_READERS = 20, HOST_LAST = 30 };
+enum {
+    HOST_GATEWAYS = 1,
+    HOST_VMS = 10,
+    HOST_READERS = 20,
+    HOST_VIEWERS = 25,
+    HOST_SECOND = 26,
+    HOST_LAST = 30
+};
 
 /* An address where one gateway process after another serves. */
 struct place {
@@ -70,6 +83,7 @@ enum fault {
     FAULT_ADDRESS,
     FAULT_MIGRATION,
     FAULT_COMMAND,
+    FAULT_HISTORY,
     FAULT_SQUEEZE,
     FAULT_LATE_ANSWERS,
     FAULT_HELD_COMMITS,
@@ -85,6 +99,18 @@ struct running_command {
     struct run *run;
 };
 
+/* A snapshot that was asked for, of the volume and perhaps of the second one too. */
+struct kept {
+    struct run *run;
+    char name[NAME_BYTES], clone_name[NAME_BYTES];
+    char full[2][2 * NAME_BYTES]; /* under both names of the volume */
+    char second[2 * NAME_BYTES];
+    uint32_t no, second_no; /* in the histories; second_no 0: not of that one */
+    unsigned made_by, removed_by, cloned_by; /* commands, from 1; 0: none */
+    bool noted, is_there;   /* that it was made: the command said so */
+    bool cloned, compared;
+};
+
 struct run {
     struct scenario_options o;
     struct scenario_result *result;
@@ -94,6 +120,12 @@ struct run {
     struct simstore *store;
     struct history *history;
     struct clients clients;
+    /* The second volume, with a small machine of its own; NULL: there is none. */
+    struct history *second_history;
+    struct clients second_clients;
+    struct client *second;
+    struct kept kept[KEPT_MAX];
+    unsigned n_kept, n_viewers;
 
     enum simstore_kind kind;
     uint32_t lease_ms, owner_wait_ms, pause_close_ms, store_timeout_ms, block_size, requests;
@@ -248,6 +280,25 @@ static void look_at_answering(struct run *r, bool committed)
     r->answering = who;
 }
 
+/* Commands that make snapshots and have said so by now. */
+static void look_at_snapshots(struct run *r)
+{
+    for (unsigned i = 0; i < r->n_kept; i++) {
+        struct kept *k = &r->kept[i];
+        struct command *made_by = r->commands[k->made_by - 1].command;
+        if (k->noted || !command_is_over(made_by))
+            continue;
+        k->noted = true;
+        if (command_status(made_by) != 0)
+            continue;
+        k->is_there = true;
+        r->result->counts.snapshots++;
+        history_snapshot_made(r->history, sim_now_ns(r->sim), k->no);
+        if (k->second_no)
+            history_snapshot_made(r->second_history, sim_now_ns(r->sim), k->second_no);
+    }
+}
+
 static void look(struct run *r)
 {
     struct simstore_counts counts;
@@ -257,13 +308,19 @@ static void look(struct run *r)
     if (committed)
         look_at_owner(r);
     look_at_answering(r, committed);
+    look_at_snapshots(r);
     if (counts.violations)
         wrong(r, "the store was asked for what must not be asked for");
     if (r->clients.violation[0])
         wrong(r, "%s", r->clients.violation);
+    if (r->second_clients.violation[0])
+        wrong(r, "%s", r->second_clients.violation);
     const char *impossible = history_violation(r->history);
     if (impossible)
         wrong(r, "%s", impossible);
+    impossible = r->second_history ? history_violation(r->second_history) : NULL;
+    if (impossible)
+        wrong(r, "the second volume: %s", impossible);
     r->result->hash = hash_mix(r->result->hash, sim_now_ns(r->sim));
     if (++r->result->counts.events > EVENTS_MAX)
         wrong(r, "it runs in a circle: %u events", EVENTS_MAX);
@@ -292,18 +349,25 @@ static void describe_hang(struct run *r, const char *what)
     wrong(r, "nothing moves any more: %s%s%s", what, text[0] ? "; " : "", text);
 }
 
+/* Goes up with every answer. */
+static uint64_t progress(const struct run *r)
+{
+    return r->clients.counts.answered + r->clients.counts.snapshot_reads +
+           r->second_clients.counts.answered + r->second_clients.counts.snapshot_reads;
+}
+
 /* The same, once everything is healed: time passes only as long as clients get answers. */
 static bool must_come(struct run *r, bool (*cond)(struct run *r), const char *what)
 {
-    uint64_t answered = r->clients.counts.answered;
+    uint64_t seen = progress(r);
     while (!run_until(r, cond, sim_now_ns(r->sim) + HANG_NS)) {
         if (r->result->failed)
             return false;
-        if (r->clients.counts.answered == answered) {
+        if (progress(r) == seen) {
             describe_hang(r, what);
             return false;
         }
-        answered = r->clients.counts.answered;
+        seen = progress(r);
     }
     return true;
 }
@@ -402,6 +466,20 @@ static void vm_returns(void *arg)
     r->vm = start_vm(r, r->vm_host, false);
 }
 
+/* The second volume's: it stays all the time. */
+static void start_second(struct run *r)
+{
+    struct client_config config = r->vm_config;
+    config.all = &r->second_clients;
+    config.host = HOST_SECOND;
+    config.gateway = (unsigned)below(r, r->n_places);
+    config.n_connections = 1;
+    config.structured = (uint8_t)below(r, 2);
+    config.depth = 1 + (unsigned)below(r, 4);
+    config.burst_max = 1 + (uint32_t)below(r, 20);
+    r->second = start_client(r, config, "second", false);
+}
+
 /* --- migrations --------------------------------------------------------------------------- */
 
 static void source_leaves(void *arg)
@@ -479,12 +557,21 @@ static void command_dies(void *arg)
     c->run->result->counts.commands_killed++;
 }
 
+/* Starts it; it may be killed half way. */
+static void run_command(struct run *r, const char *const *words, unsigned kill_percent)
+{
+    struct running_command *c = &r->commands[r->n_commands++];
+    c->run = r;
+    snprintf(c->name, sizeof c->name, "%s (%u)", words[0], r->n_commands);
+    c->command = command_start(r->sim, r->store, c->name, words);
+    if (percent(r, kill_percent))
+        sim_at(r->env, below(r, 30 * MS), command_dies, c);
+}
+
 static void begin_command(struct run *r)
 {
     if (r->n_commands == COMMANDS_MAX)
         return;
-    struct running_command *c = &r->commands[r->n_commands++];
-    c->run = r;
     const char *name = r->clients.names[r->clients.name];
     const char *words[WORDS_MAX] = {NULL};
     char size[24];
@@ -529,10 +616,117 @@ static void begin_command(struct run *r)
         words[n++] = name;
         words[n++] = size;
     }
-    snprintf(c->name, sizeof c->name, "%s (%u)", words[0], r->n_commands);
-    c->command = command_start(r->sim, r->store, c->name, words);
-    if (percent(r, 10))
-        sim_at(r->env, below(r, 30 * MS), command_dies, c);
+    run_command(r, words, 10);
+}
+
+/* --- snapshots ------------------------------------------------------------------------------- */
+
+static void begin_snapshot(struct run *r)
+{
+    if (r->n_kept == KEPT_MAX || r->n_commands == COMMANDS_MAX)
+        return;
+    struct kept *k = &r->kept[r->n_kept++];
+    const char *words[WORDS_MAX] = {"snapshot", "create"};
+    *k = (struct kept){.run = r, .made_by = r->n_commands + 1};
+    snprintf(k->name, sizeof k->name, "s%u", r->n_kept);
+    snprintf(k->clone_name, sizeof k->clone_name, "clone%u", r->n_kept);
+    for (unsigned i = 0; i < 2; i++)
+        snprintf(k->full[i], sizeof k->full[i], "%s@s%u", r->clients.names[i], r->n_kept);
+    snprintf(k->second, sizeof k->second, SECOND_NAME "@s%u", r->n_kept);
+    k->no = history_snapshot(r->history, sim_now_ns(r->sim));
+    words[2] = k->full[r->clients.name];
+    if (r->second && percent(r, 60)) {
+        k->second_no = history_snapshot(r->second_history, sim_now_ns(r->sim));
+        words[3] = k->second;
+    }
+    run_command(r, words, 10);
+}
+
+/* One that may be there; NULL: there is none. */
+static struct kept *any_kept(struct run *r)
+{
+    struct kept *k = r->n_kept ? &r->kept[below(r, r->n_kept)] : NULL;
+    return k && !k->removed_by ? k : NULL;
+}
+
+static void begin_removal(struct run *r, struct kept *k)
+{
+    const char *words[WORDS_MAX] = {"snapshot", "remove", k->full[r->clients.name]};
+    if (k->cloned_by || r->n_commands == COMMANDS_MAX)
+        return;
+    k->removed_by = r->n_commands + 1;
+    run_command(r, words, 10);
+}
+
+static void begin_clone(struct run *r, struct kept *k)
+{
+    const char *words[WORDS_MAX] = {"clone", k->full[r->clients.name], k->clone_name};
+    if (k->cloned_by || r->n_commands == COMMANDS_MAX)
+        return;
+    k->cloned_by = r->n_commands + 1;
+    run_command(r, words, 10);
+}
+
+/* Somebody who reads all of a snapshot once: as a view, or, under `name`, as a volume that holds the
+ * same. */
+static struct client *start_viewer(struct run *r, struct kept *k, const char *name)
+{
+    struct client_config config = r->reader_config;
+    config.host = HOST_VIEWERS;
+    config.gateway = (unsigned)below(r, r->n_places);
+    config.snapshot = k->no;
+    config.names[0] = name ? name : k->full[r->clients.name];
+    config.names[1] = name ? name : k->full[!r->clients.name];
+    config.read_only = !name;
+    config.n_connections = 1 + (unsigned)below(r, 2);
+    config.structured = (uint8_t)below(r, 4);
+    config.depth = CLIENT_DEPTH_MAX;
+    struct client *c = start_client(r, config, "viewer", true);
+    client_read_all(c);
+    return c;
+}
+
+static struct client *start_second_viewer(struct run *r, struct kept *k)
+{
+    struct client_config config = r->reader_config;
+    config.all = &r->second_clients;
+    config.host = HOST_VIEWERS;
+    config.gateway = (unsigned)below(r, r->n_places);
+    config.snapshot = k->second_no;
+    config.names[0] = config.names[1] = k->second;
+    config.read_only = true;
+    config.n_connections = 1;
+    config.structured = (uint8_t)below(r, 2);
+    struct client *c = start_client(r, config, "viewer", true);
+    client_read_all(c);
+    return c;
+}
+
+static void begin_view(struct run *r, struct kept *k)
+{
+    if (r->n_viewers++ < VIEWERS_MAX)
+        start_viewer(r, k, NULL);
+}
+
+static void begin_history(struct run *r)
+{
+    struct kept *k = any_kept(r);
+    uint64_t what = below(r, 100);
+    if (!k || what < 50)
+        begin_snapshot(r);
+    else if (what < 65)
+        begin_removal(r, k);
+    else if (what < 75)
+        begin_clone(r, k);
+    else
+        begin_view(r, k);
+}
+
+static void history_event(void *arg)
+{
+    struct run *r = arg;
+    if (!r->finishing)
+        begin_history(r);
 }
 
 static bool commands_over(struct run *r)
@@ -881,7 +1075,7 @@ static void begin_squeezing(struct run *r, struct place *p)
 static void cut_client(struct run *r, const struct place *p, unsigned host, bool cut)
 {
     net_cut(r->net, p->host, host, cut);
-    r->clients.cut[p->index][host] = cut;
+    r->clients.cut[p->index][host] = r->second_clients.cut[p->index][host] = cut;
 }
 
 static void end_client_cut(void *arg)
@@ -985,6 +1179,9 @@ static void begin_fault(struct run *r, enum fault fault)
         break;
     case FAULT_COMMAND:
         begin_command(r);
+        break;
+    case FAULT_HISTORY:
+        begin_history(r);
         break;
     case FAULT_SQUEEZE:
         begin_squeezing(r, p);
@@ -1094,7 +1291,7 @@ static bool set_up_wait(struct run *r, struct setting_up *s, const char *what)
 }
 
 /* Makes the store and the volume, as `fdb-nbd create` does. */
-static void make_volume(struct run *r)
+static void make_volumes(struct run *r)
 {
     struct sim_env *env = sim_env_new(r->sim);
     struct store *store = simstore_attach(r->store, env);
@@ -1121,6 +1318,15 @@ static void make_volume(struct run *r)
     key_owner(&r->owner_key, r->branch);
     key_state(&r->state_key, r->branch);
     catalog_op_free(&s->op);
+    if (r->second_history) {
+        snprintf(spec.name, sizeof spec.name, SECOND_NAME);
+        spec.size = (uint64_t)SECOND_BLOCKS * r->block_size;
+        *s = (struct setting_up){.op = {.done = set_up_step}};
+        catalog_create(&s->op, store, &env->base, &spec);
+        if (!set_up_wait(r, s, "making the second volume"))
+            return;
+        catalog_op_free(&s->op);
+    }
     simstore_detach(r->store, store);
 }
 
@@ -1238,6 +1444,21 @@ static void draw_force(struct run *r)
     r->storm_ns = (2000 + below(r, 4000)) * MS;
 }
 
+static void draw_second(struct run *r)
+{
+    uint32_t n_sectors = SECOND_BLOCKS * r->block_size / HISTORY_SECTOR;
+    if (r->by_force || !percent(r, SECOND_PERCENT))
+        return;
+    r->second_history = history_new(n_sectors);
+    clients_init(&r->second_clients, r->sim, r->net, r->second_history, n_sectors);
+    struct clients *all = &r->second_clients;
+    all->stale_ms = r->clients.stale_ms;
+    all->names[0] = all->names[1] = SECOND_NAME;
+    all->n_gateways = r->n_places;
+    memcpy(all->gateways, r->clients.gateways, sizeof all->gateways);
+    all->refusals = true;
+}
+
 static void draw(struct run *r)
 {
     r->kind = r->o.engine == SCENARIO_LOG   ? SIMSTORE_LOG
@@ -1324,9 +1545,10 @@ static void finish_clients(struct run *r)
 }
 
 /* A last client reads everything through one gateway. */
-static void read_through(struct run *r, unsigned place)
+static void read_through(struct run *r, struct clients *all, unsigned place)
 {
     struct client_config config = r->reader_config;
+    config.all = all;
     config.host = HOST_LAST - 1;
     config.gateway = place;
     config.stays = true;
@@ -1337,6 +1559,120 @@ static void read_through(struct run *r, unsigned place)
     client_read_all(c);
     if (must_come(r, all_clients_idle, "the last client reads everything"))
         client_leave(c);
+}
+
+/* --- snapshots, in the end ------------------------------------------------------------------ */
+
+/* Whether it must be there. */
+static bool must_be_there(const struct kept *k)
+{
+    return k->is_there && !k->removed_by;
+}
+
+/* Waits for a viewer; false: there was nothing to be seen. */
+static bool viewed(struct run *r, struct client *c, const struct kept *k)
+{
+    if (!must_come(r, all_clients_idle, "a snapshot is read"))
+        return false;
+    if (client_found_nothing(c)) {
+        if (must_be_there(k))
+            wrong(r, "G7: no gateway knows snapshot %s, which was made", k->name);
+        return false;
+    }
+    client_leave(c);
+    return true;
+}
+
+static bool command_worked(struct run *r, const char *const *words)
+{
+    run_command(r, words, 0);
+    struct command *c = r->commands[r->n_commands - 1].command;
+    if (!must_come(r, commands_over, words[0]))
+        return false;
+    if (command_status(c) != 0)
+        wrong(r, "%s %s fails although all is well: %s", words[0], words[1], command_said(c));
+    return !r->result->failed;
+}
+
+/* A clone that nobody has written to holds the same. */
+static void look_at_clone(struct run *r, struct kept *k)
+{
+    const char *words[WORDS_MAX] = {"clone", k->full[r->clients.name], k->clone_name};
+    if (!k->cloned_by) {
+        k->cloned_by = r->n_commands + 1;
+        if (!command_worked(r, words))
+            return;
+    }
+    struct client *c = start_viewer(r, k, k->clone_name);
+    if (!must_come(r, all_clients_idle, "a clone is read"))
+        return;
+    bool made = command_status(r->commands[k->cloned_by - 1].command) == 0;
+    if (client_found_nothing(c) && made)
+        wrong(r, "no gateway knows %s, which was made", k->clone_name);
+    if (client_found_nothing(c))
+        return;
+    client_leave(c);
+    r->result->counts.clones++;
+}
+
+static void look_at_second(struct run *r, struct kept *k)
+{
+    struct client *c = start_second_viewer(r, k);
+    if (!viewed(r, c, k))
+        return;
+    history_snapshots_together(r->history, k->no, r->second_history, k->second_no);
+    r->result->counts.groups++;
+}
+
+/* To the newest snapshot that is there, or another one; but not over one that has a clone. */
+static struct kept *rollback_to(struct run *r)
+{
+    struct kept *to = NULL;
+    for (unsigned i = r->n_kept; i > 0; i--) {
+        struct kept *k = &r->kept[i - 1];
+        if (must_be_there(k) && k->compared) {
+            to = k;
+            if (percent(r, 50))
+                break;
+        }
+        if (k->cloned_by)
+            break;
+    }
+    return to;
+}
+
+static void roll_back(struct run *r, struct kept *k)
+{
+    const char *full = k->full[r->clients.name];
+    const char *words[WORDS_MAX] = {"snapshot", "rollback", "--destroy-newer", "--yes", full};
+    if (!command_worked(r, words))
+        return;
+    struct client *c = start_viewer(r, k, r->clients.names[r->clients.name]);
+    if (!must_come(r, all_clients_idle, "what was rolled back is read"))
+        return;
+    client_leave(c);
+    r->result->counts.rollbacks++;
+}
+
+/* All clients have left: snapshots hold what they must hold, and what they held before. */
+static void look_back(struct run *r)
+{
+    unsigned first = r->n_kept ? (unsigned)below(r, r->n_kept) : 0, n = 0;
+    for (unsigned i = 0; i < r->n_kept && n < VIEWS_MAX && !r->result->failed; i++) {
+        struct kept *k = &r->kept[(first + i) % r->n_kept];
+        if (k->removed_by)
+            continue;
+        n++;
+        struct client *c = start_viewer(r, k, NULL);
+        k->compared = viewed(r, c, k);
+        if (k->compared && k->second_no && k->is_there)
+            look_at_second(r, k);
+        if (k->compared && !r->result->failed && (k->cloned_by || percent(r, 40)))
+            look_at_clone(r, k);
+    }
+    struct kept *to = r->result->failed ? NULL : rollback_to(r);
+    if (to)
+        roll_back(r, to);
 }
 
 static void add_counts(struct run *r)
@@ -1359,6 +1695,12 @@ static void add_counts(struct run *r)
     n->given_up = c->given_up;
     n->given_up_there = h.given_up_there;
     n->given_up_gone = h.given_up_gone;
+    n->snapshots_whole = h.snapshots_whole;
+    n->snapshot_reads = h.snapshot_reads;
+    for (unsigned i = 0; i < r->n_kept; i++) {
+        unsigned by = r->kept[i].removed_by;
+        n->snapshots_removed += by && command_status(r->commands[by - 1].command) == 0;
+    }
     n->refused = c->refused;
     n->errors = c->errors;
     n->commits = s.commits;
@@ -1388,7 +1730,7 @@ static void tell(struct run *r)
 
 static void play(struct run *r)
 {
-    make_volume(r);
+    make_volumes(r);
     if (r->result->failed)
         return;
     for (unsigned i = 0; i < r->n_places; i++)
@@ -1407,6 +1749,10 @@ static void play(struct run *r)
         config.structured = (uint8_t)below(r, 2);
         r->readers[i] = start_client(r, config, "reader", false);
     }
+    if (r->second_history)
+        start_second(r);
+    for (uint64_t i = !r->by_force && percent(r, 70) ? 1 + below(r, 5) : 0; i > 0; i--)
+        sim_at(r->env, below(r, r->storm_ns), history_event, r);
     plan_fault(r);
     run_until(r, NULL, sim_now_ns(r->sim) + r->storm_ns);
 
@@ -1429,7 +1775,11 @@ static void play(struct run *r)
     run_until(r, NULL, sim_now_ns(r->sim) + LEFT_OVER_MS * MS);
     unsigned first = (unsigned)below(r, r->n_places);
     for (unsigned i = 0; i < 2 && !r->result->failed; i++)
-        read_through(r, (first + i) % r->n_places);
+        read_through(r, &r->clients, (first + i) % r->n_places);
+    if (r->second && !r->result->failed)
+        read_through(r, &r->second_clients, first);
+    if (!r->by_force && !r->result->failed)
+        look_back(r);
     r->stopping = true;
     for (unsigned i = 0; i < r->n_gateways; i++)
         if (runs(r->gateways[i]))
@@ -1462,11 +1812,15 @@ void scenario_run(const struct scenario_options *options, struct scenario_result
     for (unsigned i = 0; i < r->n_places; i++)
         r->clients.gateways[i] = r->places[i].host;
     draw_clients(r);
+    draw_second(r);
     tell(r);
     play(r);
     const char *impossible = result->failed ? NULL : history_check(r->history);
     if (impossible)
         wrong(r, "%s", impossible);
+    impossible = result->failed || !r->second ? NULL : history_check(r->second_history);
+    if (impossible)
+        wrong(r, "the second volume: %s", impossible);
     add_counts(r);
     result->hash = hash_mix(result->hash, r->clients.hash);
 }

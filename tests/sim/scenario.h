@@ -71,6 +71,13 @@ enum scenario_needed {
     X(refused, "changes refused", OPTIONAL)                                                        \
     X(errors, "other errors", OPTIONAL)                                                            \
     X(migrations, "migrations", OPTIONAL)                                                          \
+    X(snapshots, "snapshots made", NEEDED)                                                         \
+    X(snapshots_whole, "... read and compared, each at least once", NEEDED)                        \
+    X(snapshot_reads, "... requests for that", OPTIONAL)                                           \
+    X(snapshots_removed, "... removed", NEEDED)                                                    \
+    X(groups, "... of two volumes at one instant, compared", NEEDED)                               \
+    X(clones, "clones made and compared", NEEDED)                                                  \
+    X(rollbacks, "rollbacks compared", NEEDED)                                                     \
     X(commands, "commands", OPTIONAL)                                                              \
     X(commands_failed, "... that were refused or failed", OPTIONAL)                                \
     X(commands_killed, "... killed half way", OPTIONAL)                                            \
