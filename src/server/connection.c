@@ -717,6 +717,10 @@ static bool serve_once(struct conn *c)
     size_t asked = 0;
     for (size_t i = 0; i < n_iov; i++)
         asked += iov[i].iov_len;
+    /* What waited for a grant, which came with the last submit, fills the buffer: resume() goes on
+     * with it. */
+    if (asked == 0)
+        return false;
     bool was_ahead = leftover_has_bytes(c); /* then the socket may have more */
     ssize_t got = leftover_receive(c, iov, n_iov);
     if (got < 0) {
@@ -785,8 +789,8 @@ static void resume(struct conn *c)
      * event of the socket tells of what was read ahead.) */
     if (was_paused && c->phase == CONN_SERVING && may_read(c))
         serve_events(c);
-    while (c->phase == CONN_SERVING && leftover_has_bytes(c) && may_read(c))
-        serve_once(c);
+    while (c->phase == CONN_SERVING && leftover_has_bytes(c) && may_read(c) && serve_once(c))
+        continue;
 }
 
 /* Whether the client announced its end: all that it sent and nobody read yet ends with
