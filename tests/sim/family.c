@@ -44,7 +44,7 @@ struct kept {
     bool gone, seen;
 };
 
-enum deed_kind { DEED_CREATE, DEED_REMOVE, DEED_RENAME };
+enum deed_kind { DEED_CREATE, DEED_REMOVE, DEED_RENAME, DEED_FLATTEN };
 
 /* A change of a volume's history that is under way. */
 struct deed {
@@ -72,6 +72,8 @@ struct member {
     unsigned depth_max;
     bool unsure;    /* blocks that were touched may not have been: a death took the last effects */
     bool flattened; /* in part: blocks that were not touched may be its own */
+    bool copied;    /* ... and may count as changed, though they are as they were */
+    bool had_snapshots;
 };
 
 /* A process that has a snapshot open, and nothing else. */
@@ -187,6 +189,7 @@ static void kept_add(struct kept *k)
 {
     list_add_tail(&k->of->snapshots, &k->link);
     k->of->n_snapshots++;
+    k->of->had_snapshots = true;
     k->refs++;
 }
 
@@ -517,7 +520,7 @@ static void check_block(struct drv *d, const struct expected *x, const struct re
                       (ull)from, x->since->name);
     /* (Of a clone: since it was made.) */
     uint64_t then = x->own ? x->since->effects : 0;
-    if (changed && x->touched[b] <= then && (x->own || !x->m->flattened))
+    if (changed && x->touched[b] <= then && !x->m->copied)
         drv_violation(d, "nobody touched the block at %llu since snapshot %s, and it is called "
                          "changed",
                       (ull)from, x->since->name);
@@ -724,10 +727,48 @@ static void rename_done(struct deed *deed)
     }
 }
 
+/* The volume is nobody's clone any more. */
+static void flattened(struct member *m)
+{
+    leave_parent(m);
+    for (unsigned i = 0; i < m->d->n_regions; i++)
+        memset(m->born_depth[i], 0, n_blocks(m->f, i));
+    m->depth_max = 1;
+    m->flattened = false;
+    m->f->counts->flattened++;
+    trace(m, "flattened");
+}
+
+/* False: it goes on with the next part. */
+static bool flatten_done(struct deed *deed)
+{
+    struct member *m = deed->of;
+    struct vol_history_op *op = &deed->op;
+    if (op->io.st == ST_BUSY && m->had_snapshots) {
+        m->f->counts->refused++;
+        return true;
+    }
+    if (op->io.st != ST_OK) {
+        drv_violation(m->d, "it can't be flattened: %s", op->err.text);
+        return true;
+    }
+    if (op->io.offset >= m->d->size) {
+        flattened(m);
+        return true;
+    }
+    if (drv_one_in(m->d, 30))
+        return true; /* left half done */
+    uint64_t next = op->io.offset;
+    op->io = (struct vol_io){.done = op->io.done, .offset = next};
+    volume_flatten(m->d->p->vol, op);
+    return false;
+}
+
 static void deed_done(struct vol_io *io)
 {
     struct deed *deed = container_of(container_of(io, struct vol_history_op, io), struct deed, op);
     struct drv *d = deed->of->d;
+    bool over = true;
     if (!d->p) {
         d->n_others--; /* its process died: see settle() */
         return;
@@ -743,9 +784,14 @@ static void deed_done(struct vol_io *io)
     case DEED_RENAME:
         rename_done(deed);
         break;
+    case DEED_FLATTEN:
+        over = flatten_done(deed);
+        break;
     }
-    d->n_others--;
-    deed_free(deed);
+    if (over) {
+        d->n_others--;
+        deed_free(deed);
+    }
 }
 
 static struct deed *deed_new(struct member *m, enum deed_kind kind, struct kept *k)
@@ -775,6 +821,7 @@ static void create(struct member *m, uint64_t token, size_t frozen_at, uint64_t 
     drv_look(d);
     struct kept *k = kept_new(m);
     struct deed *deed = deed_new(m, DEED_CREATE, k);
+    m->had_snapshots = true;
     const struct kept *other = any_snapshot(m);
     deed->at = d->n_journal;
     deed->exact = volume_is_owned(d->p->vol);
@@ -827,6 +874,15 @@ static bool has_deed(const struct member *m, enum deed_kind kind)
             return true;
     }
     return false;
+}
+
+static void flatten(struct member *m)
+{
+    if (!m->parent || has_deed(m, DEED_FLATTEN))
+        return;
+    m->flattened = m->copied = true;
+    struct deed *deed = deed_new(m, DEED_FLATTEN, NULL);
+    volume_flatten(m->d->p->vol, &deed->op);
 }
 
 /* --- commands: processes that come for one change of the catalog ---------------------- */
@@ -956,7 +1012,7 @@ static struct member *member_new(struct family *f, struct drv *d, struct kept *p
         deed->had_clones |= deed->k == parent;
     }
     m->unsure = parent->unsure;
-    m->flattened = parent->of->flattened;
+    m->flattened = m->copied = parent->of->flattened;
     m->depth_max = parent->of->depth_max + 1;
     m->born_depth = bytes_new(f);
     for (unsigned i = 0; i < n_regions(f); i++)
@@ -1188,6 +1244,7 @@ static void settle(struct member *m)
     struct family *f = m->f;
     struct drv *d = m->d;
     struct command c;
+    struct catalog_entry entry;
     if (!command_begin(f, d, &c))
         return;
     catalog_snapshots(&c.op, c.store, c.env, d->branch);
@@ -1210,6 +1267,11 @@ static void settle(struct member *m)
             drv_violation(d, "snapshot %s was removed and has clones", k->name);
         f->counts->happened++;
         kept_gone(f, k);
+    }
+    if (!d->violated && has_deed(m, DEED_FLATTEN) && find(&c, d->name, &entry) == ST_OK &&
+        !entry.header.parent_branch) {
+        f->counts->happened++;
+        flattened(m);
     }
     command_end(&c);
     list_for_each_safe (l, next, &m->deeds) {
@@ -1426,7 +1488,7 @@ static void change(struct member *m)
     struct family *f = m->f;
     struct drv *d = m->d;
     uint64_t what = drv_below(d, 100);
-    if (what < 44 && m->n_deeds == DEEDS_MAX)
+    if (what < 50 && m->n_deeds == DEEDS_MAX)
         return;
     if (what < 24)
         create(m, 0, 0, 0);
@@ -1434,6 +1496,8 @@ static void change(struct member *m)
         remove_one(m);
     else if (what < 44)
         rename_one(m);
+    else if (what < 50)
+        flatten(m);
     else if (what < 60)
         clone_one(m);
     else if (what < 66)
