@@ -1624,19 +1624,16 @@ static void look_at_second(struct run *r, struct kept *k)
     r->result->counts.groups++;
 }
 
-/* To the newest snapshot that is there, or another one; but not over one that has a clone. */
+/* One that is there; but where clones are, one that is in the way may have one. */
 static struct kept *rollback_to(struct run *r)
 {
     struct kept *to = NULL;
-    for (unsigned i = r->n_kept; i > 0; i--) {
-        struct kept *k = &r->kept[i - 1];
-        if (must_be_there(k) && k->compared) {
-            to = k;
-            if (percent(r, 50))
-                break;
-        }
+    for (unsigned i = 0; i < r->n_kept; i++) {
+        struct kept *k = &r->kept[i];
         if (k->cloned_by)
-            break;
+            return NULL;
+        if (must_be_there(k) && k->compared && (!to || percent(r, 50)))
+            to = k;
     }
     return to;
 }
@@ -1658,6 +1655,7 @@ static void roll_back(struct run *r, struct kept *k)
 static void look_back(struct run *r)
 {
     unsigned first = r->n_kept ? (unsigned)below(r, r->n_kept) : 0, n = 0;
+    bool clones = percent(r, 50);
     for (unsigned i = 0; i < r->n_kept && n < VIEWS_MAX && !r->result->failed; i++) {
         struct kept *k = &r->kept[(first + i) % r->n_kept];
         if (k->removed_by)
@@ -1667,7 +1665,7 @@ static void look_back(struct run *r)
         k->compared = viewed(r, c, k);
         if (k->compared && k->second_no && k->is_there)
             look_at_second(r, k);
-        if (k->compared && !r->result->failed && (k->cloned_by || percent(r, 40)))
+        if (k->compared && !r->result->failed && (k->cloned_by || clones))
             look_at_clone(r, k);
     }
     struct kept *to = r->result->failed ? NULL : rollback_to(r);
