@@ -22,6 +22,7 @@
 #include <stdint.h>
 
 #include "base/bytes.h"
+#include "base/check.h"
 #include "base/env.h"
 #include "base/list.h"
 #include "base/status.h"
@@ -30,6 +31,7 @@ struct store;
 
 #define STORE_KEY_BYTES_MAX 511u /* and at least 1 */
 #define STORE_ID_BYTES 16u
+#define STORE_RANGES_MAX 64u /* in one read */
 
 /* What an engine can take and offers; constant after open. */
 struct store_limits {
@@ -269,6 +271,7 @@ static inline void store_close(struct store *store)
 
 static inline void store_read(struct store *store, struct env *env, struct store_read *read)
 {
+    CHECK(read->n_gets + read->n_ranges > 0 && read->n_ranges <= STORE_RANGES_MAX);
     store->ops->read(store, env, read);
 }
 

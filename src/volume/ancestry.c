@@ -37,10 +37,16 @@ bool ancestry_of_snapshot(const struct ancestry_record *now, uint64_t branch, ui
     return fits && own;
 }
 
+bool ancestry_of_clone(const struct ancestry_record *now, uint64_t branch, uint64_t epoch,
+                       struct ancestry_record *out)
+{
+    return ancestry_of_snapshot(now, branch, epoch, out) && out->n_segments <= ANCESTRY_STORED_MAX;
+}
+
 bool ancestry_roll_back(struct ancestry_record *now, uint64_t branch, uint64_t epoch, uint64_t last)
 {
     struct ancestry_record to;
-    if (!ancestry_of_snapshot(now, branch, epoch, &to))
+    if (!ancestry_of_snapshot(now, branch, epoch, &to) || to.n_segments > ANCESTRY_STORED_MAX)
         return false;
     to.after = last;
     *now = to;

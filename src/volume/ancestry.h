@@ -21,6 +21,10 @@
 bool ancestry_of_snapshot(const struct ancestry_record *now, uint64_t branch, uint64_t epoch,
                           struct ancestry_record *out);
 
+/* What a clone of that snapshot begins with. False: as above, or a clone can't have so many. */
+bool ancestry_of_clone(const struct ancestry_record *now, uint64_t branch, uint64_t epoch,
+                       struct ancestry_record *out);
+
 /* Rolls the branch back to the snapshot of `epoch`; `last` is its newest epoch so far, `now->after`
  * is `last` afterwards. False: more segments than there can be. */
 bool ancestry_roll_back(struct ancestry_record *now, uint64_t branch, uint64_t epoch,

@@ -303,11 +303,19 @@ static void clone_seen(struct job *job, enum status st)
     if (!take_snapshot(job, header_get, snapshot_get, &parent, &snapshot) ||
         !take_ancestry(job, ancestry_get, &now))
         return;
-    if (!ancestry_of_snapshot(&now, from->branch, from->snapshot.epoch, &ancestry)) {
+    if (parent.import_base && from->snapshot.epoch > parent.import_base) {
+        fail(&job->op->err, ST_BUSY,
+             "\"%s@%s\" is part of an import that is not complete: run it again first, or roll the "
+             "volume back to its snapshot before it",
+             from->name, snapshot.name);
+        job_finish(job, ST_BUSY);
+        return;
+    }
+    if (!ancestry_of_clone(&now, from->branch, from->snapshot.epoch, &ancestry)) {
         fail(&job->op->err, ST_NOSPC,
              "\"%s@%s\" has %u volumes behind it, and more there can't be: flatten volume \"%s\", "
              "or clone an older one",
-             from->name, snapshot.name, ANCESTRY_MAX, from->name);
+             from->name, snapshot.name, ANCESTRY_STORED_MAX, from->name);
         job_finish(job, ST_NOSPC);
         return;
     }

@@ -165,8 +165,10 @@ static void detach(struct flatten *f)
 {
     struct volume *vol = f->vol;
     struct vol_history_op *op = f->op;
-    /* One may have been made on the way. */
+    /* One may have been made on the way. And the header is written, which has the size. */
     enum status st = refuse_snapshots(vol, &op->err);
+    if (st == ST_OK && volume_is_resizing(vol))
+        st = fail(&op->err, ST_BUSY, "volume %s is being resized: try again", vol->name);
     if (st != ST_OK) {
         finish(f, st);
         return;

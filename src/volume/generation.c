@@ -1406,21 +1406,18 @@ static void commit_failed(struct gen *g, enum status st)
     list_for_each_safe(l, next, &g->waiters)
     {
         const struct vol_io *io = container_of(l, struct vol_io, link);
-        if (st == ST_IO || io->kind == IO_FLUSH || io->kind == IO_SYNC || io->kind == IO_RESIZE) {
+        /* A snapshot that was told to have failed must not be there later. */
+        bool waits = io->kind == IO_SNAPSHOT || io->kind == IO_FLATTEN;
+        if ((st == ST_IO && !waits) || io->kind == IO_FLUSH || io->kind == IO_SYNC ||
+            io->kind == IO_RESIZE) {
             list_remove(l);
             list_add_tail(&told, l);
             gen_owes(g, io);
         }
     }
     struct list *l;
-    while ((l = list_pop(&told))) {
-        struct vol_io *io = container_of(l, struct vol_io, link);
-        enum status told_st = st == ST_NOSPC ? ST_NOSPC : ST_IO;
-        if (io->kind == IO_SNAPSHOT || io->kind == IO_FLATTEN)
-            snapshot_answer(io, 0, told_st);
-        else
-            volume_end_io(vol, io, told_st);
-    }
+    while ((l = list_pop(&told)))
+        volume_end_io(vol, container_of(l, struct vol_io, link), st == ST_NOSPC ? ST_NOSPC : ST_IO);
     g->stage = GEN_COMMITTING;
     g->retry.fire = commit_retry;
     env_timer_start(vol->shard->env, &g->retry, RETRY_MS);

@@ -144,6 +144,10 @@ bool index_loading(const struct volume *vol)
     return false;
 }
 
+/* A volume's own epochs and those of its ancestry, or all of a view's, are asked for in one read. */
+_Static_assert(ANCESTRY_STORED_MAX + 1 <= STORE_RANGES_MAX && ANCESTRY_MAX <= STORE_RANGES_MAX,
+               "a level-2 row is looked for in one read");
+
 struct row_load {
     struct store_read read;
     struct store_get get; /* level 1: the row; level 2 of a view: the record of its snapshot */

@@ -465,6 +465,8 @@ void write_granted(struct volume *vol, struct vol_io *io);
 void write_logged(struct volume *vol, struct vol_io *io);
 /* Brings a log record of a dead owner into the open generation. */
 void write_replay(struct volume *vol, const struct store_log_record *rec);
+/* Whether a new size is on its way to the store; one that was answered with an error may be. */
+bool volume_is_resizing(const struct volume *vol);
 /* Answers `io` when everything written so far has committed. */
 void flush_by_commit(struct volume *vol, struct vol_io *io);
 

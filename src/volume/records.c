@@ -293,7 +293,7 @@ size_t ancestry_encode(const struct ancestry_record *rec, struct slice key,
                        uint8_t out[RECORD_BYTES_MAX])
 {
     struct writer w = write_begin(out);
-    CHECK(rec->n_segments <= ANCESTRY_MAX);
+    CHECK(rec->n_segments <= ANCESTRY_STORED_MAX);
     put_u64(&w, rec->after);
     put_u8(&w, (uint8_t)rec->n_segments);
     for (uint32_t i = 0; i < rec->n_segments; i++) {
@@ -309,7 +309,7 @@ bool ancestry_decode(struct slice key, struct slice bytes, struct ancestry_recor
     struct reader r = read_begin(key, bytes);
     *rec = (struct ancestry_record){.after = get_u64(&r)};
     rec->n_segments = get_u8(&r);
-    if (rec->n_segments > ANCESTRY_MAX) {
+    if (rec->n_segments > ANCESTRY_STORED_MAX) {
         rec->n_segments = 0;
         return false;
     }

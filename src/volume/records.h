@@ -82,6 +82,8 @@ struct ancestry_segment {
 
 /* Clones of clones, and rollbacks that are not cleaned up yet. */
 #define ANCESTRY_MAX 64u
+/* A record has one less: those of its snapshots have the volume's own epochs besides. */
+#define ANCESTRY_STORED_MAX (ANCESTRY_MAX - 1)
 
 /* ("l", branch): where the rows of a volume are that it has not changed itself; only where there
  * is something to say. Of its own branch those of the epochs above `after` count; what has no

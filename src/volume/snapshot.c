@@ -42,14 +42,6 @@ static enum status name_is_free(const struct volume *vol, const char *name, stru
     return ST_OK;
 }
 
-static bool is_resizing(const struct volume *vol)
-{
-    bool resizing = vol->header.size != vol->size;
-    list_for_each(l, &vol->gens)
-        resizing |= container_of(l, struct gen, link)->new_size != 0;
-    return resizing;
-}
-
 /* --- making -------------------------------------------------------------------------- */
 
 static void create_begin(struct volume *vol, struct vol_history_op *op)
@@ -64,7 +56,7 @@ static void create_begin(struct volume *vol, struct vol_history_op *op)
         return;
     }
     enum status st = vol->read_only ? ST_PERM : name_is_free(vol, op->name, &op->err);
-    if (st == ST_OK && is_resizing(vol))
+    if (st == ST_OK && volume_is_resizing(vol))
         st = fail(&op->err, ST_BUSY, "volume %s is being resized: try again", vol->name);
     if (st == ST_OK && vol->history.n + vol->snapshots_unbuilt >= SNAPSHOTS_MAX)
         st = fail(&op->err, ST_NOSPC, "volume %s has %u snapshots, and more there can't be: remove "

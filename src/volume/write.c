@@ -696,13 +696,21 @@ void volume_sync(struct volume *vol, struct vol_io *io)
         flush_begin(vol, io);
 }
 
+bool volume_is_resizing(const struct volume *vol)
+{
+    bool resizing = vol->header.size != vol->size;
+    list_for_each(l, &vol->gens)
+        resizing |= container_of(l, struct gen, link)->new_size != 0;
+    return resizing;
+}
+
 static void resize_begin(struct volume *vol, struct vol_io *io)
 {
     if (vol->read_only || io->new_size == 0 || io->new_size % 512) {
         io_finish_soon(vol, io, vol->read_only ? ST_PERM : ST_INVAL);
         return;
     }
-    if (vol->open->new_size || vol->header.size != vol->size) {
+    if (volume_is_resizing(vol)) {
         io_finish_soon(vol, io, ST_BUSY);
         return;
     }

@@ -677,7 +677,7 @@ static void chains_of_clones_have_an_end(void **state)
     }
     assert_int_equal(st, ST_NOSPC);
     assert_non_null(strstr(e.text, "flatten"));
-    assert_int_equal(n, ANCESTRY_MAX);
+    assert_int_equal(n, ANCESTRY_STORED_MAX);
     memory_store_free(&m);
 }
 
@@ -841,7 +841,7 @@ static void rolling_back(void **state)
     enum status st = ST_OK;
     unsigned n = 0;
     create(&m, "often");
-    while (st == ST_OK && n <= ANCESTRY_MAX) {
+    while (st == ST_OK && n <= ANCESTRY_STORED_MAX) {
         char name[32], path[40];
         snprintf(name, sizeof name, "s%u", n);
         snprintf(path, sizeof path, "often@s%u", n++);
@@ -849,7 +849,7 @@ static void rolling_back(void **state)
         st = roll_back(&m, path, false, &e);
     }
     assert_int_equal(st, ST_NOSPC);
-    assert_int_equal(n, ANCESTRY_MAX + 1);
+    assert_int_equal(n, ANCESTRY_STORED_MAX + 1);
     memory_store_free(&m);
 }
 

@@ -15,7 +15,6 @@
 
 #define RUN_BYTES_MAX (64u << 10) /* what a range reply brings at most, about */
 #define RUN_GETS_MAX 64u
-#define RANGES_MAX 64u
 
 /* One future: a get, a run of gets, or a piece of a range. */
 struct part {
@@ -381,7 +380,7 @@ static void read_ready(struct fd_wait *wait)
         read_send(r);
         return;
     }
-    struct part *again[RANGES_MAX];
+    struct part *again[STORE_RANGES_MAX];
     uint32_t n = 0;
     for (uint32_t i = 0; i < r->n_parts; i++)
         if (r->parts[i].range && r->parts[i].future && range_piece(r, &r->parts[i]))
@@ -414,7 +413,6 @@ void fd_read(struct store *store, struct env *env, struct store_read *read)
 {
     struct fr *fr = fd_reactor(fd_of(store), env);
     struct fd_read *r = mem_zalloc(sizeof *r);
-    CHECK(read->n_gets + read->n_ranges > 0 && read->n_ranges <= RANGES_MAX);
     read->store = store;
     read->arena = r;
     r->read = read;
