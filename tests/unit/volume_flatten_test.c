@@ -402,6 +402,45 @@ static void a_lost_block_keeps_the_parent(void **state)
     end(d, 1);
 }
 
+/* A resize that was answered with an error and still waits for its commit: the header that a flatten
+ * writes does not take the size back. */
+static void a_size_on_its_way_stays(void **state)
+{
+    (void)state;
+    struct drv *d = start(0, 1);
+    assert_true(drv_drain(d));
+    drv_sync(d);
+    uint64_t at = 0, size = volume_size(d->p->vol) + (64u << 20);
+    d->c.faults = true;
+    mem_store_set_faults(d->db, (struct mem_faults){.commit_fails = 1});
+    struct change resize = {.op = {.io = {.done = changed}}};
+    volume_resize(d->p->vol, &resize.op.io, size, false);
+    assert_int_equal(wait_for(d, &resize), ST_IO);
+    bool failing = true;
+    while (failing || at < volume_size(d->p->vol)) {
+        struct change *c = flatten_part(d, at);
+        for (unsigned n = 0; n < 3000 && !c->answered; n++)
+            drv_moment(d, 1);
+        if (failing && (!c->answered || c->op.io.st == ST_BUSY)) {
+            mem_store_set_faults(d->db, (struct mem_faults){0});
+            failing = false;
+        }
+        enum status st = wait_for(d, c);
+        assert_true(st == ST_OK || st == ST_BUSY);
+        at = c->op.io.offset;
+        free(c);
+        if (st == ST_BUSY)
+            drv_sync(d);
+    }
+    drv_sync(d);
+    assert_int_equal(d->p->vol->header.parent_branch, 0);
+    assert_int_equal(volume_size(d->p->vol), size);
+    assert_int_equal(find(d, "c1").header.size, size);
+    d->size = d->base_size = size;
+    d->c.damaged = true; /* its arrays know the old size */
+    end(d, 1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -412,6 +451,7 @@ int main(void)
         cmocka_unit_test(not_with_snapshots),
         cmocka_unit_test(the_end_is_reached_from_the_begin),
         cmocka_unit_test(a_lost_block_keeps_the_parent),
+        cmocka_unit_test(a_size_on_its_way_stays),
     };
     return cmocka_run_group_tests_name("flatten", tests, NULL, NULL);
 }
