@@ -27,7 +27,8 @@
 #define BATCH_BLOCKS 64u
 #define KEYS_PER_READ 4096u
 /* Where reading keys reads their bodies. */
-#define KEYS_PER_READ_WITH_BODIES 256u
+#define LIST_PARTS 16u
+#define KEYS_PER_PART 32u
 #define LEAKS_PER_LOOK 256u
 #define RECORDS_MAX 65536u
 #define NONE UINT32_MAX
@@ -951,54 +952,128 @@ static void walk_unseen(struct walk *w, uint64_t no, uint64_t epoch)
     vr->cap_suspects = cap_kept;
 }
 
-/* Goes through the keys in [begin, end), all of blocks or rows of this branch. */
-static void keys_list(struct verify_run *vr, struct key begin, const struct key *end,
-                      void (*each)(struct verify_run *vr, const struct thing *t, void *arg),
-                      void *arg)
+/* Keys of blocks or rows of this branch, [begin, end). */
+struct listing {
+    struct key begin, end;
+    struct thing last; /* that was listed */
+    bool any, over;
+};
+
+typedef void (*each_key)(struct verify_run *vr, const struct thing *t, void *arg);
+
+/* The keys from this one on can't be read. */
+static void tell_unreadable(struct verify_run *vr, const struct listing *l)
+{
+    struct verify_finding f = {.what = VERIFY_UNREADABLE,
+                               .first_state = VERIFY_NOBODY,
+                               .last_state = VERIFY_NOBODY};
+    if (l->any)
+        key_text(&l->last, f.key);
+    else
+        snprintf(f.key, sizeof f.key, "(\"%c\", %" PRIu64 ")", l->begin.bytes[1], vr->v->branch);
+    tell(vr, &f);
+}
+
+/* Takes in what a read found of a part, which goes on behind that. */
+static void listing_take(struct verify_run *vr, struct listing *l, const struct store_range *range,
+                         each_key each, void *arg)
+{
+    for (uint32_t i = 0; i < range->n_pairs && vr->st == ST_OK; i++) {
+        struct slice key = range->pairs[i].key;
+        struct thing t = {0};
+        if (!key_parse_row(key, &t.at.branch, &t.level, &t.no, &t.at.epoch) &&
+            !key_parse_block(key, &t.at.branch, &t.at.epoch, &t.no))
+            continue;
+        l->last = t;
+        l->any = true;
+        each(vr, &t, arg);
+    }
+    l->over = !range->more;
+    if (l->over)
+        return;
+    struct slice key = range->pairs[range->n_pairs - 1].key;
+    memcpy(l->begin.bytes, key.data, key.len);
+    l->begin.len = key.len;
+    l->begin.bytes[l->begin.len++] = 0;
+}
+
+/* Goes through the keys of all parts, which are read side by side. */
+static void listings_run(struct verify_run *vr, struct listing *parts, size_t n, uint32_t limit,
+                         each_key each, void *arg)
 {
     struct verify *v = vr->v;
-    struct thing last = {0};
-    bool more = true;
-    v->n_keys = 0;
-    while (more && vr->st == ST_OK) {
-        struct store_range range = {.begin = key_slice(&begin),
-                                    .end = key_slice(end),
-                                    .limit = v->store->limits.clears_ranges
-                                                 ? KEYS_PER_READ_WITH_BODIES
-                                                 : KEYS_PER_READ};
-        struct walk_read r = {.read = {.ranges = &range, .n_ranges = 1}};
-        enum status st = read_wait(vr, &r);
-        for (uint32_t i = 0; i < range.n_pairs && st == ST_OK && vr->st == ST_OK; i++) {
-            struct thing t = {0};
-            if (!key_parse_row(range.pairs[i].key, &t.at.branch, &t.level, &t.no, &t.at.epoch) &&
-                !key_parse_block(range.pairs[i].key, &t.at.branch, &t.at.epoch, &t.no))
+    while (vr->st == ST_OK) {
+        struct store_range ranges[LIST_PARTS];
+        struct listing *of[LIST_PARTS];
+        uint32_t n_ranges = 0;
+        for (size_t i = 0; i < n; i++) {
+            if (parts[i].over)
                 continue;
-            v->n_keys++;
-            last = t;
-            each(vr, &t, arg);
+            of[n_ranges] = &parts[i];
+            ranges[n_ranges++] = (struct store_range){.begin = key_slice(&parts[i].begin),
+                                                      .end = key_slice(&parts[i].end),
+                                                      .limit = limit};
         }
-        more = st == ST_OK && range.more;
-        if (more) {
-            struct slice key = range.pairs[range.n_pairs - 1].key;
-            memcpy(begin.bytes, key.data, key.len);
-            begin.len = key.len;
-            begin.bytes[begin.len++] = 0;
-        }
+        if (n_ranges == 0)
+            return;
+        struct walk_read r = {.read = {.ranges = ranges, .n_ranges = n_ranges}};
+        enum status st = read_wait(vr, &r);
+        if (st != ST_OK && st != ST_IO && vr->st == ST_OK)
+            vr->st = st;
+        for (uint32_t i = 0; i < n_ranges && st == ST_OK; i++)
+            listing_take(vr, of[i], &ranges[i], each, arg);
         store_read_release(&r.read);
         if (st == ST_IO) {
-            struct verify_finding f = {.what = VERIFY_UNREADABLE,
-                                       .first_state = VERIFY_NOBODY,
-                                       .last_state = VERIFY_NOBODY};
-            if (v->n_keys)
-                key_text(&last, f.key);
-            else
-                snprintf(f.key, sizeof f.key, "(\"%c\", %" PRIu64 ")", begin.bytes[1], v->branch);
-            tell(vr, &f);
-        } else if (st != ST_OK && vr->st == ST_OK) {
-            vr->st = st;
+            tell_unreadable(vr, of[0]);
+            return;
         }
         if (vr->st == ST_OK && !v->go_on(v))
             vr->st = fail(vr->e, ST_SHUTDOWN, "interrupted");
+    }
+}
+
+/* The oldest epoch from *epoch on that has blocks. */
+static bool next_epoch(struct verify_run *vr, uint64_t *epoch)
+{
+    struct key begin, end;
+    key_prefix_blocks(&begin, vr->v->branch, *epoch);
+    key_prefix_branch(&end, 'b', vr->v->branch);
+    key_prefix_end(&end);
+    struct store_range range = {
+        .begin = key_slice(&begin), .end = key_slice(&end), .limit = 1};
+    struct walk_read r = {.read = {.ranges = &range, .n_ranges = 1}};
+    enum status st = read_wait(vr, &r);
+    uint64_t branch, no;
+    bool found = st == ST_OK && range.n_pairs &&
+                 key_parse_block(range.pairs[0].key, &branch, epoch, &no);
+    store_read_release(&r.read);
+    if (st != ST_OK && vr->st == ST_OK)
+        vr->st = fail(vr->e, st, "cannot list the blocks: %s", status_text(st));
+    return found;
+}
+
+/* Goes through all keys of blocks ('b') or rows ('i'). Where reading keys brings their bodies along,
+ * piece after piece would take a round trip for each few of them: parts are read side by side. */
+static void keys_list(struct verify_run *vr, char tag, each_key each, void *arg)
+{
+    struct verify *v = vr->v;
+    if (tag == 'i' || !v->store->limits.clears_ranges) {
+        struct listing all = {0};
+        key_prefix_branch(&all.begin, tag, v->branch);
+        all.end = all.begin;
+        key_prefix_end(&all.end);
+        listings_run(vr, &all, 1, KEYS_PER_READ, each, arg);
+        return;
+    }
+    for (uint64_t epoch = 0; vr->st == ST_OK && next_epoch(vr, &epoch); epoch++) {
+        struct listing parts[LIST_PARTS] = {0};
+        for (uint64_t i = 0; i < LIST_PARTS; i++) {
+            key_block(&parts[i].begin, v->branch, epoch, vr->walk.n_blocks * i / LIST_PARTS);
+            if (i > 0)
+                parts[i - 1].end = parts[i].begin;
+        }
+        key_prefix_blocks(&parts[LIST_PARTS - 1].end, v->branch, epoch + 1);
+        listings_run(vr, parts, LIST_PARTS, KEYS_PER_PART, each, arg);
     }
 }
 
@@ -1027,19 +1102,15 @@ static void search_key(struct verify_run *vr, const struct thing *t, void *arg)
 static void leaks_find(struct verify_run *vr, char tag, const struct sum *named)
 {
     struct verify *v = vr->v;
-    struct key begin, end;
     struct sum *stored = mem_zalloc(v->n_states * sizeof *stored);
     bool *differs = mem_zalloc(v->n_states * sizeof *differs), any = false;
-    key_prefix_branch(&begin, tag, v->branch);
-    end = begin;
-    key_prefix_end(&end);
-    keys_list(vr, begin, &end, sum_key, stored);
+    keys_list(vr, tag, sum_key, stored);
     for (size_t i = 0; i < v->n_states; i++) {
         differs[i] = stored[i].n != named[i].n || stored[i].hashes != named[i].hashes;
         any |= differs[i];
     }
     if (any)
-        keys_list(vr, begin, &end, search_key, differs);
+        keys_list(vr, tag, search_key, differs);
     if (vr->n_suspects && vr->st == ST_OK)
         leaks_look(vr);
     free(stored);
@@ -1279,7 +1350,7 @@ enum status verify_run(struct verify *v, struct err *e)
     vr->rows.ready = rows_answered;
     v->states = NULL;
     v->n_states = 0;
-    v->n_blocks = v->n_bytes = v->n_rows = v->n_keys = v->n_wrong = v->n_repaired = 0;
+    v->n_blocks = v->n_bytes = v->n_rows = v->n_wrong = v->n_repaired = 0;
     enum status st = records_read(vr);
     if (st == ST_OK) {
         for (size_t i = 0; i < BATCHES; i++) {

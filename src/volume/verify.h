@@ -68,7 +68,6 @@ struct verify {
     size_t n_states;
     uint64_t n_blocks, n_bytes;    /* blocks read, and bytes of the volume in them */
     uint64_t n_rows;
-    uint64_t n_keys;               /* listed so far, of those that are being listed */
     uint64_t n_wrong, n_repaired;
     struct verify_run *run;
 };
