@@ -321,7 +321,8 @@ static enum status open_volume(struct run *run, struct shard *shard,
                                        .importing = importing,
                                        .done = opened}};
     snprintf(opening.open.name, sizeof opening.open.name, "%s%s%s", entry->name,
-             entry->snapshot.epoch ? "@" : "", entry->snapshot.rec.name);
+             entry->snapshot.epoch ? "@" : "",
+             entry->snapshot.epoch ? entry->snapshot.rec.name : "");
     volume_open(shard, &opening.open);
     run_until(run, &opening.done);
     *vol = opening.open.vol;

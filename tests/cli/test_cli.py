@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -412,6 +413,18 @@ def test_full_output(run, store):
                               stderr=subprocess.PIPE, text=True, timeout=CLI_LIMIT_S)
     assert done.returncode == FAILED
     assert_one_sentence(done.stderr)
+
+
+@pytest.mark.parametrize("redirected", ["list >&-", "list <&-", "create b 1M <&- >&-", "create c 1M 2>&-"])
+def test_closed_standard_descriptors(run, store, redirected):
+    """They are not taken for the first file that is opened: an error or none, and no crash."""
+    run("create", "a", "1M")
+    words = " ".join(shlex.quote(w) for w in program() + ["--store", store])
+    done = subprocess.run(["sh", "-c", f"exec {words} {redirected}"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+                          timeout=CLI_LIMIT_S)
+    assert done.returncode == (FAILED if ">&-" in redirected.replace("2>&-", "") else DONE)
+    assert run("info", "a").returncode == DONE
 
 
 # --- serve ------------------------------------------------------------------------------

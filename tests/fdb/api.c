@@ -260,7 +260,7 @@ static void protocol_answer(struct event *e)
         event_post(again, 5000000);
         return;
     }
-    f->number = (int64_t)protocol;
+    f->number = (int64_t)(protocol | 1ull << 60); /* a flag that servers set */
     future_settle(f, 0);
 }
 

@@ -70,6 +70,7 @@
     /* the state of the cluster */                                                                 \
     X(down, 0)          /* 1: nothing is answered; all that is asked waits for 0 */                \
     X(incompatible, 0)  /* 1: of another protocol: only get_server_protocol answers */             \
+    X(stalled, 0)       /* 1: of the right one, and yet only get_server_protocol answers */        \
     X(grv_ms, 0)        /* throttled: every read version takes this long */                        \
     X(batch_stopped, 0) /* 1: transactions of batch priority get no read version until 0 */        \
     X(create_error, 0)  /* what fdb_create_database returns */                                     \

@@ -120,7 +120,7 @@ void event_post(struct event *e, uint64_t delay_ns)
 static bool is_held(const struct event *e)
 {
     if (e->way != WAY_LOCAL &&
-        (g.config.down || g.config.incompatible || (e->batch && g.config.batch_stopped)))
+        (g.config.down || g.config.incompatible || g.config.stalled || (e->batch && g.config.batch_stopped)))
         return true;
     if (!e->db)
         return false;

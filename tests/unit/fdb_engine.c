@@ -1771,6 +1771,7 @@ static struct child children[] = {
     {.name = "older", .environment = "FDB_DOUBLE=api=620", .uri = "fdb:%s"},
     {.name = "incompatible", .environment = "FDB_DOUBLE=incompatible=1", .uri = "fdb:%s"},
     {.name = "down", .environment = "FDB_DOUBLE=down=1", .uri = "fdb:%s"},
+    {.name = "stalled", .environment = "FDB_DOUBLE=stalled=1", .uri = "fdb:%s"},
     {.name = "waits", .environment = "FDB_DOUBLE=down=1", .uri = "fdb:%s", .flags = "wait"},
     {.name = "locked", .environment = "FDB_DOUBLE=open_error=1038", .uri = "fdb:%s"},
     {.name = "refused", .environment = "FDB_DOUBLE=open_error=2104", .uri = "fdb:%s"},
@@ -1841,6 +1842,7 @@ static void what_is_wrong_is_one_sentence(void **state)
     said("incompatible", "took 1");
     said("down", " does not answer: is it running? fdbcli -C ");
     said("down", "took 1");
+    said("stalled", " does not answer: is it running? fdbcli -C ");
     said("locked", " is locked");
     said("refused", " is not a FoundationDB cluster file: ");
     said("not created", " is not a FoundationDB cluster file: ");

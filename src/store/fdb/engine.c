@@ -29,8 +29,9 @@
 #define LANES_CLEARED_MAX 10000
 /* A week of versions: about a million a second. */
 #define LANE_OLD_VERSIONS (7ull * 24 * 3600 * 1000000)
-/* The lower bits of a protocol version do not matter to who can talk with whom. */
-#define PROTOCOL_MASK 0xffffffffffff0000ull
+/* Of a protocol version the lower bits do not matter to who can talk with whom; the uppermost ones are
+ * a flag that servers set and clients do not. */
+#define PROTOCOL_MASK 0x0fffffffffff0000ull
 
 /* --- keys and values ------------------------------------------------------------------ */
 
@@ -441,8 +442,8 @@ static enum status no_answer(const struct fd *fd, struct err *e)
                     "the FoundationDB cluster of %s speaks protocol %012llx and the client library "
                     "(%s) %012llx: install the library of the cluster's version, or put it into "
                     "the folder named by FDB_NETWORK_OPTION_EXTERNAL_CLIENT_DIRECTORY",
-                    cluster_file(fd), (unsigned long long)theirs >> 16, fdb.client,
-                    (unsigned long long)fdb.protocol >> 16);
+                    cluster_file(fd), (unsigned long long)(theirs & PROTOCOL_MASK) >> 16,
+                    fdb.client, (unsigned long long)(fdb.protocol & PROTOCOL_MASK) >> 16);
     return fail(e, ST_UNAVAIL,
                 "the FoundationDB cluster of %s does not answer: is it running? "
                 "fdbcli -C %s --exec status tells more", cluster_file(fd), cluster_file(fd));
