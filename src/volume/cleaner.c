@@ -125,8 +125,14 @@ struct gen *cleaner_room(struct cleaner *c, uint64_t weight)
 
 void cleaner_wait(struct cleaner *c)
 {
-    c->wait_gen = c->vol->open->no;
-    gen_seal(c->vol, false);
+    struct volume *vol = c->vol;
+    /* An empty one is not committed before somebody else puts something into it. */
+    uint64_t last = vol->open->no - gen_empty(vol->open);
+    gen_seal(vol, false);
+    if (vol->committed_gen >= last)
+        c->batch = 0;
+    else
+        c->wait_gen = last;
 }
 
 void cleaner_added(struct cleaner *c, uint64_t n)

@@ -98,7 +98,7 @@ bool cleaner_answered(struct cleaner *c, enum status st);
 struct gen *cleaner_room(struct cleaner *c, uint64_t weight);
 /* `n` keys were given to the open generation: where those are a batch, waits for its commit. */
 void cleaner_added(struct cleaner *c, uint64_t n);
-/* Waits for the commit of the open generation. */
+/* Waits for the commit of all that was given to generations, if it is not committed yet. */
 void cleaner_wait(struct cleaner *c);
 /* Adds it to the open generation, in which cleaner_room() made room. */
 void cleaner_add_clear(struct cleaner *c, struct gen_clear clear);

@@ -300,15 +300,30 @@ static void judge_keys(struct trash_judge *j)
     }
 }
 
+/* How many ranges clear what the snapshot does not name of one row's blocks [first, end); `row` NULL:
+ * it names none. */
+static uint64_t runs_not_named(const struct trash_judge *j, const struct row_reader_row *row,
+                               uint64_t first, uint64_t end)
+{
+    uint64_t runs = row ? 0 : 1;
+    bool was_named = true;
+    for (uint64_t no = first; row && no < end; no++) {
+        bool is_named = row_names(row, j->c->vol, no, j->c->trash.epoch);
+        runs += was_named && !is_named;
+        was_named = is_named;
+    }
+    return runs;
+}
+
 /* Adds what the snapshot does not name of one row's blocks [first, end). */
 static void sweep_row(struct trash_judge *j, const struct row_reader_row *row, uint64_t first,
                       uint64_t end)
 {
     struct cleaner *c = j->c;
-    uint64_t epoch = c->trash.epoch, keys = 1;
-    for (uint64_t no = first; row && no < end; no++)
-        keys += row_names(row, c->vol, no, epoch);
-    cleaner_room(c, weight_of_clears(keys));
+    uint64_t epoch = c->trash.epoch, runs = runs_not_named(j, row, first, end);
+    if (!runs)
+        return;
+    cleaner_room(c, weight_of_clears(runs));
     for (uint64_t no = first; no < end;) {
         bool is_named = row && row_names(row, c->vol, no, epoch);
         uint64_t behind = row ? no + 1 : end;
@@ -321,7 +336,7 @@ static void sweep_row(struct trash_judge *j, const struct row_reader_row *row, u
                                                     .certain = true});
         no = behind;
     }
-    cleaner_added(c, keys);
+    cleaner_added(c, runs);
 }
 
 /* Asks for the rows of the sweep from the next one on. */

@@ -460,6 +460,61 @@ static void one_trim_of_many_epochs(void **state)
     }
 }
 
+static void write_full(struct drv *d, uint64_t off, uint64_t len)
+{
+    uint8_t *bytes = mem_alloc(len);
+    memset(bytes, 0x5a, len);
+    struct change *c = asked("");
+    c->op.io.granted = changed;
+    c->op.io.offset = off;
+    c->op.io.length = (uint32_t)len;
+    if (!volume_write_begin(d->p->vol, &c->op.io))
+        assert_true(world_run_until(d->world, d->p->env, is_answered, c));
+    c->answered = false;
+    volume_write_commit(d->p->vol, &c->op.io, bytes);
+    shard_submit(d->p->shard);
+    await(d, c);
+    free(c);
+    free(bytes);
+}
+
+/* Of what a trash record says, a snapshot may name all, over more rows than are looked at in one go,
+ * and no client may write: the cleaner gets past it. Behind it is what nobody names. */
+static void trash_that_is_all_named_goes(void **state)
+{
+    (void)state;
+    if (on_engine)
+        return;
+    const uint64_t start = 1u << 30, part = 64u << 10, named = 16u << 20;
+    for (unsigned k = 0; k < KINDS; k++) {
+        struct past p = start_on(300 + k, &kinds[k]);
+        struct drv *d = p.d;
+        for (uint64_t at = 0; at < named; at += part)
+            write_full(d, start + at, part);
+        snapshot(&p);
+        drv_reopen(d, true);
+        process_close(d, d->p);
+        struct key trash, left;
+        uint8_t bytes[RECORD_BYTES_MAX];
+        struct slice head, body;
+        key_trash(&trash, d->branch, 0);
+        struct trash_record rec = {.epoch = p.held[0].epoch,
+                                   .first_block = start / BS,
+                                   .end_block = (start + named) / BS + 1};
+        size_t len = trash_encode(&rec, key_slice(&trash), bytes);
+        mem_store_put(d->db, key_slice(&trash), (struct slice){bytes, len}, (struct slice){0});
+        key_block(&left, d->branch, rec.epoch, rec.end_block - 1);
+        mem_store_put(d->db, key_slice(&left), (struct slice){bytes, 1}, (struct slice){0});
+        process_open(d, d->p);
+        drv_request_ownership(d);
+        assert_true(drv_drain(d));
+        assert_true(world_run_until(d->world, d->p->env, is_clean, d));
+        assert_false(mem_store_peek(d->db, key_slice(&trash), &head, &body));
+        assert_false(mem_store_peek(d->db, key_slice(&left), &head, &body));
+        end(&p);
+    }
+}
+
 /* --- rollbacks ------------------------------------------------------------------------- */
 
 struct waited {
@@ -585,6 +640,7 @@ int main(void)
         cmocka_unit_test(removed_under_writes),
         cmocka_unit_test(trash_is_judged_by_who_may_name_it),
         cmocka_unit_test(one_trim_of_many_epochs),
+        cmocka_unit_test(trash_that_is_all_named_goes),
         cmocka_unit_test(rolled_back_epochs_go),
         cmocka_unit_test(resumed_after_deaths),
     };
