@@ -88,6 +88,10 @@ static void make_here(struct change *c)
     case MAIL_SNAPSHOT_RENAME:
         volume_snapshot_rename(c->vol, op);
         break;
+    case MAIL_FLATTEN:
+        op->io.offset = mail->number;
+        volume_flatten(c->vol, op);
+        break;
     case MAIL_FREEZE:
         /* (Nobody else could freeze what this command has just taken.) */
         step_over(c,

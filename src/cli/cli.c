@@ -56,6 +56,7 @@ const struct cli_command *const cli_commands[] = {
     &remove_command,
     &snapshot_command,
     &clone_command,
+    &flatten_command,
     &diff_command,
     &export_command,
     &import_command,

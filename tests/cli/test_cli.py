@@ -18,8 +18,8 @@ from harness.commands import (DONE, FAILED, NOTFOUND, STORE, USAGE, assert_one_s
                               on_terminal)
 from harness.server import CLI_LIMIT_S, SLOW, cli, program, wait_until
 
-COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "snapshot", "clone", "diff",
-            "export", "import", "usage", "verify", "serve", "owner", "store"]
+COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "snapshot", "clone", "flatten",
+            "diff", "export", "import", "usage", "verify", "serve", "owner", "store"]
 MIB = 1 << 20
 
 

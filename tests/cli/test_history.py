@@ -18,21 +18,24 @@ from harness.server import CLI_LIMIT_S, SLOW, program, wait_until
 
 MIB = 1 << 20
 BLOCK = 4096
+REQUEST = 16 * MIB
 # A freeze that nobody ends is over after five seconds.
 FREEZE_LIMIT_S = 20 * SLOW
 
 
 def write(server, name, data, at=0):
     client = connect(server, name)
-    client.pwrite(data, at)
+    for first in range(0, len(data), REQUEST):
+        client.pwrite(data[first:first + REQUEST], at + first)
     client.shutdown()
 
 
 def read(server, name, length, at=0):
     client = connect(server, name)
-    data = client.pread(length, at)
+    data = b"".join(client.pread(min(REQUEST, length - first), at + first)
+                    for first in range(0, length, REQUEST))
     client.shutdown()
-    return bytes(data)
+    return data
 
 
 def snapshots(server, name):
@@ -48,6 +51,11 @@ def refused(server, *words, status=FAILED):
 
 def owner(server, name):
     return server.json("owner", "show", name)["owner"]
+
+
+def wait_until_free(server, name):
+    """A server whose last client has just left takes a moment to let go."""
+    wait_until(lambda: owner(server, name) is None, 30 * SLOW, f"nobody has {name}")
 
 
 @pytest.fixture(params=["free", "in use"])
@@ -192,6 +200,21 @@ def test_a_snapshot_has_all_that_was_answered(servers, rng):
     client.shutdown()
 
 
+def test_large_writes_go_on_behind_snapshots(servers, rng):
+    """They wait for room for the rows that they copy, beside other connections."""
+    server = servers.start({"a": "8M"})
+    holder = connect(server, "a")
+    client = connect(server, "a")
+    for i in range(15):
+        holder.pwrite(b"held".ljust(512), 8 * MIB - 512)
+        client.pwrite(rng.randbytes(4 * MIB), 0)
+        server.cli("snapshot", "create", f"a@{i}")
+        client.pwrite(bytes(8 * MIB - 512), 0)
+        assert bytes(holder.pread(4 * MIB, 0)) == bytes(4 * MIB)
+    client.shutdown()
+    holder.shutdown()
+
+
 # --- clones -----------------------------------------------------------------------------
 
 
@@ -323,7 +346,7 @@ def test_rollback_gives_space_back(servers, rng):
     server.cli("snapshot", "rollback", "a@s", "--yes")
     # Nobody had the volume in use, so the command did it.
     assert server.json("info", "a")["stored_bytes"] <= once
-    assert owner(server, "a") is None
+    wait_until_free(server, "a")
 
 
 def test_rollback_after_the_server_died(servers, rng):
@@ -403,7 +426,8 @@ def test_a_group_of_free_volumes(servers):
     server.cli("snapshot", "create", "c@g", "b@g", "a@g")
     for name in "abc":
         assert snapshots(server, name) == ["g"]
-    assert owner(server, "a") is None and owner(server, "b")["pid"] == server.pid
+    wait_until_free(server, "a")
+    assert owner(server, "b")["pid"] == server.pid
     holder.pwrite(b"c" * 512, 0)
     assert read(server, "b@g", 512) == b"b" * 512
     holder.shutdown()
@@ -454,6 +478,102 @@ def test_a_group_command_that_dies_holds_nobody_up(servers, rng):
     server.cli("snapshot", "create", "a@after", "b@after")
 
 
+# --- flatten ----------------------------------------------------------------------------
+
+
+def test_flatten(served, rng):
+    old, own = rng.randbytes(4 * MIB), rng.randbytes(MIB)
+    write(served, "a", old)
+    served.cli("snapshot", "create", "a@s")
+    served.cli("clone", "a@s", "c")
+    write(served, "c", own, MIB)
+    client = connect(served, "c")
+    client.trim(MIB, 3 * MIB)
+    client.shutdown()
+    wanted = old[:MIB] + own + old[2 * MIB:3 * MIB] + bytes(2 * MIB)
+    assert '"c"' in served.cli("flatten", "c").stdout
+    assert served.json("info", "c")["parent"] is None
+    assert read(served, "c", 5 * MIB) == wanted
+    assert "not a clone" in served.cli("flatten", "c").stdout
+    assert "not a clone" in served.cli("flatten", "a").stdout
+    served.cli("snapshot", "remove", "a@s")
+    write(served, "a", bytes(8 * MIB - 512))
+    assert read(served, "c", 5 * MIB) == wanted
+    wait_until_free(served, "c")
+
+
+def test_flatten_refuses(run):
+    run("create", "a", "1M")
+    run("snapshot", "create", "a@s")
+    run("clone", "a@s", "c")
+    run("snapshot", "create", "c@one")
+    run("snapshot", "create", "c@two")
+    assert '"one" and "two"' in run("flatten", "c", status=FAILED).stderr
+    assert run.json("info", "c")["parent"] == "a@s"
+    run("flatten", "nowhere", status=NOTFOUND)
+    run("flatten", "a@s", status=NOTFOUND)
+    run("flatten", status=USAGE)
+
+
+def test_flatten_under_a_client(servers, rng):
+    """What is written while it goes on stays, whether the clone was in use before or is taken
+    while the command has it."""
+    server = servers.start({"a": "64M"})
+    model = bytearray(rng.randbytes(32 * MIB) + bytes(32 * MIB))
+    write(server, "a", bytes(model[:32 * MIB]))
+    server.cli("snapshot", "create", "a@s")
+    for name in ("before", "meanwhile"):
+        server.cli("clone", "a@s", name)
+        now = bytearray(model)
+        client = connect(server, name)
+        if name == "before":
+            client.pwrite(bytes(512), 0)
+            now[:512] = bytes(512)
+        process = subprocess.Popen(program() + ["--store", server.store, "flatten", name],
+                                   env=dict(os.environ, **server.store_env), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wrote = 0
+        while process.poll() is None or wrote < 20:
+            at = rng.randrange(40 * MIB // BLOCK) * BLOCK
+            data = rng.randbytes(BLOCK)
+            client.pwrite(data, at)
+            now[at:at + BLOCK] = data
+            wrote += 1
+        _, said = process.communicate(timeout=CLI_LIMIT_S)
+        assert process.returncode == DONE, said
+        client.shutdown()
+        assert server.json("info", name)["parent"] is None
+        assert read(server, name, 64 * MIB) == now
+    server.cli("snapshot", "remove", "a@s")
+
+
+def test_flatten_can_be_interrupted(servers, rng):
+    server = servers.start({"a": "64M"})
+    data = rng.randbytes(48 * MIB)
+    write(server, "a", data)
+    server.cli("snapshot", "create", "a@s")
+    server.cli("clone", "a@s", "c")
+    for _ in range(3):
+        process = subprocess.Popen(program() + ["--store", server.store, "flatten", "c"],
+                                   env=dict(os.environ, **server.store_env), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_until(lambda: process.poll() is not None or owner(server, "c") is not None,
+                   30 * SLOW, "the command has the clone")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=CLI_LIMIT_S)
+        if process.returncode == DONE:
+            break
+        assert process.returncode == FAILED and "run it again" in said, said
+        wait_until_free(server, "c")
+        assert read(server, "c", 48 * MIB) == data
+        assert server.json("info", "c")["parent"] == "a@s"
+    server.cli("flatten", "c")
+    assert server.json("info", "c")["parent"] is None
+    server.cli("snapshot", "remove", "a@s")
+    server.cli("remove", "a", "--yes")
+    assert read(server, "c", 48 * MIB) == data
+
+
 # --- interruptions ----------------------------------------------------------------------
 
 
@@ -475,7 +595,7 @@ def test_clearing_can_be_interrupted(servers, rng, words):
     assert process.returncode in (DONE, -signal.SIGINT), said
     if process.returncode == DONE:
         # Or it came before or after there was anything to interrupt.
-        assert owner(server, "a") is None
+        wait_until_free(server, "a")
     assert read(server, "a", 16 * MIB) == (new if words[1] == "remove" else old)
     assert snapshots(server, "a") == ([] if words[1] == "remove" else ["s"])
     if stores.on_fdb():
