@@ -194,6 +194,47 @@ static void hang_up(struct conn *c)
         a->kill.done = kill_done;
         acquire_take(a);
         return;""")], test=LOG),
+
+    Mutant("a snapshot misses writes that were answered", [
+        # The block that was written last goes into the generation behind it.
+        ("src/volume/snapshot.c",
+         """    gen_seal(vol, true);
+}
+""",
+         """    struct blk *last = list_empty(&g->dirty) ? NULL : container_of(g->dirty.prev, struct blk, dirty);
+    if (last)
+        gen_untouch(vol, last);
+    gen_seal(vol, true);
+    if (last)
+        gen_touch(vol, last, NULL);
+}
+""")], test=LOG),
+
+    Mutant("what a removed snapshot and an older one name is cleared", [
+        ("src/volume/clean_snapshot.c",
+         "    s->p = history_live_below(h, s->epoch);\n",
+         "    s->p = 0;\n")], test=BOTH),
+
+    Mutant("what a removed snapshot and a younger one name is cleared", [
+        ("src/volume/clean_snapshot.c",
+         "    s->q = history_live_at_or_above(&vol->history, s->epoch + 1);\n",
+         "    s->q = 0;\n")], test=BOTH),
+
+    Mutant("the volume clears what its newest snapshot names", [
+        ("src/volume/snapshot.c",
+         "    vol->protected_epoch = vol->header.epoch;\n",
+         "    vol->protected_epoch = vol->header.epoch - 1;\n")], test=BOTH),
+
+    Mutant("a rollback leaves rows that are newer", [
+        ("src/volume/ancestry.c",
+         "    to.after = last;\n",
+         "    to.after = epoch;\n")], test=BOTH),
+
+    Mutant("a volume that is frozen for a snapshot takes writes", [
+        ("src/volume/owner.c",
+         "    return vol->frozen && (io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM ||",
+         "    return !vol && (io->kind == IO_WRITE || io->kind == IO_ZERO || io->kind == IO_TRIM ||")],
+        test=BOTH),
 ]
 
 
