@@ -11,14 +11,23 @@ fails: what is not tested must not look tested.
 Where FoundationDB is (tests/harness/cluster.py finds it), clusters are started and most suites
 run a second time on it. Elsewhere those tests are skipped, each by name; REQUIRE_FDB=1 makes
 them fail instead.
+
+Many suites mostly wait: for leases, timeouts, reconnects, disks. They run in a lane of their own,
+one after the other, beside the one of those that mostly compute. What is about memory and time
+limits runs after both, with the machine for itself. A suite's output is printed when it is over,
+so that the lanes do not mix; --in-turn has one lane only. Suites share nothing: each makes its
+folders, ports, clusters and network namespaces anew.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +46,13 @@ SKIPS_ALLOWED = (
 if os.environ.get("REQUIRE_FDB", "0") in ("", "0"):
     SKIPS_ALLOWED += ("FoundationDB is not on this machine",)
 LONG_RUN_ONLY = "LONG=1"
-# Each runs on both engines.
-FOLDERS = ("protocol", "cli", "owner", "upgrade", "interop", "migration", "kernel", "limits", "crash")
+# Each of these folders runs on both engines.
+COMPUTING = ("protocol", "cli", "interop", "crash")
+WAITING = ("owner", "upgrade", "migration", "kernel")
+ALONE = ("limits",)
 SUITE_LIMIT_S = 1800
+# Unit tests at once. One of the longest only waits.
+UNIT_PROCESSES = (os.cpu_count() or 1) + 1
 
 ASAN_ENV = {
     "ASAN_OPTIONS": "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1",
@@ -48,11 +61,31 @@ ASAN_ENV = {
 }
 
 
+@dataclass
+class Suite:
+    name: str
+    words: list
+    env: dict
+    report: Path  # JUnit XML
+
+
 class Totals:
     def __init__(self):
+        self.lock = threading.Lock()
         self.passed = 0
         self.failed = []
         self.skipped = []
+
+    def add_suite(self, suite, status):
+        """What a suite that has ended with `status` says."""
+        with self.lock:
+            failures_before = len(self.failed)
+            if not self.add_report(suite.name, suite.report):
+                self.failed.append(
+                    f"{suite.name}: the suite ended without a report (status {status})")
+            elif status != 0 and len(self.failed) == failures_before:
+                self.failed.append(
+                    f"{suite.name}: all its tests passed, yet it ended with status {status}")
 
     def add_report(self, suite, report):
         """Adds a JUnit file; False where there is none or it cannot be read."""
@@ -78,88 +111,149 @@ class Totals:
                 f"{len(self.skipped)} skipped")
 
 
-def run(words, env=None, limit_s=SUITE_LIMIT_S):
-    """Runs a command below the project's root; its exit status, or None when it took too long."""
-    process = subprocess.Popen([str(w) for w in words], cwd=ROOT, stdin=subprocess.DEVNULL,
-                               env=dict(os.environ, **(env or {})))
-    try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        print(f"stopped after {limit_s} s: {' '.join(str(w) for w in words)}")
-        return None
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+class Runner:
+    """Runs commands below the project's root, from several threads, and ends them all when the
+    run is given up."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.running = set()
+        self.given_up = False
+
+    def run(self, words, env=None, limit_s=SUITE_LIMIT_S, out=None):
+        """A command's exit status, or None when it took too long. `out`: where all it says goes."""
+        with self.lock:
+            if self.given_up:
+                return None
+            process = subprocess.Popen(
+                [str(w) for w in words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT if out else None, env=dict(os.environ, **(env or {})))
+            self.running.add(process)
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            self.say(f"stopped after {limit_s} s: {' '.join(str(w) for w in words)}")
+            return None
+        finally:
+            with self.lock:
+                self.running.discard(process)
+
+    def say(self, text):
+        with self.lock:
+            print(text, flush=True)
+
+    def give_up(self):
+        with self.lock:
+            self.given_up = True
+            for process in self.running:
+                process.terminate()
 
 
-def build(folder, options):
+def build(runner, folder, options):
     options = ["-Dwerror=true", "-Dtests=enabled"] + options
     if (folder / "build.ninja").exists():
         setup = ["meson", "configure", folder] + options
     else:
         setup = ["meson", "setup", folder] + options
-    return run(setup) == 0 and run(["ninja", "-C", folder]) == 0
+    return runner.run(setup) == 0 and runner.run(["ninja", "-C", folder]) == 0
 
 
-def suites(long_run):
-    """(name, command, environment, report) of each suite, the quick ones first."""
+def stages(long_run):
+    """What runs after one another; each a list of lanes, each a list of suites."""
     counts = {"LONG": "1"} if long_run else {}
-    for name, folder, env in (("unit", BUILD, {}), ("unit (sanitizers)", ASAN, ASAN_ENV)):
-        multiplier = "4" if folder == ASAN else "1"
-        yield (name,
-               ["meson", "test", "-C", folder, "--no-rebuild", "--print-errorlogs",
-                "--timeout-multiplier", multiplier],
-               dict(counts, **env), folder / "meson-logs" / "testlog.junit.xml")
+    on_fdb = dict(counts, STORE="fdb")
 
-    for folder in FOLDERS:
-        yield pytest_suite(folder, folder, BUILD, counts)
-    yield pytest_suite("fdb", "fdb", BUILD, counts)
-    yield pytest_suite("failover", "failover", BUILD, counts)
-    for folder in FOLDERS:
-        yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, dict(counts, STORE="fdb"))
-    yield pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))
+    def both(folders):
+        for folder in folders:
+            yield pytest_suite(folder, folder, BUILD, counts)
+        for folder in folders:
+            yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, on_fdb)
+
+    computing = [unit_suite("unit", BUILD, counts), *both(COMPUTING),
+                 pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),
+                 unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
+    waiting = [*both(WAITING), pytest_suite("fdb", "fdb", BUILD, counts),
+               pytest_suite("failover", "failover", BUILD, counts)]
+    return [[computing, waiting], [list(both(ALONE))]]
+
+
+def unit_suite(name, build_folder, env):
+    return Suite(name,
+                 ["meson", "test", "-C", build_folder, "--no-rebuild", "--print-errorlogs",
+                  "--num-processes", UNIT_PROCESSES,
+                  "--timeout-multiplier", "4" if build_folder == ASAN else "1"],
+                 env, build_folder / "meson-logs" / "testlog.junit.xml")
 
 
 def pytest_suite(name, folder, build_folder, env):
-    report = RESULTS / (name.replace(" ", "-").strip("()") + ".xml")
-    return (name,
-            ["/usr/bin/python3", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
-             "--junit-xml", report, ROOT / "tests" / folder],
-            dict({"STORE": "lmdb"}, **env, FDB_NBD=str(build_folder / "fdb-nbd"), PYTHONDONTWRITEBYTECODE="1"),
-            report)
+    report = RESULTS / (file_name(name) + ".xml")
+    return Suite(name,
+                 ["/usr/bin/python3", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
+                  "--junit-xml", report, ROOT / "tests" / folder],
+                 dict({"STORE": "lmdb"}, **env, FDB_NBD=str(build_folder / "fdb-nbd"),
+                      PYTHONDONTWRITEBYTECODE="1"),
+                 report)
+
+
+def file_name(suite_name):
+    return suite_name.replace(" ", "-").replace("(", "").replace(")", "")
+
+
+def run_suite(runner, suite, totals, limit_s):
+    suite.report.unlink(missing_ok=True)
+    log = RESULTS / (file_name(suite.name) + ".log")
+    runner.say(f"--- {suite.name}: begins")
+    started = time.monotonic()
+    with open(log, "wb") as out:
+        status = runner.run(suite.words, suite.env, limit_s, out)
+    took_s = time.monotonic() - started
+    if runner.given_up:
+        return
+    runner.say(f"\n--- {suite.name}\n{log.read_text(errors='replace').strip()}\n"
+               f"--- {suite.name}: {took_s:.0f} s\n")
+    totals.add_suite(suite, status)
+
+
+def run_lanes(runner, lanes, totals, limit_s):
+    """The lanes beside one another, until all have ended."""
+    def run_lane(lane):
+        for suite in lane:
+            run_suite(runner, suite, totals, limit_s)
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        try:
+            for done in as_completed([pool.submit(run_lane, lane) for lane in lanes]):
+                done.result()
+        except BaseException:
+            runner.give_up()
+            raise
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--long", action="store_true", help="the large counts (hours)")
+    parser.add_argument("--in-turn", action="store_true", help="one suite at a time")
     args = parser.parse_args()
     limit_s = 24 * 3600 if args.long else SUITE_LIMIT_S
 
+    runner = Runner()
     for folder, options in ((BUILD, []), (ASAN, ["-Db_sanitize=address,undefined",
                                                  "-Db_lundef=false"])):
-        if not build(folder, options):
+        if not build(runner, folder, options):
             print(f"building {folder.name} failed")
             print("0 passed, 1 failed, 0 skipped")
             return 1
 
     RESULTS.mkdir(exist_ok=True)
     totals = Totals()
-    for name, words, env, report in suites(args.long):
-        report.unlink(missing_ok=True)
-        print(f"\n--- {name}", flush=True)
-        started = time.monotonic()
-        failures_before = len(totals.failed)
-        status = run(words, env, limit_s)
-        if not totals.add_report(name, report):
-            totals.failed.append(f"{name}: the suite ended without a report (status {status})")
-        elif status != 0 and len(totals.failed) == failures_before:
-            totals.failed.append(f"{name}: all its tests passed, yet it ended with status {status}")
-        print(f"--- {name}: {time.monotonic() - started:.0f} s", flush=True)
+    started = time.monotonic()
+    for lanes in stages(args.long):
+        if args.in_turn:
+            lanes = [[suite for lane in lanes for suite in lane]]
+        run_lanes(runner, lanes, totals, limit_s)
 
-    print()
     bad_skips = [name for name, reason in totals.skipped if not reason.startswith(SKIPS_ALLOWED)]
     for name in totals.failed:
         print(f"FAILED   {name}")
@@ -167,6 +261,7 @@ def main():
         print(f"skipped  {name}: {reason}")
     for name in bad_skips:
         print(f"not a reason to skip a test: {name}")
+    print(f"{time.monotonic() - started:.0f} s")
     (BUILD / "check-summary.txt").write_text(totals.line() + "\n")
     print(totals.line())
     return 1 if totals.failed or bad_skips else 0
