@@ -27,7 +27,7 @@ struct clean_snapshot {
     bool row2_known;   /* old->row2 and new->row2 are those of this one ... */
     uint64_t row2;     /* ... the level-2 row that is compared */
     unsigned entry;    /* its next entry */
-    unsigned tries;    /* in vain, of this row */
+    unsigned tries;    /* in vain, of this entry */
     struct row_reader old, new;
 };
 
@@ -164,12 +164,11 @@ static void row2_done(struct clean_snapshot *s, bool clear)
     }
     s->row2++;
     s->next_known = s->row2_known = false;
-    s->tries = 0;
 }
 
+/* The entries that were got past stay so: what was garbage is garbage. */
 static void row2_again(struct clean_snapshot *s)
 {
-    s->row2_known = false;
     row_reader_look_at(&s->old, &s->old.where);
     row_reader_look_at(&s->new, &s->new.where);
 }
@@ -299,7 +298,7 @@ static void choose_q(struct clean_snapshot *s)
     cleaner_own_segments(vol, s->q ? s->q : vol->header.epoch, s->p, &where);
     row_reader_look_at(&s->new, &where);
     row_reader_look_at(&s->old, &s->old.where);
-    s->entry = 0;
+    s->entry = s->tries = 0;
 }
 
 /* Has the two level-2 rows; false while they are read. */
@@ -351,6 +350,7 @@ void clean_snapshot_step(struct cleaner *c)
         if (entry_differs(s, s->entry) && !compare_entry(s))
             return;
         s->entry++;
+        s->tries = 0;
     }
     if (s->entry == INDEX_FANOUT && !c->wait_gen)
         row2_done(s, true);
