@@ -23,7 +23,9 @@
 
 uint64_t weight_of_mutation(const struct store_mutation *m)
 {
-    return MUTATION_BYTES + m->head.len + m->body.len;
+    /* The end of a range that is cleared is a key. */
+    size_t head_bytes = m->kind == STORE_CLEAR_RANGE ? 0 : m->head.len;
+    return MUTATION_BYTES + head_bytes + m->body.len;
 }
 
 /* The epoch that the open generation will belong to: those that hold snapshots come first. */

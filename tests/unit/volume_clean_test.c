@@ -422,6 +422,18 @@ static void compared_under_writes(void **state)
     }
 }
 
+/* What is counted for a range to be cleared covers it, with the longest end. */
+static void a_cleared_range_weighs_what_was_counted(void **state)
+{
+    (void)state;
+    struct key begin, end;
+    key_block(&begin, UINT64_MAX, UINT64_MAX, 0);
+    key_block(&end, UINT64_MAX, UINT64_MAX, UINT32_MAX);
+    struct store_mutation m = {
+        .kind = STORE_CLEAR_RANGE, .key = key_slice(&begin), .head = key_slice(&end)};
+    assert_in_range(weight_of_mutation(&m), 1, weight_of_clears(1));
+}
+
 /* --- trash ----------------------------------------------------------------------------- */
 
 /* A trim of much under the eyes of a snapshot that comes before it was cleared: what was written
@@ -676,6 +688,7 @@ int main(void)
         cmocka_unit_test(the_work_is_what_changed),
         cmocka_unit_test(removed_under_writes),
         cmocka_unit_test(compared_under_writes),
+        cmocka_unit_test(a_cleared_range_weighs_what_was_counted),
         cmocka_unit_test(trash_is_judged_by_who_may_name_it),
         cmocka_unit_test(one_trim_of_many_epochs),
         cmocka_unit_test(trash_that_is_all_named_goes),
