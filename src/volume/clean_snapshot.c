@@ -60,6 +60,30 @@ static void reader_begin(struct cleaner *c, struct row_reader *r,
     r->ready = ready;
 }
 
+void clean_snapshot_drop(struct cleaner *c)
+{
+    struct clean_snapshot *s = c->snapshot;
+    if (!s)
+        return;
+    row_reader_free(&s->old);
+    row_reader_free(&s->new);
+    free(s);
+    c->snapshot = NULL;
+}
+
+/* It can't be told what it names: its record stays, for the volume's next owner. */
+static void leave(struct cleaner *c)
+{
+    struct history_entry *entry = history_find(&c->vol->history, c->snapshot->epoch);
+    CHECK(entry && entry->rec.removed);
+    log_error("volume %s: the ancestry does not say which rows of epoch %llu a removed snapshot "
+              "names: they are not given back",
+              c->vol->name, (unsigned long long)entry->epoch);
+    entry->cleared = true;
+    clean_snapshot_drop(c);
+    c->what = CLEAN_NOTHING;
+}
+
 bool clean_snapshot_begin(struct cleaner *c)
 {
     struct volume *vol = c->vol;
@@ -76,23 +100,15 @@ bool clean_snapshot_begin(struct cleaner *c)
     s->p = history_live_below(h, s->epoch);
     reader_begin(c, &s->old, old_ready);
     reader_begin(c, &s->new, new_ready);
-    cleaner_own_segments(vol, s->epoch, s->p, &where);
+    c->what = CLEAN_SNAPSHOT;
+    if (!cleaner_own_segments(vol, s->epoch, s->p, &where)) {
+        leave(c);
+        return true;
+    }
     row_reader_look_at(&s->old, &where);
     /* Generations that were built while it was live left alone what it names. */
     c->settled_gen = vol->open->no - 1;
-    c->what = CLEAN_SNAPSHOT;
     return true;
-}
-
-void clean_snapshot_drop(struct cleaner *c)
-{
-    struct clean_snapshot *s = c->snapshot;
-    if (!s)
-        return;
-    row_reader_free(&s->old);
-    row_reader_free(&s->new);
-    free(s);
-    c->snapshot = NULL;
 }
 
 /* Nothing is left of it but its record, which goes with this generation. */
@@ -289,16 +305,19 @@ static bool q_holds(const struct clean_snapshot *s)
     return s->q ? history_is_live(&vol->history, s->q) : s->changes == vol->history_changes;
 }
 
-static void choose_q(struct clean_snapshot *s)
+/* False where it can't be told what q sees. */
+static bool choose_q(struct clean_snapshot *s)
 {
     struct volume *vol = s->c->vol;
     struct ancestry_record where;
     s->q = history_live_at_or_above(&vol->history, s->epoch + 1);
     s->changes = vol->history_changes;
-    cleaner_own_segments(vol, s->q ? s->q : vol->header.epoch, s->p, &where);
+    if (!cleaner_own_segments(vol, s->q ? s->q : vol->header.epoch, s->p, &where))
+        return false;
     row_reader_look_at(&s->new, &where);
     row_reader_look_at(&s->old, &s->old.where);
     s->entry = s->tries = 0;
+    return true;
 }
 
 /* Has the two level-2 rows; false while they are read. */
@@ -330,7 +349,10 @@ void clean_snapshot_step(struct cleaner *c)
         return;
     }
     if (!s->row2_known || !q_holds(s)) {
-        choose_q(s);
+        if (!choose_q(s)) {
+            leave(c);
+            return;
+        }
         s->row2_known = true;
     }
     if (!have_rows2(s))

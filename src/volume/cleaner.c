@@ -164,19 +164,21 @@ void cleaner_add_clear(struct cleaner *c, struct gen_clear clear)
     g->clears[g->n_clears++] = clear;
 }
 
-void cleaner_own_segments(const struct volume *vol, uint64_t epoch, uint64_t above,
+bool cleaner_own_segments(const struct volume *vol, uint64_t epoch, uint64_t above,
                           struct ancestry_record *out)
 {
-    struct ancestry_record all;
+    struct ancestry_record own = vol->ancestry, all;
     *out = (struct ancestry_record){0};
-    if (!ancestry_of_snapshot(&vol->ancestry, vol->branch, epoch, &all))
-        return;
+    ancestry_forget_parents(&own, vol->branch);
+    if (!ancestry_of_snapshot(&own, vol->branch, epoch, &all))
+        return false;
     for (uint32_t i = 0; i < all.n_segments; i++) {
         struct ancestry_segment s = all.segments[i];
         s.after = max_u64(s.after, above);
-        if (s.branch == vol->branch && s.after < s.upto)
+        if (s.after < s.upto)
             out->segments[out->n_segments++] = s;
     }
+    return true;
 }
 
 static void rows_came(struct row_wait *wait)

@@ -57,6 +57,7 @@ struct clean_trash {
     uint64_t asked_next; /* state.trash_next when records were looked for */
     bool found_none;     /* ... in vain ... */
     uint64_t seen_next;  /* ... when it was this */
+    bool unknown_told;   /* that there are records which can't be judged was logged */
 };
 
 struct cleaner {
@@ -105,8 +106,9 @@ void cleaner_add_clear(struct cleaner *c, struct gen_clear clear);
 /* What is in the open generation for trash counts only if no snapshot was made since the first record
  * was begun until it is built. */
 void cleaner_unsure(struct cleaner *c);
-/* The segments of the volume's own branch that the state of `epoch` sees, above the epoch `above`. */
-void cleaner_own_segments(const struct volume *vol, uint64_t epoch, uint64_t above,
+/* The segments of the volume's own branch that the state of `epoch` sees, above the epoch `above`.
+ * False: that can't be told, so nothing is known to be garbage. */
+bool cleaner_own_segments(const struct volume *vol, uint64_t epoch, uint64_t above,
                           struct ancestry_record *out);
 
 /* --- the kinds of work ---------------------------------------------------------------- */

@@ -15,7 +15,9 @@
 struct history_entry {
     uint64_t epoch;
     struct snapshot_record rec;
-    bool cleared; /* removed, and nothing is left of it but its record, which goes with a commit */
+    /* Removed, and nothing is left of it but its record, which goes with a commit (or stays, where
+     * this owner can't clear it). */
+    bool cleared;
 };
 
 /* Zero-initialised: no snapshots. */

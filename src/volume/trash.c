@@ -78,13 +78,13 @@ static void judge_ready(struct row_reader *r, enum status st)
     volume_progress(vol);
 }
 
-/* False for a record that can't be. */
-static bool record_begin(struct cleaner *c)
+/* False: it can't be told what the snapshot that decides sees. */
+static bool record_begin(struct cleaner *c, uint64_t snapshot)
 {
     struct volume *vol = c->vol;
     struct clean_trash *t = &c->trash;
-    uint64_t snapshot = history_live_at_or_above(&vol->history, t->rec.after + 1);
-    if (snapshot != history_live_at_or_above(&vol->history, t->rec.epoch))
+    struct ancestry_record where;
+    if (snapshot && !cleaner_own_segments(vol, snapshot, t->rec.after, &where))
         return false;
     t->have = true;
     t->level = 0;
@@ -94,17 +94,37 @@ static bool record_begin(struct cleaner *c)
     t->rows_done = false;
     if (snapshot) {
         struct trash_judge *j = t->judge = mem_zalloc(sizeof *j);
-        struct ancestry_record where;
         j->c = c;
         j->epoch = snapshot;
         row_reader_init(&j->rows, vol->shard->store, vol->shard->env);
         j->rows.how = owner_read(vol);
         j->rows.how.background = true;
         j->rows.ready = judge_ready;
-        cleaner_own_segments(vol, snapshot, t->rec.after, &where);
         row_reader_look_at(&j->rows, &where);
     }
     return true;
+}
+
+/* A record was read: begins it, or leaves it where it is. */
+static void record_came(struct cleaner *c, const struct store_pair *pair)
+{
+    struct volume *vol = c->vol;
+    struct clean_trash *t = &c->trash;
+    const struct history *h = &vol->history;
+    bool sound = trash_decode(pair->key, pair->head, &t->rec);
+    uint64_t snapshot = sound ? history_live_at_or_above(h, t->rec.after + 1) : 0;
+    if (!sound || snapshot != history_live_at_or_above(h, t->rec.epoch)) {
+        log_error("volume %s: a trash record is damaged: the space behind it is not given back",
+                  vol->name);
+        t->from = t->n + 1;
+    } else if (!record_begin(c, snapshot)) {
+        if (!t->unknown_told)
+            log_error("volume %s: the ancestry does not say what the snapshot of epoch %llu names: "
+                      "the space behind trims is not given back",
+                      vol->name, (unsigned long long)snapshot);
+        t->unknown_told = true;
+        t->from = t->n + 1;
+    }
 }
 
 static void record_read(struct store_read *read, enum status st)
@@ -120,11 +140,7 @@ static void record_read(struct store_read *read, enum status st)
     const struct store_pair *pair = c->ranges[0].n_pairs ? &c->ranges[0].pairs[0] : NULL;
     uint64_t branch;
     if (pair && key_parse_trash(pair->key, &branch, &t->n)) {
-        if (!trash_decode(pair->key, pair->head, &t->rec) || !record_begin(c)) {
-            log_error("volume %s: a trash record is damaged: the space behind it is not given back",
-                      vol->name);
-            t->from = t->n + 1;
-        }
+        record_came(c, pair);
     } else {
         t->found_none = true;
         t->seen_next = t->asked_next;

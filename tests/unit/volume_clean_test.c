@@ -434,6 +434,87 @@ static void a_cleared_range_weighs_what_was_counted(void **state)
     assert_in_range(weight_of_mutation(&m), 1, weight_of_clears(1));
 }
 
+/* --- ancestry that does not tell ---------------------------------------------------------- */
+
+/* Two snapshots that name the same and each something of its own. */
+static struct past start_with_two(uint64_t seed, const struct kind *kind)
+{
+    struct past p = start_on(seed, kind);
+    struct drv *d = p.d;
+    for (unsigned i = 0; i < 2; i++) {
+        drv_write(d, i * 200000, 300000, 0);
+        drv_write(d, UNIT2, 100000, 0);
+        snapshot(&p);
+    }
+    drv_write(d, 300000, 300000, 0);
+    wait_clean(&p);
+    return p;
+}
+
+/* A trash record of the first epoch, and so judged by a snapshot, comes to the store. */
+static struct key put_trash_of_first(struct drv *d)
+{
+    struct key key;
+    uint8_t bytes[RECORD_BYTES_MAX];
+    struct trash_record rec = {.epoch = 1, .end_block = 100};
+    key_trash(&key, d->branch, 1000);
+    size_t len = trash_encode(&rec, key_slice(&key), bytes);
+    mem_store_put(d->db, key_slice(&key), (struct slice){bytes, len}, (struct slice){0});
+    return key;
+}
+
+/* Where it can't be told what a state sees, nothing goes, and whoever can tell does it. */
+static void what_cannot_be_told_stays(void **state)
+{
+    (void)state;
+    if (on_engine)
+        return;
+    for (unsigned k = 0; k < KINDS; k++) {
+        struct past p = start_with_two(500 + k, &kinds[k]);
+        struct drv *d = p.d;
+        struct key snap, trash = put_trash_of_first(d);
+        struct slice head, body;
+        key_snapshot(&snap, d->branch, p.held[0].epoch);
+        /* As if both had been rolled back. */
+        d->p->vol->ancestry.after = p.held[1].epoch;
+        snapshot(&p); /* after which trash is looked for anew */
+        remove_nth(&p, 0);
+        assert_true(world_run_until(d->world, d->p->env, is_clean, d));
+        assert_true(mem_store_peek(d->db, key_slice(&snap), &head, &body));
+        assert_true(mem_store_peek(d->db, key_slice(&trash), &head, &body));
+        drv_reopen(d, true);
+        look(&p);
+        assert_false(mem_store_peek(d->db, key_slice(&snap), &head, &body));
+        assert_false(mem_store_peek(d->db, key_slice(&trash), &head, &body));
+        end(&p);
+    }
+}
+
+/* However many ancestors there are, what the branch itself has is known. */
+static void many_ancestors_do_not_matter(void **state)
+{
+    (void)state;
+    if (on_engine)
+        return;
+    for (unsigned k = 0; k < KINDS; k++) {
+        struct past p = start_with_two(510 + k, &kinds[k]);
+        struct drv *d = p.d;
+        struct key snap, trash = put_trash_of_first(d);
+        struct slice head, body;
+        key_snapshot(&snap, d->branch, p.held[0].epoch);
+        struct ancestry_record *a = &d->p->vol->ancestry, was = *a;
+        while (a->n_segments < ANCESTRY_MAX)
+            a->segments[a->n_segments++] = (struct ancestry_segment){.branch = UINT32_MAX, .upto = 1};
+        snapshot(&p); /* after which trash is looked for anew */
+        remove_nth(&p, 0);
+        assert_true(world_run_until(d->world, d->p->env, is_clean, d));
+        assert_false(mem_store_peek(d->db, key_slice(&snap), &head, &body));
+        assert_false(mem_store_peek(d->db, key_slice(&trash), &head, &body));
+        *a = was;
+        end(&p);
+    }
+}
+
 /* --- trash ----------------------------------------------------------------------------- */
 
 /* A trim of much under the eyes of a snapshot that comes before it was cleared: what was written
@@ -689,6 +770,8 @@ int main(void)
         cmocka_unit_test(removed_under_writes),
         cmocka_unit_test(compared_under_writes),
         cmocka_unit_test(a_cleared_range_weighs_what_was_counted),
+        cmocka_unit_test(what_cannot_be_told_stays),
+        cmocka_unit_test(many_ancestors_do_not_matter),
         cmocka_unit_test(trash_is_judged_by_who_may_name_it),
         cmocka_unit_test(one_trim_of_many_epochs),
         cmocka_unit_test(trash_that_is_all_named_goes),
