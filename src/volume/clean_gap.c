@@ -30,11 +30,10 @@ static void close_gap(struct cleaner *c)
 static void gap_read(struct store_read *read, enum status st)
 {
     struct cleaner *c = container_of(read, struct cleaner, read);
-    struct volume *vol = c->vol;
     struct clean_gap *gap = &c->gap;
     if (!cleaner_answered(c, st)) {
         store_read_release(read);
-        volume_progress(vol);
+        cleaner_read_over(c);
         return;
     }
     const struct store_range *range = &c->ranges[0];
@@ -69,8 +68,7 @@ static void gap_read(struct store_read *read, enum status st)
     store_read_release(read);
     if (n)
         cleaner_added(c, n);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 void clean_gap_step(struct cleaner *c)

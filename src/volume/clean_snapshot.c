@@ -35,10 +35,8 @@ struct clean_snapshot {
 
 static void rows_ready(struct cleaner *c, enum status st)
 {
-    struct volume *vol = c->vol;
     cleaner_answered(c, st);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 static void old_ready(struct row_reader *r, enum status st)
@@ -271,7 +269,6 @@ static void next_read(struct store_read *read, enum status st)
 {
     struct cleaner *c = container_of(read, struct cleaner, read);
     struct clean_snapshot *s = c->snapshot;
-    struct volume *vol = c->vol;
     if (cleaner_answered(c, st)) {
         uint64_t branch, no = UINT64_MAX, epoch;
         unsigned level;
@@ -282,8 +279,7 @@ static void next_read(struct store_read *read, enum status st)
         s->next_known = true;
     }
     store_read_release(read);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 /* Looks for the next level-2 row that the branch has of its own. */

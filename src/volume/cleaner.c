@@ -39,10 +39,30 @@ static bool begin(struct cleaner *c)
     return clean_gap_begin(c) || clean_snapshot_begin(c) || clean_trash_begin(c);
 }
 
+static void rows_came(struct row_wait *wait)
+{
+    struct cleaner *c = container_of(wait, struct cleaner, row_wait);
+    c->waits_rows = false;
+    cleaner_read_over(c);
+}
+
+/* What it was at is forgotten; it stands in the store. */
+static void forget(struct cleaner *c)
+{
+    struct volume *vol = c->vol;
+    clean_snapshot_drop(c);
+    clean_trash_drop(c);
+    *c = (struct cleaner){.vol = vol};
+    c->row_wait.ready = rows_came;
+}
+
 void cleaner_run(struct cleaner *c)
 {
     if (c->running)
         return;
+    /* Stopped during a read, and meanwhile the volume was taken again. */
+    if (c->stopped && !c->reading && c->vol->ownership == VOL_OWNED)
+        forget(c);
     c->running = true;
     while (may_go(c)) {
         if (c->what == CLEAN_NOTHING && !begin(c))
@@ -87,6 +107,13 @@ static void retry(struct env_timer *timer)
     struct cleaner *c = container_of(timer, struct cleaner, retry);
     c->retrying = false;
     cleaner_run(c);
+}
+
+void cleaner_read_over(struct cleaner *c)
+{
+    struct volume *vol = c->vol;
+    cleaner_run(c);
+    volume_progress(vol);
 }
 
 bool cleaner_answered(struct cleaner *c, enum status st)
@@ -181,21 +208,12 @@ bool cleaner_own_segments(const struct volume *vol, uint64_t epoch, uint64_t abo
     return true;
 }
 
-static void rows_came(struct row_wait *wait)
-{
-    struct cleaner *c = container_of(wait, struct cleaner, row_wait);
-    struct volume *vol = c->vol;
-    c->waits_rows = false;
-    cleaner_run(c);
-    volume_progress(vol);
-}
-
 /* Whether there is something to do, as far as is known. */
 static bool has_work(const struct cleaner *c)
 {
     const struct volume *vol = c->vol;
     uint64_t after, upto;
-    if (c->what != CLEAN_NOTHING || c->wait_gen ||
+    if (c->stopped || c->what != CLEAN_NOTHING || c->wait_gen ||
         ancestry_gap(&vol->ancestry, vol->branch, &after, &upto))
         return true;
     for (size_t i = 0; i < vol->history.n; i++)
@@ -208,15 +226,12 @@ bool cleaner_kick(struct volume *vol, bool urgent)
 {
     if (vol->ownership != VOL_OWNED || vol->read_only)
         return false;
-    if (vol->cleaner && vol->cleaner->stopped)
-        cleaner_stop(vol); /* what it read when it was stopped has come back */
     struct cleaner *c = vol->cleaner;
     if (!c) {
         c = vol->cleaner = mem_zalloc(sizeof *c);
         c->vol = vol;
-        c->row_wait.ready = rows_came;
+        forget(c);
     }
-    CHECK(!c->stopped);
     c->urgent = urgent;
     if (!has_work(c))
         return false;
@@ -267,9 +282,8 @@ void cleaner_stop(struct volume *vol)
     if (c->waits_rows)
         index_wait_stop(&c->row_wait);
     if (c->reading)
-        return; /* cleaner_stop() comes again before the volume goes */
-    clean_snapshot_drop(c);
-    clean_trash_drop(c);
+        return; /* it is called again before the volume goes */
+    forget(c);
     vol->cleaner = NULL;
     free(c);
 }

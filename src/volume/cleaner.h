@@ -88,13 +88,15 @@ struct cleaner {
 
 /* --- cleaner.c ------------------------------------------------------------------------ */
 
-/* Goes on with what is under way, or begins the next thing. To be called when a read came back. */
+/* Goes on with what is under way, or begins the next thing. */
 void cleaner_run(struct cleaner *c);
 /* Reads c->ranges[0 .. n), which are c->begin and c->end, in the background. */
 void cleaner_read(struct cleaner *c, uint32_t n, void (*done)(struct store_read *read, enum status st));
 /* To be called first where one of the cleaner's reads was answered: false where that ends it (it
  * failed, which is tried again later, or the cleaner was stopped). */
 bool cleaner_answered(struct cleaner *c, enum status st);
+/* To be called last there. */
+void cleaner_read_over(struct cleaner *c);
 /* Makes room in the open generation, and returns it, for what has this weight. */
 struct gen *cleaner_room(struct cleaner *c, uint64_t weight);
 /* `n` keys were given to the open generation: where those are a batch, waits for its commit. */

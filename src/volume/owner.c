@@ -935,7 +935,7 @@ void owner_progress(struct volume *vol)
     struct release *r = vol->release;
     if (!r || r->committing || vol->lost)
         return;
-    if (vol->busy > parked_count(vol) || vol->fetches || index_loading(vol) || cleaner_busy(vol))
+    if (vol->busy > parked_count(vol) || vol->fetches || index_loading(vol))
         return;
     if (!gen_empty(vol->open))
         gen_seal(vol, false);

@@ -72,10 +72,8 @@ static void judge_ready(struct row_reader *r, enum status st)
 {
     struct trash_judge *j = container_of(r, struct trash_judge, rows);
     struct cleaner *c = j->c;
-    struct volume *vol = c->vol;
     cleaner_answered(c, st);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 /* False: it can't be told what the snapshot that decides sees. */
@@ -134,7 +132,7 @@ static void record_read(struct store_read *read, enum status st)
     struct volume *vol = c->vol;
     if (!cleaner_answered(c, st)) {
         store_read_release(read);
-        volume_progress(vol);
+        cleaner_read_over(c);
         return;
     }
     const struct store_pair *pair = c->ranges[0].n_pairs ? &c->ranges[0].pairs[0] : NULL;
@@ -482,10 +480,9 @@ static void keys_read(struct store_read *read, enum status st)
 {
     struct cleaner *c = container_of(read, struct cleaner, read);
     struct clean_trash *t = &c->trash;
-    struct volume *vol = c->vol;
     if (!cleaner_answered(c, st)) {
         store_read_release(read);
-        volume_progress(vol);
+        cleaner_read_over(c);
         return;
     }
     const struct store_range *here = &c->ranges[0], *behind = &c->ranges[1];
@@ -505,15 +502,13 @@ static void keys_read(struct store_read *read, enum status st)
         go_to(t, epoch, block);
     }
     store_read_release(read);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 static void first_read(struct store_read *read, enum status st)
 {
     struct cleaner *c = container_of(read, struct cleaner, read);
     struct clean_trash *t = &c->trash;
-    struct volume *vol = c->vol;
     if (cleaner_answered(c, st)) {
         uint64_t branch, block = 0, epoch = t->rec.epoch + 1;
         if (c->ranges[0].n_pairs)
@@ -524,8 +519,7 @@ static void first_read(struct store_read *read, enum status st)
                                                          INDEX_FANOUT);
     }
     store_read_release(read);
-    cleaner_run(c);
-    volume_progress(vol);
+    cleaner_read_over(c);
 }
 
 /* Blocks one by one: those of this epoch, and where the next epoch begins. */

@@ -782,5 +782,8 @@ int main(void)
     on_engine = uri && *uri;
     if (on_engine)
         engine_choose();
-    return engine_done(cmocka_run_group_tests_name("cleaner", tests, NULL, NULL));
+    int rc = engine_done(cmocka_run_group_tests_name("cleaner", tests, NULL, NULL));
+    if (on_engine)
+        store_shutdown();
+    return rc;
 }
