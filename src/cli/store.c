@@ -108,8 +108,8 @@ static int backup(struct run *run, const char *dir)
     }
     progress_end(&progress);
     if (b.st == ST_UNSUP) {
-        cli_error("store backup copies embedded stores: back a FoundationDB cluster up with fdbbackup, "
-                  "as docs/foundationdb.md describes");
+        cli_error("store backup copies embedded stores: back a FoundationDB cluster up with "
+                  "fdbbackup, as docs/foundationdb.md describes");
         return CLI_FAILED;
     }
     if (b.st == ST_SHUTDOWN) {
@@ -138,7 +138,8 @@ static int run_store(struct cli *cli, int argc, char **argv)
     const char *what = argv[first], *dir = argc > first + 1 ? argv[first + 1] : NULL;
     bool upgrading = strcmp(what, "upgrade") == 0, copying = strcmp(what, "backup") == 0;
     if (!upgrading && !copying && strcmp(what, "info") != 0)
-        return cli_usage_error(cli, "store info, store upgrade or store backup DIR, not \"%s\"", what);
+        return cli_usage_error(cli, "store info, store upgrade or store backup DIR, not \"%s\"",
+                               what);
     if (copying && !dir)
         return cli_usage_error(cli, "store backup needs a folder to copy to");
     if (!copying && dir)
@@ -156,9 +157,9 @@ const struct cli_command store_command = {
     .args = "info|upgrade|backup DIR",
     .summary = "show the store; switch on what a new version brings; copy it",
     .details =
-        "backup copies an embedded store that may be in use to a new folder: all volumes, with every\n"
-        "write that was answered before the command was started. Until it ends, space that writes\n"
-        "free is not used again. The copy is made in DIR.partial; of one that was interrupted\n"
+        "backup copies an embedded store that may be in use to a new folder: all volumes, with\n"
+        "every write that was answered before the command was started. Until it ends, space that\n"
+        "writes free is not used again. The copy is made in DIR.partial; of one that was interrupted\n"
         "nothing is kept. It is a store like any other: --store lmdb:DIR.",
     .args_min = 1,
     .args_max = 2,

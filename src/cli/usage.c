@@ -1,9 +1,10 @@
 /*
- * fdb-nbd usage: what volumes and their snapshots take, and what removing a snapshot would give back.
+ * fdb-nbd usage: what volumes and their snapshots take, and what removing a snapshot would give
+ * back.
  *
- * Counted from the index, without reading data (usage.h). What blocks take in the store, compressed,
- * the store says for all blocks of a volume, or of some epochs: what a snapshot's take is their
- * part of that.
+ * Counted from the index, without reading data (usage.h). What blocks take in the store,
+ * compressed, the store says for all blocks of a volume, or of some epochs: what a snapshot's take
+ * is their part of that.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -152,10 +153,12 @@ static void cell(void *arg, size_t row, size_t column, char out[DESCRIBE_CELL_BY
         snprintf(out, DESCRIBE_CELL_BYTES, "%s", cli_size(line->state.named * block_size, size));
         break;
     case 3:
-        snprintf(out, DESCRIBE_CELL_BYTES, "%s", cli_size(line->state.inherited * block_size, size));
+        snprintf(out, DESCRIBE_CELL_BYTES, "%s",
+                 cli_size(line->state.inherited * block_size, size));
         break;
     case 4:
-        snprintf(out, DESCRIBE_CELL_BYTES, "%s", cli_size(line->state.exclusive * block_size, size));
+        snprintf(out, DESCRIBE_CELL_BYTES, "%s",
+                 cli_size(line->state.exclusive * block_size, size));
         break;
     case 5:
         if (line->snapshot)
@@ -176,13 +179,13 @@ static json_t *line_json(const struct line *line)
 {
     json_int_t block_size = (json_int_t)line->volume->header.block_size;
     const struct usage_state *s = &line->state;
-    return json_pack("{s:s, s:I, s:I, s:I, s:I}", "name",
-                     line->snapshot ? line->snapshot->rec.name : line->volume->name, "size",
-                     (json_int_t)(line->snapshot ? line->snapshot->rec.size
-                                                 : line->volume->header.size),
-                     "used_bytes", (json_int_t)s->named * block_size, "inherited_bytes",
-                     (json_int_t)s->inherited * block_size, "exclusive_bytes",
-                     (json_int_t)s->exclusive * block_size);
+    return json_pack(
+        "{s:s, s:I, s:I, s:I, s:I}", "name",
+        line->snapshot ? line->snapshot->rec.name : line->volume->name, "size",
+        (json_int_t)(line->snapshot ? line->snapshot->rec.size : line->volume->header.size),
+        "used_bytes", (json_int_t)s->named * block_size, "inherited_bytes",
+        (json_int_t)s->inherited * block_size, "exclusive_bytes",
+        (json_int_t)s->exclusive * block_size);
 }
 
 static void print_json(const struct measuring *m)
@@ -197,7 +200,8 @@ static void print_json(const struct measuring *m)
             continue;
         }
         json_object_set_new(json, "stored_bytes", json_integer((json_int_t)line->stored));
-        json_object_set_new(json, "stored_is", json_string(line->measured ? "measured" : "estimated"));
+        json_object_set_new(json, "stored_is",
+                            json_string(line->measured ? "measured" : "estimated"));
         json_object_set_new(json, "complete", json_boolean(!line->uncertain));
         json_object_set_new(json, "snapshots", snapshots);
         json_array_append_new(volumes, json);
@@ -219,8 +223,9 @@ static void print(const struct measuring *m)
     fflush(stdout);
     for (size_t i = 0; i < m->n_lines; i++)
         if (m->lines[i].uncertain && !m->lines[i].snapshot)
-            fprintf(stderr, "fdb-nbd: not all of the index of volume \"%s\" could be read: it may "
-                            "have changed meanwhile, or verify tells more\n",
+            fprintf(stderr,
+                    "fdb-nbd: not all of the index of volume \"%s\" could be read: it may "
+                    "have changed meanwhile, or verify tells more\n",
                     m->lines[i].volume->name);
 }
 
@@ -238,7 +243,8 @@ static int usage(struct run *run, const char *name)
     enum status st = run_wait(run);
     if (st == ST_OK) {
         run_keep(run, &m.volumes);
-        catalog_snapshots(run_op(run), run->store, run->env, name ? m.volumes.entries[0].branch : 0);
+        catalog_snapshots(run_op(run), run->store, run->env,
+                          name ? m.volumes.entries[0].branch : 0);
         st = run_wait(run);
     }
     if (st != ST_OK) {
@@ -287,8 +293,10 @@ const struct cli_command usage_command = {
     .summary = "show what volumes and their snapshots take",
     .details =
         "USED is what clients see as data; INHERITED, the part of it that is shared with what the\n"
-        "volume is a clone of; EXCLUSIVE, what only that snapshot or the volume itself has. STORED is\n"
-        "what all of the volume's own blocks take in the store, compressed; FREED, about what removing\n"
+        "volume is a clone of; EXCLUSIVE, what only that snapshot or the volume itself has. STORED "
+        "is\n"
+        "what all of the volume's own blocks take in the store, compressed; FREED, about what "
+        "removing\n"
         "the snapshot would give back of that. ~ marks what is estimated. No data is read.",
     .args_min = 0,
     .args_max = 1,

@@ -128,12 +128,12 @@ static void print_result(struct verifying *v)
     for (size_t i = 0; i + 1 < verify->n_states; i++)
         snapshots += !verify->states[i].gone;
     if (v->findings) {
-        describe_print(json_pack(
-            "{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:O}", "name", v->entry->name, "store",
-            v->run->cli->store_uri, "snapshots", (json_int_t)snapshots, "blocks",
-            (json_int_t)verify->n_blocks, "bytes", (json_int_t)verify->n_bytes, "rows",
-            (json_int_t)verify->n_rows, "wrong", (json_int_t)verify->n_wrong, "repaired",
-            (json_int_t)verify->n_repaired, "findings", v->findings));
+        describe_print(
+            json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:O}", "name", v->entry->name,
+                      "store", v->run->cli->store_uri, "snapshots", (json_int_t)snapshots, "blocks",
+                      (json_int_t)verify->n_blocks, "bytes", (json_int_t)verify->n_bytes, "rows",
+                      (json_int_t)verify->n_rows, "wrong", (json_int_t)verify->n_wrong, "repaired",
+                      (json_int_t)verify->n_repaired, "findings", v->findings));
         return;
     }
     printf("read volume \"%s\" and %zu snapshot%s in %s, %s in %" PRIu64 " blocks: ",
@@ -142,7 +142,8 @@ static void print_result(struct verifying *v)
     if (verify->n_wrong == 0)
         puts("nothing is wrong");
     else if (verify->n_repaired == 0)
-        printf("%" PRIu64 " thing%s wrong\n", verify->n_wrong, verify->n_wrong == 1 ? " is" : "s are");
+        printf("%" PRIu64 " thing%s wrong\n", verify->n_wrong,
+               verify->n_wrong == 1 ? " is" : "s are");
     else
         printf("%" PRIu64 " thing%s wrong, %" PRIu64 " repaired\n", verify->n_wrong,
                verify->n_wrong == 1 ? " was" : "s were", verify->n_repaired);
@@ -184,7 +185,8 @@ static int verify_at(struct run *run, const struct catalog_entry *entry, bool re
         print_result(&v);
         status = v.verify.n_wrong > v.verify.n_repaired ? CLI_FAILED : CLI_DONE;
     } else if (st != ST_SHUTDOWN) {
-        cli_error("cannot verify volume \"%s\" in %s: %s", entry->name, run->cli->store_uri, e.text);
+        cli_error("cannot verify volume \"%s\" in %s: %s", entry->name, run->cli->store_uri,
+                  e.text);
         status = CLI_FAILED;
     }
     verify_free(&v.verify);
@@ -255,7 +257,8 @@ static int run_verify(struct cli *cli, int argc, char **argv)
     if (status == CLI_DONE)
         status = run_find(&run, argv[first], &entry);
     if (status == CLI_DONE)
-        status = repair ? verify_and_repair(&run, argv[first], &entry) : verify_in_use(&run, &entry);
+        status =
+            repair ? verify_and_repair(&run, argv[first], &entry) : verify_in_use(&run, &entry);
     run_end(&run);
     return status;
 }
@@ -265,10 +268,13 @@ const struct cli_command verify_command = {
     .args = "NAME",
     .summary = "read all of a volume and its snapshots, and say what is wrong",
     .details =
-        "Checks every hash, that the index and the blocks agree, and the counts; exit status 1 where\n"
-        "anything is wrong. A volume may be in use: it is looked at as it was when the command was\n"
+        "Checks every hash, that the index and the blocks agree, and the counts; exit status 1 "
+        "where\n"
+        "anything is wrong. A volume may be in use: it is looked at as it was when the command "
+        "was\n"
         "started, at a snapshot that is removed in the end. --repair sets counts right and clears\n"
-        "what nothing names. Blocks that are lost stay an error to read until they are overwritten.",
+        "what nothing names. Blocks that are lost stay an error to read until they are "
+        "overwritten.",
     .options = options,
     .args_min = 1,
     .args_max = 1,

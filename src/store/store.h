@@ -205,7 +205,8 @@ struct store_backup {
     const char *to; /* in: where, in the engine's own terms */
     /* In: called every now and then on the calling thread, may be NULL. False: stop. */
     bool (*progress)(struct store_backup *backup);
-    _Atomic uint64_t done_bytes, total_bytes; /* out, while it runs too; `total`: 0 until it is known */
+    /* Out, while it runs too; `total`: 0 until it is known. */
+    _Atomic uint64_t done_bytes, total_bytes;
     uint64_t n_damaged; /* out: things that are damaged in the store, and so in the copy */
 };
 
@@ -375,8 +376,8 @@ static inline enum status store_usage(struct store *store, struct slice begin, s
 /* Copies the store as it is at one moment after the call, with every write that was answered before
  * the call. The copy opens as a store of its own in which no session lives. All or nothing: where
  * this fails, nothing is at `to`. ST_UNSUP, ST_EXISTS (there is something at `to`), ST_BUSY
- * (another backup goes there), ST_SHUTDOWN (progress() said so), ST_NOSPC, ST_UNAVAIL, ST_IO. Blocks
- * for as long as it takes. */
+ * (another backup goes there), ST_SHUTDOWN (progress() said so), ST_NOSPC, ST_UNAVAIL, ST_IO.
+ * Blocks for as long as it takes. */
 enum status store_backup(struct store *store, struct store_backup *backup, struct err *e);
 
 #endif

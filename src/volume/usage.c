@@ -58,8 +58,7 @@ static enum status ancestry_read(struct usage *u, struct ancestry_record *out, s
     *out = (struct ancestry_record){0};
     if (st != ST_OK)
         fail(e, st, "cannot read the store: %s", status_text(st));
-    else if (get.st != ST_NOTFOUND &&
-             (get.st != ST_OK || !ancestry_decode(get.key, get.head, out)))
+    else if (get.st != ST_NOTFOUND && (get.st != ST_OK || !ancestry_decode(get.key, get.head, out)))
         st = fail(e, ST_IO, "the record of its ancestry is damaged");
     store_read_release(&r.read);
     return st;

@@ -1,10 +1,10 @@
 /*
  * What a volume and each of its snapshots take, from the index alone.
  *
- * A block of the branch belongs to the oldest snapshot that names it, and is given back when none does:
- * removing a snapshot frees what it names, the next one does not, and the one before could not
- * (its epoch is younger). The volume may be in use: then it is counted as it is just then, and what
- * changes meanwhile may be counted in part.
+ * A block of the branch belongs to the oldest snapshot that names it, and is given back when none
+ * does: removing a snapshot frees what it names, the next one does not, and the one before could
+ * not (its epoch is younger). The volume may be in use: then it is counted as it is just then, and
+ * what changes meanwhile may be counted in part.
  */
 #ifndef VOLUME_USAGE_H
 #define VOLUME_USAGE_H
@@ -30,9 +30,10 @@ struct usage {
     size_t n_snapshots;
     bool (*go_on)(struct usage *u); /* in: false: stop */
 
-    struct usage_state *states; /* out: of each snapshot, then of the volume; freed by usage_free() */
-    bool uncertain;             /* out: some rows could not be read */
-    struct walk walk;           /* private */
+    struct usage_state
+        *states;      /* out: of each snapshot, then of the volume; freed by usage_free() */
+    bool uncertain;   /* out: some rows could not be read */
+    struct walk walk; /* private */
     struct walk_state *walked;
 };
 

@@ -158,9 +158,8 @@ static enum status versions_read(struct walk_run *wr)
 {
     struct versions *v = &wr->versions;
     versions_release(v);
-    v->range = (struct store_range){.begin = key_slice(&v->begin),
-                                    .end = key_slice(&v->end),
-                                    .limit = VERSIONS_PER_READ};
+    v->range = (struct store_range){
+        .begin = key_slice(&v->begin), .end = key_slice(&v->end), .limit = VERSIONS_PER_READ};
     v->r = (struct walk_read){.read = {.ranges = &v->range, .n_ranges = 1}};
     v->next = 0;
     enum status st = read_wait(wr, &v->r);

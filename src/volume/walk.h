@@ -1,10 +1,11 @@
 /*
  * A walk through the index of a branch as it is stored: its snapshots and the volume itself, oldest
- * first, and of each only what it does not have in common with the one before. So a thousand snapshots
- * cost what changed between them, and each row and block is met once, by the first that names it.
+ * first, and of each only what it does not have in common with the one before. So a thousand
+ * snapshots cost what changed between them, and each row and block is met once, by the first that
+ * names it.
  *
- * Nothing is held but two level-2 rows and some level-1 rows. The branch need not be open; what is gone
- * through must not change meanwhile: snapshots do not, the volume itself does not while nobody
+ * Nothing is held but two level-2 rows and some level-1 rows. The branch need not be open; what is
+ * gone through must not change meanwhile: snapshots do not, the volume itself does not while nobody
  * owns it.
  *
  * A walk blocks: it turns the loop of its environment until what it reads is there.
@@ -17,9 +18,9 @@
 
 /* A snapshot, or the volume itself. */
 struct walk_state {
-    uint64_t epoch;    /* in: its own, or the current one */
-    uint64_t n_data;   /* out: blocks it names as data, own and inherited */
-    bool uncertain;    /* out: some of its rows are lost: `n_data` is too low, perhaps */
+    uint64_t epoch;  /* in: its own, or the current one */
+    uint64_t n_data; /* out: blocks it names as data, own and inherited */
+    bool uncertain;  /* out: some of its rows are lost: `n_data` is too low, perhaps */
 };
 
 /* A level-1 row as one state sees it. */
@@ -43,15 +44,15 @@ struct walk {
     /* Between two rows. False: the walk ends. */
     bool (*go_on)(struct walk *w);
     /* The level-2 row `no` is another one for this state than for the one before. `at`: of its key,
-     * zeros where it is missing; branch only where it can't even be told which one it would be: then
-     * nothing more is said of the row, for any state from this one on. */
+     * zeros where it is missing; branch only where it can't even be told which one it would be:
+     * then nothing more is said of the row, for any state from this one on. */
     void (*row2)(struct walk *w, size_t state, uint64_t no, struct row_source at,
                  enum row_found found);
     /* A level-2 row of the branch that is stored and not visible for any state it could be visible
      * for. */
     void (*unseen)(struct walk *w, uint64_t no, uint64_t epoch);
-    /* The level-1 row `no` is another one for this state than for the one before (the first: than all
-     * ABSENT). */
+    /* The level-1 row `no` is another one for this state than for the one before (the first: than
+     * all ABSENT). */
     void (*row1)(struct walk *w, size_t state, uint64_t no, const struct walk_row *before,
                  const struct walk_row *now);
     /* Level 2 (the row at `at`) says another number of data blocks than level 1 has. */
@@ -65,8 +66,8 @@ struct walk {
     struct walk_run *run;
 };
 
-/* ST_OK; ST_SHUTDOWN (go_on() said so); ST_UNAVAIL, ST_IO (the store could not be read at all). Damaged
- * rows are told, not failed on. */
+/* ST_OK; ST_SHUTDOWN (go_on() said so); ST_UNAVAIL, ST_IO (the store could not be read at all).
+ * Damaged rows are told, not failed on. */
 enum status walk_run(struct walk *w, struct err *e);
 
 /* A read that is waited for: what is to be read goes into `read`, which the caller releases. */

@@ -154,8 +154,8 @@ static void copy_open(struct backup_test *t, struct test_store *copy)
     test_env_start(&copy->env);
     struct err e = {0};
     /* Not created: it is there, or it is not. */
-    enum status st = store_open(copy->uri, &(struct store_options){.lease_ms = LEASE_MS},
-                                &copy->store, &e);
+    enum status st =
+        store_open(copy->uri, &(struct store_options){.lease_ms = LEASE_MS}, &copy->store, &e);
     if (st)
         fail_msg("store_open: %s", e.text);
 }
@@ -187,9 +187,8 @@ static void commit_versions(struct test_store *t, const uint32_t *keys, size_t n
         snprintf(names[i], sizeof names[i], "k%05u", keys[i]);
         bool clear = (keys[i] + version) % 7 == 0;
         model[keys[i]] = clear ? 0 : version;
-        m[i] = (struct store_mutation){.kind = clear ? STORE_CLEAR : STORE_SET,
-                                       .key = text(names[i]),
-                                       .head = text(head)};
+        m[i] = (struct store_mutation){
+            .kind = clear ? STORE_CLEAR : STORE_SET, .key = text(names[i]), .head = text(head)};
         if (!clear)
             m[i].body = (struct slice){bodies[i], body_make(keys[i], version, bodies[i])};
     }
@@ -301,7 +300,7 @@ static void test_while_written(void **state)
     struct backup_test *t = *state;
     enum { ROUNDS = 3, BEFORE = 300, WHILE = 600 };
     uint64_t model[KEYS] = {0}, version = 0;
-    uint64_t (*history)[KEYS] = mem_zalloc((BEFORE + WHILE) * (ROUNDS + 2) * sizeof *history);
+    uint64_t(*history)[KEYS] = mem_zalloc((BEFORE + WHILE) * (ROUNDS + 2) * sizeof *history);
     for (int round = 0; round < ROUNDS; round++) {
         for (int i = 0; i < BEFORE; i++) {
             change_some(t, ++version, model);
@@ -388,12 +387,10 @@ static void apply_start(struct appending *a)
 {
     uint64_t seq = store_log_next_seq(a->log) - 1;
     snprintf(a->head, sizeof a->head, "%llu", (unsigned long long)seq);
-    a->m = (struct store_mutation){
-        .kind = STORE_SET, .key = text("applied"), .head = text(a->head)};
-    a->commit = (struct test_commit){.commit = {.mutations = &a->m,
-                                                .n_mutations = 1,
-                                                .log = a->log,
-                                                .log_keep_from = seq + 1}};
+    a->m =
+        (struct store_mutation){.kind = STORE_SET, .key = text("applied"), .head = text(a->head)};
+    a->commit = (struct test_commit){
+        .commit = {.mutations = &a->m, .n_mutations = 1, .log = a->log, .log_keep_from = seq + 1}};
     test_commit_start(a->store, &a->commit);
     a->committing = true;
 }

@@ -115,11 +115,11 @@ static uint64_t put_state(struct verify_test *t, uint64_t branch, uint64_t epoch
             set(t, &key, bytes, row1_encode(&row, key_slice(&key), bytes));
         }
         if (row_at[r].epoch)
-            row2->entry[r] = (struct row2_entry){
-                .kind = ROW2_ROW,
-                .epoch = row_at[r].epoch,
-                .branch = row_at[r].branch == branch ? 0 : row_at[r].branch,
-                .n_data = (uint16_t)row.n_data};
+            row2->entry[r] =
+                (struct row2_entry){.kind = ROW2_ROW,
+                                    .epoch = row_at[r].epoch,
+                                    .branch = row_at[r].branch == branch ? 0 : row_at[r].branch,
+                                    .n_data = (uint16_t)row.n_data};
         n_data += row.n_data;
         row1_free(&row);
     }
@@ -544,7 +544,8 @@ static void unnamed_keys(void **state)
     struct verify_test *t = *state;
     struct key keys[5];
     static uint8_t bytes[ROW_BYTES_MAX];
-    /* Of a snapshot's epoch, of one between (it is the volume's then), of one that has not begun. */
+    /* Of a snapshot's epoch, of one between (it is the volume's then), of one that has not begun.
+     */
     put_block(t, VOLUME, 3, 77, 0);
     put_block(t, VOLUME, 4, 78, 0);
     put_block(t, VOLUME, 9, 79, 0);
@@ -605,9 +606,9 @@ static void explained_keys(void **state)
     /* Rolled back to epoch 3: what is of epoch 4 is being cleared. */
     put_block(t, VOLUME, 4, 78, 0);
     expect_count(t, VOLUME, 1);
-    put_ancestry(t, VOLUME,
-                 &(struct ancestry_record){
-                     .after = 4, .n_segments = 1, .segments = {{VOLUME, 0, 3}}});
+    put_ancestry(
+        t, VOLUME,
+        &(struct ancestry_record){.after = 4, .n_segments = 1, .segments = {{VOLUME, 0, 3}}});
     expect_count(t, VOLUME, 0);
 }
 

@@ -159,11 +159,11 @@ static int folder_empty(int at_fd, const char *path)
 static enum status marker_take(struct copy *c)
 {
     bool fresh = folder_empty(c->folder_fd, ".") == 1;
-    c->marker_fd = openat(c->folder_fd, marker, O_RDWR | O_NOFOLLOW | O_CLOEXEC | (fresh ? O_CREAT : 0),
-                          0600);
+    c->marker_fd =
+        openat(c->folder_fd, marker, O_RDWR | O_NOFOLLOW | O_CLOEXEC | (fresh ? O_CREAT : 0), 0600);
     if (c->marker_fd < 0 && errno == ENOENT)
-        return fail(c->e, ST_EXISTS, "%s is there already and is no unfinished backup: move it away",
-                    c->path);
+        return fail(c->e, ST_EXISTS,
+                    "%s is there already and is no unfinished backup: move it away", c->path);
     if (c->marker_fd < 0)
         return fail_errno(c, "write in", c->path);
     struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
@@ -211,8 +211,8 @@ static enum status folder_begin(struct copy *c)
         return st;
     clear_store(c->folder_fd);
     if (folder_empty(c->folder_fd, ".") != 1)
-        return fail(c->e, ST_EXISTS, "there is something in %s that belongs to no backup: move it away",
-                    c->path);
+        return fail(c->e, ST_EXISTS,
+                    "there is something in %s that belongs to no backup: move it away", c->path);
     /* As the store's own folder is, as far as may be. */
     struct stat sb;
     if (fstat(c->lm->dir_fd, &sb) == 0) {
@@ -546,7 +546,8 @@ static enum status look_around(struct copy *c)
     uint64_t left = available(c->lm->dir_fd);
     if (left < c->leave_bytes)
         return fail(c->e, ST_NOSPC,
-                    "the disk of the store %s has only %" PRIu64 " MiB left: the backup was given up, "
+                    "the disk of the store %s has only %" PRIu64
+                    " MiB left: the backup was given up, "
                     "since until its end no space of the store can be used again",
                     c->lm->dir, left >> 20);
     return ST_OK;
@@ -618,8 +619,8 @@ static enum status version_begin(struct copy *c)
     c->leave_bytes = min_u64(left / 2, LEAVE_BYTES_MAX);
     uint64_t room = available(c->folder_fd);
     struct stat a, b;
-    bool shared = fstat(c->folder_fd, &a) == 0 && fstat(c->lm->dir_fd, &b) == 0 &&
-                  a.st_dev == b.st_dev;
+    bool shared =
+        fstat(c->folder_fd, &a) == 0 && fstat(c->lm->dir_fd, &b) == 0 && a.st_dev == b.st_dev;
     if (shared)
         room -= min_u64(room, c->leave_bytes);
     if (room < total)

@@ -200,8 +200,8 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
 
 /*
  * Whoever owns the log may append to it and use the room of records again that a commit made
- * unneeded. So what does not fit is looked at again, then LMDB is asked whether it is needed at all,
- * and the copy begins anew behind it where it is not. Records are written in order, header before
+ * unneeded. So what does not fit is looked at again, then LMDB is asked whether it is needed at
+ * all, and the copy begins anew behind it where it is not. Records are written in order, header before
  * payload: one that follows proves that those before it had been written.
  */
 struct copying {
@@ -348,8 +348,9 @@ enum status lm_log_copy(struct lm *lm, uint64_t id, int to_fd, struct lm_log_sta
     struct copying c = {.to_fd = to_fd};
     enum status st = start_now(lm, id, start);
     if (st)
-        return st == ST_NOTFOUND ? st
-                                 : fail(e, st, "the record of write log %016" PRIx64 " is damaged", id);
+        return st == ST_NOTFOUND
+                   ? st
+                   : fail(e, st, "the record of write log %016" PRIx64 " is damaged", id);
     char name[24];
     snprintf(name, sizeof name, "%016" PRIx64, id);
     int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
