@@ -458,7 +458,8 @@ static bool read_exactly(int fd, uint8_t *to, size_t len, uint64_t from)
  * copy, and found there by its hash. */
 static void bodies_read(struct copy *c)
 {
-    qsort(c->pieces, c->n_pieces, sizeof *c->pieces, piece_compare);
+    if (c->n_pieces > 1)
+        qsort(c->pieces, c->n_pieces, sizeof *c->pieces, piece_compare);
     for (size_t i = 0; i < c->n_pieces;) {
         struct piece p = c->pieces[i++];
         while (i < c->n_pieces && c->pieces[i].from == p.from + p.len &&
