@@ -128,10 +128,11 @@ def test_snapshots_are_made_in_a_moment(tmp_path):
         pytest.skip("fio is not installed")
     with Server(tmp_path, {"small": "64M", "huge": "64T"}, tcp=False) as server:
         for name in ("small", "huge"):
+            # (--thread: else what writes is another process, which outlives the kill.)
             fio = subprocess.Popen(
-                ["fio", "--name=w", "--ioengine=nbd", f"--uri={server.uri(name)}", "--rw=randwrite",
-                 "--bs=4k", "--iodepth=16", "--size=64M", "--time_based", "--runtime=120",
-                 "--rate_iops=5000"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+                ["fio", "--name=w", "--thread", "--ioengine=nbd", f"--uri={server.uri(name)}",
+                 "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=64M", "--time_based",
+                 "--runtime=120", "--rate_iops=5000"], cwd=tmp_path, stdout=subprocess.DEVNULL)
             try:
                 time.sleep(2)  # until it writes at its rate
                 took = []
