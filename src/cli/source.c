@@ -303,8 +303,9 @@ enum status source_open(struct source *s, struct run *run, const char *name, str
     run_aside(run, begin, s);
     if (s->st != ST_OK)
         *e = s->err;
-    else if (!s->is_stream && s->image_bytes == 0)
-        s->st = fail(e, ST_INVAL, "%s is empty", s->name);
+    else if (!s->is_stream && in_bytes(s) == 0)
+        /* More likely what a command that failed wrote into a pipe than an image of nothing. */
+        s->st = fail(e, ST_IO, "%s is empty: there is nothing to import", s->name);
     return s->st;
 }
 

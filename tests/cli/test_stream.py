@@ -292,7 +292,12 @@ def test_bad_names(store, name):
 def test_nothing_to_import(store, folder):
     (folder / "empty").write_bytes(b"")
     store.import_bytes("good", b"x")
-    assert "empty" in store.refused("import", folder / "empty", "a", status=USAGE)
+    before = store.content("good")
+    assert "empty" in store.refused("import", folder / "empty", "a")
+    assert "input is empty" in store.refused("import", "-", "a")
+    assert "input is empty" in store.refused("import", "-", "good", "--force")
+    assert "empty" in store.refused("import", folder / "empty", "good", "--force")
+    assert store.content("good") == before
     assert "folder" in store.refused("import", folder, "a", status=USAGE)
     store.refused("import", folder / "none", "a", status=NOTFOUND)
     assert store.volumes() == ["good"]
