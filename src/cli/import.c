@@ -33,16 +33,17 @@
 #define HIDDEN_NAME "%.100s.importing-"
 #define HIDDEN_DIGITS 8u
 
-enum { FORCE = 1, YES };
+enum { STREAM = 1, FORCE, YES };
 
 static const struct cli_option options[] = {
+    {STREAM, "stream", NULL, "FILE must be a stream: anything else is refused, not an image"},
     {FORCE, "force", NULL, "replace a volume of that name, with its snapshots"},
     {YES, "yes", NULL, "do not ask (nobody is asked where there is no terminal)"},
     {0, NULL, NULL, NULL},
 };
 
 struct import_options {
-    bool force, yes;
+    bool stream, force, yes;
 };
 
 struct import {
@@ -68,7 +69,7 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     struct import_options *o = arg;
     (void)value;
     (void)e;
-    *(code == FORCE ? &o->force : &o->yes) = true;
+    *(code == STREAM ? &o->stream : code == FORCE ? &o->force : &o->yes) = true;
     return ST_OK;
 }
 
@@ -637,6 +638,10 @@ static int import(struct import *m, const char *file)
     char data[24], states[48] = "";
     if (source_open(&m->source, m->run, file, &e) != ST_OK)
         return interrupted() ? interrupt_status() : cli_failed(&e);
+    if (m->o->stream && !m->source.is_stream) {
+        cli_error("%s does not begin as a stream of export", m->source.name);
+        return CLI_FAILED;
+    }
     int status = m->source.is_stream ? import_stream(m) : import_new(m);
     if (m->n_states > 0)
         snprintf(states, sizeof states, " in %u state%s", m->n_states,
@@ -679,7 +684,7 @@ const struct cli_command import_command = {
     .summary = "make a volume from an image, or from a stream of export",
     .details =
         "FILE is an image (anything), or what export wrote with --since, --all-snapshots or\n"
-        "--stream; - is standard input. The volume is there when it is complete, not before. A\n"
+        "--stream, which it is known by; - is standard input. The volume is there when it is complete, not before. A\n"
         "stream of --since changes a volume that has that snapshot as its newest and was not\n"
         "changed since. An import that was interrupted has no effect: run it again.",
     .options = options,

@@ -262,7 +262,7 @@ static void begin(void *arg)
 {
     struct source *s = arg;
     s->st = have(s, STREAM_BEGIN_BYTES);
-    s->is_stream = s->st == ST_OK && in_bytes(s) >= STREAM_MARK_BYTES && stream_is(s->in);
+    s->is_stream = s->st == ST_OK && stream_is(s->in, in_bytes(s));
     if (!s->is_stream)
         return;
     if (in_bytes(s) < STREAM_BEGIN_BYTES) {

@@ -104,8 +104,9 @@ struct stream_reader {
     uint64_t n_sections, next_offset, n_frames, data_bytes, zero_bytes;
 };
 
-/* Whether these are the first bytes of a stream of ours, of whatever version. */
-bool stream_is(const uint8_t mark[STREAM_MARK_BYTES]);
+/* Whether a file whose first `len` bytes these are is a stream of ours, of whatever version, or one
+ * that is damaged there or was cut off: then stream_take_begin() refuses it, or stream_ended(). */
+bool stream_is(const uint8_t *mark, size_t len);
 
 /* The bytes before the first frame. All that follow: ST_IO or (another version) ST_UNSUP with a sentence, after
  * which the reader is not used any more. */

@@ -433,9 +433,9 @@ def test_damaged_streams_change_nothing(store, other, servers, rng):
     for round in range(24):
         good = rng.choice([full, rest])
         bad = bytearray(good)
-        # (From 16 on: before that it is not known as a stream any more.)
-        at = rng.randrange(16, len(bad))
         kind = round % 4
+        # (With more than a few of the first 16 bytes changed it is no stream any more.)
+        at = rng.randrange(16 if kind == 2 else 1, len(bad))
         if kind == 0:
             bad[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -452,6 +452,38 @@ def test_damaged_streams_change_nothing(store, other, servers, rng):
     assert other.content("copy") == history.states["s0"]
     other.import_bytes("copy", rest)
     history.check(other, "copy")
+
+
+def test_what_was_a_stream_is_no_image(store, other, rng):
+    """Damaged in the bytes it is known by, or cut off in them."""
+    store.run("create", "disk", "1M")
+    good = store.run("export", "disk", "-", "--stream").stdout
+    other.import_bytes("copy", b"x")
+    for n_changed in range(1, 5):
+        bad = bytearray(good)
+        for at in rng.sample(range(16), n_changed):
+            bad[at] ^= rng.randrange(1, 256)
+        said = other.import_bytes("new", bad, status=FAILED).stderr.decode()
+        assert "damaged at byte 0" in said, said
+    for length in [1, 15, 16, 23]:
+        said = other.import_bytes("new", good[:length], status=FAILED).stderr.decode()
+        assert re.search(r"the stream .* byte \d+", said), said
+    assert other.volumes() == ["copy"]
+
+
+def test_only_a_stream(store, other, rng):
+    store.run("create", "disk", "1M")
+    good = store.run("export", "disk", "-", "--stream").stdout
+    for bad in [b"x", rng.randbytes(100000), b"fdb-nbd is no stream, this is text"]:
+        said = other.import_bytes("disk", bad, "--stream", status=FAILED).stderr.decode()
+        assert "standard input does not begin as a stream" in said, said
+        assert other.volumes() == []
+        other.import_bytes("image", bad)
+        other.run("remove", "image", "--yes")
+    other.import_bytes("disk", good, "--stream")
+    assert other.volumes() == ["disk"]
+    other.import_bytes("disk", b"x", "--stream", "--force", status=FAILED)
+    assert other.content("disk") == bytes(MIB)
 
 
 # --- death and interruption -------------------------------------------------------------------

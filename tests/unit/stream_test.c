@@ -454,13 +454,29 @@ static void other_versions_are_named(void **state)
     struct stream_reader r;
     struct err e;
     craft_begin(&good_volume, NULL);
-    assert_true(stream_is(crafted.bytes));
+    assert_true(stream_is(crafted.bytes, STREAM_MARK_BYTES));
     put_le32(crafted.bytes + STREAM_MARK_BYTES, 2);
-    assert_true(stream_is(crafted.bytes));
+    assert_true(stream_is(crafted.bytes, STREAM_MARK_BYTES));
     assert_int_equal(stream_take_begin(&r, crafted.bytes, &e), ST_UNSUP);
     assert_non_null(strstr(e.text, "version 2"));
-    crafted.bytes[3] ^= 1;
-    assert_false(stream_is(crafted.bytes));
+}
+
+static void damaged_beginnings_are_no_images(void **state)
+{
+    (void)state;
+    struct stream_reader r;
+    struct err e;
+    craft_begin(&good_volume, NULL);
+    assert_false(stream_is(crafted.bytes, 0));
+    for (size_t len = 1; len <= STREAM_MARK_BYTES; len++)
+        assert_true(stream_is(crafted.bytes, len));
+    for (unsigned n = 1; n <= 5; n++) {
+        crafted.bytes[3 * n - 1] ^= 0x40;
+        assert_int_equal(stream_is(crafted.bytes, STREAM_MARK_BYTES), n <= 4);
+        assert_int_equal(stream_take_begin(&r, crafted.bytes, &e), ST_IO);
+        assert_non_null(strstr(e.text, "damaged at byte 0"));
+    }
+    assert_false(stream_is(crafted.bytes, 3));
 }
 
 int main(void)
@@ -476,6 +492,7 @@ int main(void)
         cmocka_unit_test(ranges_that_cannot_be_are_refused),
         cmocka_unit_test(packed_data_has_its_length),
         cmocka_unit_test(other_versions_are_named),
+        cmocka_unit_test(damaged_beginnings_are_no_images),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
