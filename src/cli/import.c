@@ -192,7 +192,7 @@ static enum status resize(struct import *m, uint64_t size, struct err *e)
 static enum status make_snapshot(struct import *m, struct err *e)
 {
     const struct stream_section *s = &m->section;
-    struct waiting w = {.op = {.io = {.done = waited}}};
+    struct waiting w = {.op = {.io = {.done = waited}, .created_ns = s->created_ns}};
     memcpy(w.op.name, s->name, sizeof w.op.name);
     memcpy(w.op.id, s->id, sizeof w.op.id);
     volume_snapshot_create(m->owned.vol, &w.op);

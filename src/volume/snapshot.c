@@ -70,7 +70,7 @@ static void create_begin(struct volume *vol, struct vol_history_op *op)
     struct snapshot_record *rec = g->snapshot = mem_zalloc(sizeof *rec);
     memcpy(rec->name, op->name, sizeof rec->name);
     memcpy(rec->id, op->id, sizeof rec->id);
-    rec->created_ns = env_realtime_ns(vol->shard->env);
+    rec->created_ns = op->created_ns ? op->created_ns : env_realtime_ns(vol->shard->env);
     g->force = true;
     vol->snapshots_unbuilt++;
     list_add_tail(&g->waiters, &op->io.link);

@@ -293,6 +293,7 @@ struct vol_history_op {
     char name[NAME_BYTES_MAX + 1]; /* in: of the snapshot */
     char to[NAME_BYTES_MAX + 1];   /* in: rename */
     uint8_t id[SNAPSHOT_ID_BYTES]; /* in: create: random */
+    uint64_t created_ns;           /* in: create: since 1970; 0: now */
     uint64_t token;                /* in: create: not 0: only if frozen under this token, else ST_BUSY */
     uint64_t epoch;                /* out: of the snapshot */
     struct err err;                /* out */

@@ -60,6 +60,9 @@ class Store:
     def snapshots(self, volume):
         return [s["name"] for s in self.json("snapshot", "list", volume)["snapshots"]]
 
+    def created(self, volume):
+        return {s["name"]: s["created"] for s in self.json("snapshot", "list", volume)["snapshots"]}
+
     def content(self, name):
         return self.run("export", name, "-").stdout
 
@@ -341,6 +344,18 @@ def test_properties_go_with_it(store, other):
     info = other.json("info", "copy")
     assert info["block_size_bytes"] == 4096 and info["compression"] == "zstd:5"
     assert info["description"] == "h\u00e9 \u20ac" and info["size_bytes"] == 3 * MIB
+
+
+def test_snapshots_keep_when_they_were_made(store, other):
+    store.run("create", "disk", "1M")
+    for name in ["a", "b", "c"]:
+        store.run("snapshot", "create", f"disk@{name}")
+        time.sleep(1)  # the times that are compared are in seconds
+    made = store.created("disk")
+    other.import_bytes("copy", store.run("export", "disk@b", "-", "--all-snapshots").stdout)
+    assert other.created("copy") == {name: made[name] for name in ["a", "b"]}
+    other.import_bytes("copy", store.run("export", "disk@c", "-", "--since", "b").stdout)
+    assert other.created("copy") == made
 
 
 def test_one_state_alone(store, other, servers, rng):
