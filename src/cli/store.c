@@ -157,10 +157,11 @@ const struct cli_command store_command = {
     .args = "info|upgrade|backup DIR",
     .summary = "show the store; switch on what a new version brings; copy it",
     .details =
-        "backup copies an embedded store that may be in use to a new folder: all volumes, with\n"
-        "every write that was answered before the command was started. Until it ends, space that\n"
-        "writes free is not used again. The copy is made in DIR.partial; of one that was interrupted\n"
-        "nothing is kept. It is a store like any other: --store lmdb:DIR.",
+        "backup copies an embedded store that may be in use to a new folder: all volumes, with every\n"
+        "write that was answered before the command was started. Until it ends, space that writes\n"
+        "free is not used again. The copy is made in DIR.partial; of one that was interrupted\n"
+        "nothing is kept. It is a store like any other: --store lmdb:DIR. What is there is copied as\n"
+        "it is, and not verified: fdb-nbd verify tells of each volume whether it is whole.",
     .args_min = 1,
     .args_max = 2,
     .run = run_store,

@@ -223,3 +223,18 @@ def test_refusals(servers, folder, run):
             done = subprocess.run([*program(), "store", "backup"], capture_output=True, text=True)
             assert done.returncode == USAGE
     assert os.listdir(full) == ["file"]
+
+
+def test_not_into_the_store_itself(servers, folder):
+    server = servers.start({"v": "8M"})
+    inside = server.store_folder
+    (folder / "link").symlink_to(inside)
+    (folder / "log").symlink_to(inside / "log")
+    before = sorted(os.listdir(inside))
+    for to in [inside, inside / "copy", inside / "log", inside / "log" / "copy", folder / "link",
+               folder / "link" / "copy", folder / "log", "copy", "."]:
+        done = subprocess.run([*program(), "--store", server.store, "store", "backup", str(to)],
+                              capture_output=True, text=True, cwd=inside)
+        assert done.returncode == FAILED and "of the store itself" in done.stderr, (to, done)
+    assert sorted(os.listdir(inside)) == before
+    server.cli("store", "backup", folder / "store2")

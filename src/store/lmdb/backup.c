@@ -183,6 +183,27 @@ static enum status marker_take(struct copy *c)
     return st;
 }
 
+/* Whether the folder is the store's own, or somewhere in it. One that is not there is in none. */
+static bool in_store(const struct copy *c, const char *path)
+{
+    struct stat store, at, below = {0};
+    int fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    bool inside = false;
+    if (fstat(c->lm->dir_fd, &store) < 0)
+        store = (struct stat){0};
+    while (fd >= 0 && fstat(fd, &at) == 0 && !inside &&
+           (at.st_dev != below.st_dev || at.st_ino != below.st_ino)) {
+        inside = at.st_dev == store.st_dev && at.st_ino == store.st_ino;
+        below = at;
+        int up = openat(fd, "..", O_PATH | O_DIRECTORY | O_CLOEXEC);
+        close(fd);
+        fd = up;
+    }
+    if (fd >= 0)
+        close(fd);
+    return inside;
+}
+
 static enum status folder_begin(struct copy *c)
 {
     const char *to = c->backup->to;
@@ -194,6 +215,16 @@ static enum status folder_begin(struct copy *c)
                     sizeof c->path - sizeof ".partial");
     snprintf(c->final_path, sizeof c->final_path, "%.*s", (int)len, to);
     snprintf(c->path, sizeof c->path, "%.*s.partial", (int)len, to);
+    /* Also where a link stands in for the folder: what counts is where it is made. */
+    char parent[sizeof c->path];
+    const char *slash = strrchr(c->final_path, '/');
+    if (slash)
+        snprintf(parent, sizeof parent, "%.*s/", (int)(slash - c->final_path), c->final_path);
+    else
+        strcpy(parent, ".");
+    if (in_store(c, c->final_path) || in_store(c, parent))
+        return fail(c->e, ST_INVAL, "%s is in the folder of the store itself: choose one outside",
+                    c->final_path);
     int empty = folder_empty(AT_FDCWD, c->final_path);
     if (empty < 0 && errno != ENOENT)
         return errno == ENOTDIR
