@@ -82,6 +82,11 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     struct export_options *o = arg;
     switch (code) {
     case SINCE:
+        if (strchr(value, '@'))
+            return fail(e, ST_INVAL,
+                        "export --since takes the name of a snapshot of the same volume, without @, "
+                        "not \"%.300s\" (what a clone has changed since then lists diff)",
+                        value);
         if (!name_valid(value))
             return fail(e, ST_INVAL, "\"%.140s\" is not the name of a snapshot", value);
         o->since = value;
@@ -418,7 +423,8 @@ static int export(struct export *x, const char *name, const char *file)
     char size[24], data[24];
     enum status st = outfile_open(&x->file, run, file, x->o->force, &e);
     if (st != ST_OK)
-        return cli_failed(&e);
+        /* (Somebody who is to read a named pipe may never come.) */
+        return interrupted() ? interrupt_status() : cli_failed(&e);
     int status = run_find_either(run, name, &x->entry);
     if (status == CLI_DONE && !x->entry.snapshot.epoch) {
         status = view_snapshot(run, &x->entry);

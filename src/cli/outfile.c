@@ -26,6 +26,11 @@ static const uint8_t zeros[ZEROS_BYTES];
 
 enum status outfile_failed(const struct outfile *f, int error, struct err *e)
 {
+    if (error == EFBIG)
+        return fail(e, ST_IO,
+                    "cannot write %s: no file there may be that large; --stream writes only what "
+                    "the volume holds",
+                    f->name);
     return fail(e, error == ENOSPC ? ST_NOSPC : ST_IO, "cannot write %s: %s", f->name,
                 strerror(error));
 }
@@ -78,10 +83,15 @@ enum status outfile_open(struct outfile *f, struct run *run, const char *name, b
 {
     struct stat stat_now;
     *f = (struct outfile){.run = run, .name = name, .fd = -1, .force = force};
+    if (name[0] == '\0')
+        return fail(e, ST_INVAL, "the name of the file is empty");
     if (strcmp(name, "-") == 0)
         return open_stdout(f, e);
-    if (stat(name, &stat_now) != 0)
+    if (stat(name, &stat_now) != 0) {
+        if (lstat(name, &stat_now) == 0)
+            return fail(e, ST_IO, "%s is a link to something that is not there", name);
         return open_partial(f, e);
+    }
     bool device = S_ISBLK(stat_now.st_mode);
     if ((S_ISREG(stat_now.st_mode) || device) && !force)
         return fail(e, ST_EXISTS, "%s is there already: --force overwrites it", name);

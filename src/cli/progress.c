@@ -42,7 +42,7 @@ bool interrupted(void)
 
 int interrupt_status(void)
 {
-    cli_error("interrupted; run it again to go on");
+    cli_error("interrupted; run it again");
     return CLI_FAILED;
 }
 

@@ -1,5 +1,6 @@
 /* fdb-nbd rename: another name for a volume; its clients notice nothing. */
 #include <stdio.h>
+#include <string.h>
 
 #include "cli/run.h"
 
@@ -8,6 +9,9 @@ static int run_rename(struct cli *cli, int argc, char **argv)
     int first = cli_parse(cli, argc, argv, NULL, NULL);
     if (first < 0)
         return cli->status;
+    if (strchr(argv[first], '@'))
+        return cli_usage_error(
+            cli, "\"%.300s\" names a snapshot: snapshot rename gives it another name", argv[first]);
     struct run run;
     int status = run_begin(&run, cli, RUN_WRITE);
     if (status == CLI_DONE) {

@@ -155,17 +155,16 @@ int run_find(struct run *run, const char *name, struct catalog_entry *entry)
 {
     if (!strchr(name, '@'))
         return run_find_either(run, name, entry);
-    cli_error("\"%.300s\" is not the name of a volume, which is what %s takes", name,
-              run->cli->command->name);
-    return CLI_NOTFOUND;
+    return cli_usage_error(run->cli, "\"%.300s\" names a snapshot, where a volume is needed", name);
 }
 
 int run_find_snapshot(struct run *run, const char *name, struct catalog_entry *entry)
 {
     if (strchr(name, '@'))
         return run_find_either(run, name, entry);
-    cli_error("\"%.300s\" names no snapshot: VOLUME@SNAPSHOT", name);
-    return CLI_NOTFOUND;
+    return cli_usage_error(run->cli,
+                           "\"%.300s\" names no snapshot, where one is needed: VOLUME@SNAPSHOT",
+                           name);
 }
 
 struct looking {

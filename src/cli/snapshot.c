@@ -160,6 +160,10 @@ static int remove_all(struct run *run, const struct snapshot_options *o, char **
 {
     (void)o;
     int status = CLI_DONE;
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < i; k++)
+            if (strcmp(words[k], words[i]) == 0)
+                return cli_usage_error(run->cli, "snapshot \"%.300s\" is named twice", words[i]);
     for (int i = 0; i < n && status == CLI_DONE; i++) {
         struct removing r = {.plan = {.look = look_before_removing,
                                       .made = removed,
@@ -172,8 +176,10 @@ static int remove_all(struct run *run, const struct snapshot_options *o, char **
         status = change_volume(run, &r.plan);
         if (status == CLI_DONE && r.plan.over)
             say_removed(&r, run);
-        if (status == CLI_DONE && i + 1 < n && interrupted())
-            status = interrupt_status();
+        if (status == CLI_DONE && i + 1 < n && interrupted()) {
+            cli_error("interrupted before \"%s\"", words[i + 1]);
+            status = CLI_FAILED;
+        }
     }
     return status;
 }

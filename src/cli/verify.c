@@ -41,6 +41,7 @@ struct verifying {
     struct progress progress;
     const struct catalog_entry *entry;
     json_t *findings; /* NULL: they are printed */
+    bool damage;      /* bytes of the volume or of a snapshot are lost */
 };
 
 static const char *const whats[] = {
@@ -78,6 +79,7 @@ static void found(struct verify *verify, const struct verify_finding *f)
     struct verifying *v = container_of(verify, struct verifying, verify);
     char from[2 * NAME_BYTES_MAX + 2] = "", to[2 * NAME_BYTES_MAX + 2] = "";
     bool counted = f->what == VERIFY_ROW_COUNT || f->what == VERIFY_COUNT;
+    v->damage |= f->length > 0 && !f->repaired && !counted;
     if (f->first_state != VERIFY_NOBODY) {
         state_name(v, f->first_state, from);
         state_name(v, f->last_state, to);
@@ -147,6 +149,9 @@ static void print_result(struct verifying *v)
     else
         printf("%" PRIu64 " thing%s wrong, %" PRIu64 " repaired\n", verify->n_wrong,
                verify->n_wrong == 1 ? " was" : "s were", verify->n_repaired);
+    if (v->damage)
+        puts("what is lost can't be repaired, and stays an error to read: overwrite those ranges, "
+             "or restore them\nfrom a backup; snapshots have it until they are removed");
 }
 
 /* About how much there is to read. */

@@ -153,7 +153,9 @@ def test_removal_gives_space_back(served, rng):
     ["snapshot", "remove"], ["snapshot", "list", "a", "--destroy-newer"],
     ["snapshot", "rollback"], ["snapshot", "rollback", "a@s", "a@t"],
     ["clone", "a@s"], ["clone", "a@s", "b", "c"], ["clone", "a@s", "no name"], ["clone", "a@s", ""],
-    ["clone", "a@s", "x" * 129], ["clone", "a@s", "b", "--description", "x" * 1025]])
+    ["clone", "a", "b"], ["snapshot", "list", "a@s"], ["verify", "a@s"],
+    ["snapshot", "remove", "a@s", "a@s"], ["clone", "a@s", "x" * 129],
+    ["clone", "a@s", "b", "--description", "x" * 1025]])
 def test_bad_usage(run, words):
     run("create", "a", "1M")
     run("snapshot", "create", "a@s")
@@ -180,10 +182,10 @@ def test_commands_for_volumes_leave_snapshots_alone(run):
     for words in (["remove", "a@s", "--yes"], ["resize", "a@s", "2M"], ["info", "a@s"],
                   ["owner", "evict", "a@s", "--yes"], ["rename", "a@s", "b"],
                   ["snapshot", "list", "a@s"]):
-        run(*words, status=NOTFOUND)
+        run(*words, status=USAGE)
     for words in (["snapshot", "remove", "a"], ["clone", "a", "b"],
                   ["snapshot", "rollback", "a", "--yes"]):
-        run(*words, status=NOTFOUND)
+        run(*words, status=USAGE)
     assert run.json("info", "a")["snapshots"] == 1
 
 

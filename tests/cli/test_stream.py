@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -228,6 +229,34 @@ def test_files_are_not_overwritten(store, folder):
     store.import_bytes("two", b"b" * 512)
     store.run("export", "two", link, "--force")
     assert link.is_symlink() and path.read_bytes() == b"b" * 512
+
+
+def waits_to_open(pid):
+    with open(f"/proc/{pid}/wchan") as f:
+        return f.read() in ["fifo_open", "wait_for_partner"]
+
+
+def test_files_that_cannot_be(store, folder):
+    store.run("create", "disk", "64T")
+    (folder / "link").symlink_to(folder / "nothing")
+    for force in [[], ["--force"]]:
+        assert "is a link to" in store.refused("export", "disk", folder / "link", *force)
+        assert "empty" in store.refused("export", "disk", "", *force, status=USAGE)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+    process = store.start("export", "disk", folder / "large", preexec_fn=limit)
+    said = process.communicate(timeout=CLI_LIMIT_S)[1].decode()
+    assert process.returncode == FAILED and said.count("\n") == 1 and "--stream writes" in said, said
+    store.run("export", "disk", folder / "small", "--stream")
+    os.mkfifo(folder / "pipe")
+    process = store.start("export", "disk", folder / "pipe")
+    wait_until(lambda: waits_to_open(process.pid), CLI_LIMIT_S, "it waits for a reader")
+    assert end(process, signal.SIGTERM, FAILED) == "fdb-nbd: interrupted; run it again\n"
+    assert "diff" in store.refused("export", "disk", "-", "--since", "p@1", status=USAGE)
+    assert store.snapshots("disk") == []
+    assert not any("partial" in name or name == "large" for name in os.listdir(folder))
 
 
 def test_what_fails_leaves_no_file(store, folder):
@@ -524,7 +553,7 @@ def test_an_interrupted_import_leaves_nothing(store, rng, number):
     feed(process, rng.randbytes(12 * MIB))
     wait_until(lambda: len(store.volumes()) == 2, CLI_LIMIT_S, "the import is under way")
     said = end(process, number, FAILED)
-    assert said == "fdb-nbd: interrupted; run it again to go on\n"
+    assert said == "fdb-nbd: interrupted; run it again\n"
     assert store.volumes() == ["keep"]
 
 
@@ -681,7 +710,7 @@ def test_an_interrupted_export_leaves_nothing(store, folder, rng):
     wait_until(lambda: store.snapshots("disk"), CLI_LIMIT_S, "the export is under way")
     wait_until(lambda: select.select([process.stdout], [], [], 0)[0], CLI_LIMIT_S, "it writes")
     said = end(process, signal.SIGINT, FAILED)
-    assert said == "fdb-nbd: interrupted; run it again to go on\n"
+    assert said == "fdb-nbd: interrupted; run it again\n"
     assert store.snapshots("disk") == []
 
 

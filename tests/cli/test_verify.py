@@ -136,6 +136,7 @@ def test_a_damaged_block(server, rng):
     assert said.returncode == FAILED and said.stderr == ""
     assert f"block damaged: bytes {12 * BLOCK} to {13 * BLOCK - 1} of v@one to v;" in said.stdout
     assert "2 things are wrong" in said.stdout
+    assert "overwrite those ranges, or restore" in said.stdout.splitlines()[-2]
     # A repair does not invent data.
     assert verify(server, "v", "--repair", status=FAILED)["repaired"] == 0
     server.start()
