@@ -40,7 +40,7 @@ struct kept {
     struct effect *maybe; /* it holds the first so many of these, too; see resolve() */
     size_t n_maybe;
     unsigned n_clones;
-    unsigned n_leaving; /* of these: being removed just now */
+    unsigned n_leaving; /* of these: being removed or flattened just now */
     bool gone, seen;
 };
 
@@ -638,8 +638,9 @@ static void deed_free(struct deed *deed)
 {
     list_remove(&deed->link);
     deed->of->n_deeds--;
-    if (deed->k)
-        kept_put(deed->of->f, deed->k);
+    if (deed->kind == DEED_FLATTEN)
+        deed->k->n_leaving--;
+    kept_put(deed->of->f, deed->k);
     free(deed);
 }
 
@@ -803,7 +804,7 @@ static struct deed *deed_new(struct member *m, enum deed_kind kind, struct kept 
     deed->op.io.done = deed_done;
     list_for_each (l, &m->deeds) {
         struct deed *other = container_of(l, struct deed, link);
-        if (k && other->k == k)
+        if (other->k == k)
             other->contended = deed->contended = true;
     }
     list_add_tail(&m->deeds, &deed->link);
@@ -881,7 +882,9 @@ static void flatten(struct member *m)
     if (!m->parent || has_deed(m, DEED_FLATTEN))
         return;
     m->flattened = m->copied = true;
-    struct deed *deed = deed_new(m, DEED_FLATTEN, NULL);
+    m->parent->refs++;
+    m->parent->n_leaving++;
+    struct deed *deed = deed_new(m, DEED_FLATTEN, m->parent);
     volume_flatten(m->d->p->vol, &deed->op);
 }
 
@@ -1263,7 +1266,7 @@ static void settle(struct member *m)
             continue;
         if (!deed_of(m, DEED_REMOVE, k))
             drv_violation(d, "after a death snapshot %s is gone", k->name);
-        if (k->n_clones)
+        if (k->n_clones > k->n_leaving)
             drv_violation(d, "snapshot %s was removed and has clones", k->name);
         f->counts->happened++;
         kept_gone(f, k);
