@@ -189,7 +189,9 @@ static int verify_at(struct run *run, const struct catalog_entry *entry, bool re
     if (st == ST_OK) {
         print_result(&v);
         status = v.verify.n_wrong > v.verify.n_repaired ? CLI_FAILED : CLI_DONE;
-    } else if (st != ST_SHUTDOWN) {
+    } else if (st == ST_SHUTDOWN) {
+        status = interrupt_status();
+    } else {
         cli_error("cannot verify volume \"%s\" in %s: %s", entry->name, run->cli->store_uri,
                   e.text);
         status = CLI_FAILED;
@@ -207,8 +209,6 @@ static int verify_in_use(struct run *run, struct catalog_entry *entry)
         return status;
     status = verify_at(run, entry, false);
     int dropped = view_drop_snapshot(run, entry);
-    if (interrupted())
-        return interrupt_status();
     return status == CLI_DONE ? dropped : status;
 }
 
@@ -229,10 +229,8 @@ static int verify_and_repair(struct run *run, const char *name, struct catalog_e
     struct run_patience patience = {0};
     for (int attempt = 0; attempt < ATTEMPTS_MAX;) {
         enum run_owner state = run_owner_state(run, &entry->owner);
-        if (state == OWNER_NONE) {
-            int status = verify_at(run, entry, true);
-            return interrupted() ? interrupt_status() : status;
-        }
+        if (state == OWNER_NONE)
+            return verify_at(run, entry, true);
         if (state == OWNER_DEAD) {
             int status = recover(run, entry);
             if (status != CLI_DONE)
