@@ -173,11 +173,12 @@ def stages(long_run):
             yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, on_fdb)
 
     computing = [unit_suite("unit", BUILD, counts), *both(COMPUTING),
-                 pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
     waiting = [*both(WAITING), pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("failover", "failover", BUILD, counts)]
-    return [[computing, waiting], [list(both(ALONE))]]
+    alone = [*both(ALONE),
+             pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))]
+    return [[computing, waiting], [alone]]
 
 
 def unit_suite(name, build_folder, env):

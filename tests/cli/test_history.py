@@ -513,7 +513,7 @@ def test_flatten_refuses(run):
     assert '"one" and "two"' in run("flatten", "c", status=FAILED).stderr
     assert run.json("info", "c")["parent"] == "a@s"
     run("flatten", "nowhere", status=NOTFOUND)
-    run("flatten", "a@s", status=NOTFOUND)
+    run("flatten", "a@s", status=USAGE)
     run("flatten", status=USAGE)
 
 
