@@ -42,6 +42,7 @@ struct kept {
     unsigned n_clones;
     unsigned n_leaving; /* of these: being removed or flattened just now */
     bool gone, seen;
+    bool late_clone; /* one whose command died may have come later */
 };
 
 enum deed_kind { DEED_CREATE, DEED_REMOVE, DEED_RENAME, DEED_FLATTEN };
@@ -631,7 +632,7 @@ static void choose_name(struct family *f, const char *what, char *out)
 
 static bool has_clones(const struct deed *deed)
 {
-    return deed->had_clones || deed->k->n_clones;
+    return deed->had_clones || deed->k->n_clones || deed->k->late_clone;
 }
 
 static void deed_free(struct deed *deed)
@@ -1076,6 +1077,7 @@ static void clone_one(struct member *of)
     if (st != ST_OK && !died && !d->violated)
         drv_violation(d, "clone %s was made and is not there", spec.name);
     command_end(&c);
+    k->late_clone |= died && st != ST_OK;
     if (st != ST_OK || d->violated)
         return;
     f->counts->happened += died;
