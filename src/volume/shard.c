@@ -15,11 +15,20 @@
 #define DOUBT_LOOK_MS 10u
 /* Enough for a commit of its own while another is under way. */
 #define SEAL_AHEAD_BYTES (1u << 20)
+/* So much, where the store has nothing to do, is committed at this age already: a snapshot, a
+ * flush without a log and whoever takes over wait for all that is not committed. */
+#define SEAL_EARLY_MS 100u
+
+static bool is_old(const struct shard *s, const struct volume *vol)
+{
+    uint64_t age_ms = (env_now_ns(s->env) - vol->open->opened_ns) / 1000000;
+    return age_ms >= s->seal_age_ms || (age_ms >= SEAL_EARLY_MS && !vol->gens_queued &&
+                                        vol->open->dirty_bytes >= SEAL_AHEAD_BYTES);
+}
 
 static void age_fire(struct env_timer *timer)
 {
     struct shard *s = container_of(timer, struct shard, age_timer);
-    uint64_t now = env_now_ns(s->env);
     bool more = false;
     s->age_running = false;
     list_for_each_safe(l, next, &s->volumes)
@@ -27,7 +36,7 @@ static void age_fire(struct env_timer *timer)
         struct volume *vol = container_of(l, struct volume, link);
         if (vol->ownership != VOL_OWNED || gen_empty(vol->open))
             continue;
-        if (now - vol->open->opened_ns >= (uint64_t)s->seal_age_ms * 1000000)
+        if (is_old(s, vol))
             gen_seal(vol, false);
         else
             more = true;
@@ -41,7 +50,7 @@ void shard_age_start(struct shard *s)
     if (s->age_running)
         return;
     s->age_running = true;
-    env_timer_start(s->env, &s->age_timer, s->seal_age_ms);
+    env_timer_start(s->env, &s->age_timer, (uint32_t)min_u64(s->seal_age_ms, SEAL_EARLY_MS));
 }
 
 static unsigned session_lost(void *arg)

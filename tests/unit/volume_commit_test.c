@@ -1,6 +1,6 @@
 /*
- * Commits of stores without a log: how large they may become, what goes into which, and who
- * waits for them.
+ * Commits: how large those of stores without a log may become, what goes into which, who waits
+ * for them, and when those of stores with a log come.
  *
  * Index rows of the worst form are put into the simulated store directly, because writing
  * them there would take millions of requests.
@@ -637,6 +637,45 @@ static void the_next_one_is_ready(void **state)
     end(d);
 }
 
+/* Milliseconds from a write of `bytes`, answered from the log, to its commit. */
+static uint64_t ms_until_committed(struct drv *d, uint64_t bytes)
+{
+    const struct volume *vol = d->p->vol;
+    struct batch *b = batch_new(d, 1);
+    batch_write(b, 0, 0, bytes);
+    batch_run(b, true);
+    assert_int_equal(b->ops[0].st, ST_OK);
+    uint64_t no = vol->open->no, began_ns = world_now_ns(d->world);
+    while (vol->committed_gen < no && sim_step(d->sim)) {
+    }
+    batch_free(b);
+    return (world_now_ns(d->world) - began_ns) / 1000000;
+}
+
+/* Where a log answers, a generation gathers for a second; but what would be waited for is committed
+ * as soon as it is worth a commit, or a snapshot would have to write it. */
+static void much_is_committed_early(void **state)
+{
+    (void)state;
+    struct drv_config config = {.seed = 10,
+                                .size = 8u << 20,
+                                .block_size = 4096,
+                                .codec = CODEC_NONE,
+                                .n_regions = 1,
+                                .region_bytes = 1u << 20,
+                                .cache_bytes = 128u << 20,
+                                .damaged = true,
+                                .store = {.has_log = true}};
+    struct drv *d = drv_new(&config);
+    open_and_own(d);
+    assert_true(sim_run_idle(d->sim, 1000000));
+    uint64_t little_ms = ms_until_committed(d, 64 << 10);
+    uint64_t much_ms = ms_until_committed(d, 1 << 20);
+    assert_in_range(little_ms, 990, 1110);
+    assert_in_range(much_ms, 90, 120);
+    end(d);
+}
+
 int main(void)
 {
     memset(payload, 0x5a, sizeof payload);
@@ -651,6 +690,7 @@ int main(void)
         cmocka_unit_test(clean_blocks_need_no_wait),
         cmocka_unit_test(a_batch_is_one_generation),
         cmocka_unit_test(the_next_one_is_ready),
+        cmocka_unit_test(much_is_committed_early),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
