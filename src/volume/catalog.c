@@ -16,12 +16,7 @@ static void prepare_look(struct job *job);
 
 static void prepare_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st))
-        prepare_look(job);
-    else if (st != ST_OK)
-        job_store_failed(job, st, "write the store's own record");
-    else
-        job_finish(job, ST_OK);
+    job_end_change(job, st, prepare_look, "write the store's own record");
 }
 
 static void prepare_write(struct job *job)
@@ -212,15 +207,7 @@ static void create_look(struct job *job);
 
 static void create_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        create_look(job);
-    } else if (st != ST_OK) {
-        char what[NAME_BYTES_MAX + 16];
-        snprintf(what, sizeof what, "create \"%s\"", job->spec.name);
-        job_store_failed(job, st, what);
-    } else {
-        job_finish(job, ST_OK);
-    }
+    job_end_change(job, st, create_look, "create \"%s\"", job->spec.name);
 }
 
 static void create_seen(struct job *job, enum status st)
@@ -278,25 +265,15 @@ static void rename_look(struct job *job);
 
 static void rename_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        rename_look(job);
-    } else if (st != ST_OK) {
-        char what[NAME_BYTES_MAX + 16];
-        snprintf(what, sizeof what, "rename \"%s\"", job->name);
-        job_store_failed(job, st, what);
-    } else {
-        job_finish(job, ST_OK);
-    }
+    job_end_change(job, st, rename_look, "rename \"%s\"", job->name);
 }
 
 static void rename_seen(struct job *job, enum status st)
 {
     const struct store_get *from = &job->gets[0], *to = &job->gets[1];
     struct name_record rec;
-    char what[NAME_BYTES_MAX + 32];
     if (st != ST_OK) {
-        snprintf(what, sizeof what, "look up volume \"%s\"", job->name);
-        job_store_failed(job, st, what);
+        job_store_failed(job, st, "look up volume \"%s\"", job->name);
         return;
     }
     if (from->st == ST_NOTFOUND) {
@@ -308,8 +285,7 @@ static void rename_seen(struct job *job, enum status st)
         return;
     }
     if (!name_decode(from->key, from->head, &rec)) {
-        snprintf(what, sizeof what, "the name record of volume \"%s\"", job->name);
-        job_damaged(job, what);
+        job_damaged(job, "the name record of volume \"%s\"", job->name);
         return;
     }
     struct key key;

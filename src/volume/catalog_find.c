@@ -274,16 +274,13 @@ static void find_snapshot(struct job *job)
 
 static void find_loaded(struct job *job, enum status st)
 {
-    char what[NAME_BYTES_MAX + 32];
     enum status one = st == ST_OK ? fill_entry(&job->op->entries[0], job->gets) : ST_OK;
     if (one == ST_IO) {
-        snprintf(what, sizeof what, "a record of volume \"%s\"", job->name);
-        job_damaged(job, what);
+        job_damaged(job, "a record of volume \"%s\"", job->name);
     } else if (one == ST_NOTFOUND && ++job->attempts < JOB_ATTEMPTS_MAX) {
         find_look(job);
     } else if (st != ST_OK || one != ST_OK) {
-        snprintf(what, sizeof what, "read volume \"%s\"", job->name);
-        job_store_failed(job, st != ST_OK ? st : ST_CONFLICT, what);
+        job_store_failed(job, st != ST_OK ? st : ST_CONFLICT, "read volume \"%s\"", job->name);
     } else if (job->to[0]) {
         struct key key;
         key_prefix_branch(&key, 'v', job->op->entries[0].branch);
@@ -297,15 +294,12 @@ static void find_named(struct job *job, enum status st)
 {
     struct name_record rec;
     const struct store_get *get = &job->gets[0];
-    char what[NAME_BYTES_MAX + 32];
     if (st != ST_OK) {
-        snprintf(what, sizeof what, "look up volume \"%s\"", job->name);
-        job_store_failed(job, st, what);
+        job_store_failed(job, st, "look up volume \"%s\"", job->name);
     } else if (get->st == ST_NOTFOUND) {
         catalog_no_volume(job);
     } else if (!name_decode(get->key, get->head, &rec)) {
-        snprintf(what, sizeof what, "the name record of volume \"%s\"", job->name);
-        job_damaged(job, what);
+        job_damaged(job, "the name record of volume \"%s\"", job->name);
     } else {
         job_reset(job);
         job->op->n_entries = 0;

@@ -218,9 +218,7 @@ static bool take_ancestry(struct job *job, const struct store_get *get,
     *ancestry = (struct ancestry_record){0};
     if (get->st != ST_OK || ancestry_decode(get->key, get->head, ancestry))
         return true;
-    char what[NAME_BYTES_MAX + 48];
-    snprintf(what, sizeof what, "the record of where volume \"%s\" has its rows", job->entry.name);
-    job_damaged(job, what);
+    job_damaged(job, "the record of where volume \"%s\" has its rows", job->entry.name);
     return false;
 }
 
@@ -231,7 +229,6 @@ static bool take_snapshot(struct job *job, const struct store_get *header_get,
 {
     const struct catalog_entry *entry = &job->entry;
     const char *name = entry->snapshot.rec.name;
-    char what[2 * NAME_BYTES_MAX + 48];
     if (header_get->st == ST_NOTFOUND || snapshot_get->st == ST_NOTFOUND) {
         fail(&job->op->err, ST_NOTFOUND, "snapshot \"%s@%s\" was removed by somebody else just now",
              entry->name, name);
@@ -239,13 +236,11 @@ static bool take_snapshot(struct job *job, const struct store_get *header_get,
         return false;
     }
     if (!header_decode(header_get->key, header_get->head, header)) {
-        snprintf(what, sizeof what, "the header of volume \"%s\"", entry->name);
-        job_damaged(job, what);
+        job_damaged(job, "the header of volume \"%s\"", entry->name);
         return false;
     }
     if (!snapshot_decode(snapshot_get->key, snapshot_get->head, snapshot)) {
-        snprintf(what, sizeof what, "the record of snapshot \"%s@%s\"", entry->name, name);
-        job_damaged(job, what);
+        job_damaged(job, "the record of snapshot \"%s@%s\"", entry->name, name);
         return false;
     }
     if (snapshot->removed) {
@@ -271,16 +266,8 @@ static void clone_look(struct job *job);
 
 static void clone_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        clone_look(job);
-    } else if (st != ST_OK) {
-        char what[3 * NAME_BYTES_MAX + 32];
-        snprintf(what, sizeof what, "clone \"%s@%s\" to \"%s\"", job->entry.name,
-                 job->entry.snapshot.rec.name, job->spec.name);
-        job_store_failed(job, st, what);
-    } else {
-        job_finish(job, ST_OK);
-    }
+    job_end_change(job, st, clone_look, "clone \"%s@%s\" to \"%s\"", job->entry.name,
+                   job->entry.snapshot.rec.name, job->spec.name);
 }
 
 static void clone_seen(struct job *job, enum status st)
@@ -384,17 +371,9 @@ static void rollback_look(struct job *job);
 
 static void rollback_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        rollback_look(job);
-    } else if (st != ST_OK) {
-        char what[2 * NAME_BYTES_MAX + 32];
-        snprintf(what, sizeof what, "roll back to \"%s@%s\"", job->entry.name,
-                 job->entry.snapshot.rec.name);
-        job_store_failed(job, st, what);
-    } else {
-        catalog_drop_snapshots(job);
-        job_finish(job, ST_OK);
-    }
+    catalog_drop_snapshots(job); /* only looked at */
+    job_end_change(job, st, rollback_look, "roll back to \"%s@%s\"", job->entry.name,
+                   job->entry.snapshot.rec.name);
 }
 
 static void rollback_refused(struct job *job)
@@ -437,10 +416,8 @@ static void rollback_seen(struct job *job, enum status st)
     struct state_record state;
     struct ancestry_record ancestry;
     struct snapshot_record snapshot;
-    char what[NAME_BYTES_MAX + 48];
     if (st != ST_OK) {
-        snprintf(what, sizeof what, "look up volume \"%s\"", to->name);
-        job_store_failed(job, st, what);
+        job_store_failed(job, st, "look up volume \"%s\"", to->name);
         return;
     }
     if (!catalog_still_free(job, &job->gets[0], owner_get, &owner) ||
@@ -448,8 +425,7 @@ static void rollback_seen(struct job *job, enum status st)
         !take_ancestry(job, ancestry_get, &ancestry))
         return;
     if (state_get->st != ST_OK || !state_decode(state_get->key, state_get->head, &state)) {
-        snprintf(what, sizeof what, "the state of volume \"%s\"", to->name);
-        job_damaged(job, what);
+        job_damaged(job, "the state of volume \"%s\"", to->name);
         return;
     }
     if (newer_forbid(job))

@@ -1,21 +1,11 @@
 /* The catalog: marking a volume while an import into it is under way. */
-#include <stdio.h>
-
 #include "volume/catalog_internal.h"
 
 static void mark_look(struct job *job);
 
 static void mark_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        mark_look(job);
-    } else if (st != ST_OK) {
-        char what[NAME_BYTES_MAX + 32];
-        snprintf(what, sizeof what, "mark volume \"%s\"", job->entry.name);
-        job_store_failed(job, st, what);
-    } else {
-        job_finish(job, ST_OK);
-    }
+    job_end_change(job, st, mark_look, "mark volume \"%s\"", job->entry.name);
 }
 
 static void mark_seen(struct job *job, enum status st)
@@ -24,17 +14,14 @@ static void mark_seen(struct job *job, enum status st)
     const struct store_get *header_get = &job->gets[2];
     struct owner_record owner;
     struct header_record header;
-    char what[NAME_BYTES_MAX + 48];
     if (st != ST_OK) {
-        snprintf(what, sizeof what, "look up volume \"%s\"", entry->name);
-        job_store_failed(job, st, what);
+        job_store_failed(job, st, "look up volume \"%s\"", entry->name);
         return;
     }
     if (!catalog_still_free(job, &job->gets[0], &job->gets[1], &owner))
         return;
     if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
-        snprintf(what, sizeof what, "the header of volume \"%s\"", entry->name);
-        job_damaged(job, what);
+        job_damaged(job, "the header of volume \"%s\"", entry->name);
         return;
     }
     /* (Whoever makes a snapshot, or rolls back, raises the epoch.) */

@@ -82,10 +82,11 @@ struct job *job_new(struct catalog_op *op, struct store *store, struct env *env)
 void job_finish(struct job *job, enum status st);
 /* Ends a job from outside the call, with what fail() put into op->err. */
 void job_refuse(struct job *job);
-/* Ends a job over a failed read or commit; `what` completes "cannot ...". */
-void job_store_failed(struct job *job, enum status st, const char *what);
-/* Ends a job: `what` is damaged or missing. */
-void job_damaged(struct job *job, const char *what);
+/* Ends a job over a failed read or commit; what `format` gives completes "cannot ...". */
+void job_store_failed(struct job *job, enum status st, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Ends a job: what `format` gives is damaged or missing. */
+void job_damaged(struct job *job, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 const char *job_store_name(struct job *job, struct store_info *info);
 
@@ -122,6 +123,10 @@ void job_clear_all(struct job *job, const struct key *prefix);
 void job_commit(struct job *job, bool wake_watchers, void (*next)(struct job *job, enum status st));
 /* Whether a commit that ended so is to be tried again, from the reading on. */
 bool job_may_try_again(struct job *job, enum status st);
+/* What most changes do when their commit ended so: start over with `look`, or end the job, well or
+ * with job_store_failed(). */
+void job_end_change(struct job *job, enum status st, void (*look)(struct job *job),
+                    const char *format, ...) __attribute__((format(printf, 4, 5)));
 
 struct catalog_entry *job_add_entry(struct job *job, const char *name, uint64_t branch);
 

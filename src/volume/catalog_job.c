@@ -1,4 +1,5 @@
 /* Jobs of the catalog; see catalog_internal.h. */
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,6 +8,7 @@
 #include "volume/catalog_internal.h"
 
 #define KEYS_PER_PAGE 1000u
+#define WHAT_BYTES (3 * NAME_BYTES_MAX + 64) /* a few words about two volumes and a snapshot */
 
 struct scrap {
     struct scrap *next;
@@ -88,18 +90,47 @@ const char *job_store_name(struct job *job, struct store_info *info)
     return info->uri;
 }
 
-void job_store_failed(struct job *job, enum status st, const char *what)
+static void store_failed(struct job *job, enum status st, const char *format, va_list args)
 {
     struct store_info info;
+    char what[WHAT_BYTES];
     const char *why = st == ST_CONFLICT ? "others keep changing it" : status_text(st);
+    vsnprintf(what, sizeof what, format, args);
     fail(&job->op->err, st == ST_CONFLICT ? ST_BUSY : st, "cannot %s in %s: %s", what,
          job_store_name(job, &info), why);
     job_finish(job, job->op->err.st);
 }
 
-void job_damaged(struct job *job, const char *what)
+void job_store_failed(struct job *job, enum status st, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    store_failed(job, st, format, args);
+    va_end(args);
+}
+
+void job_end_change(struct job *job, enum status st, void (*look)(struct job *job),
+                    const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    if (job_may_try_again(job, st))
+        look(job);
+    else if (st != ST_OK)
+        store_failed(job, st, format, args);
+    else
+        job_finish(job, ST_OK);
+    va_end(args);
+}
+
+void job_damaged(struct job *job, const char *format, ...)
 {
     struct store_info info;
+    char what[WHAT_BYTES];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
     fail(&job->op->err, ST_IO, "%s in %s is damaged or missing", what, job_store_name(job, &info));
     job_finish(job, ST_IO);
 }
@@ -231,7 +262,7 @@ static void scan_seen(struct job *job, enum status st)
 {
     const struct store_range *range = &job->ranges[0];
     if (st != ST_OK) {
-        job_store_failed(job, st, job->scan_what);
+        job_store_failed(job, st, "%s", job->scan_what);
         return;
     }
     bool more = range->more && range->n_pairs > 0;

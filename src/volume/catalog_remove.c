@@ -22,9 +22,7 @@ bool catalog_still_free(struct job *job, const struct store_get *name_get,
     *owner = (struct owner_record){0};
     if ((name_get->st == ST_OK && !name_decode(name_get->key, name_get->head, &name)) ||
         (owner_get->st == ST_OK && !owner_decode(owner_get->key, owner_get->head, owner))) {
-        char what[NAME_BYTES_MAX + 48];
-        snprintf(what, sizeof what, "a record of volume \"%s\"", entry->name);
-        job_damaged(job, what);
+        job_damaged(job, "a record of volume \"%s\"", entry->name);
         return false;
     }
     if (name_get->st == ST_NOTFOUND || name.branch != entry->branch) {
@@ -67,16 +65,8 @@ static void remove_look(struct job *job);
 
 static void remove_written(struct job *job, enum status st)
 {
-    if (job_may_try_again(job, st)) {
-        remove_look(job);
-    } else if (st != ST_OK) {
-        char what[NAME_BYTES_MAX + 16];
-        snprintf(what, sizeof what, "remove \"%s\"", job->entry.name);
-        job_store_failed(job, st, what);
-    } else {
-        catalog_drop_snapshots(job);
-        job_finish(job, ST_OK);
-    }
+    catalog_drop_snapshots(job); /* only looked at */
+    job_end_change(job, st, remove_look, "remove \"%s\"", job->entry.name);
 }
 
 static void remove_refused(struct job *job)
@@ -100,8 +90,7 @@ static bool snapshots_forbid(struct job *job)
     if (job->with_snapshots || (op->n_snapshots == 0 && !job->left_out))
         return false;
     if (op->n_snapshots == 0) {
-        snprintf(text, sizeof text, "the record of a snapshot of volume \"%s\"", job->entry.name);
-        job_damaged(job, text);
+        job_damaged(job, "the record of a snapshot of volume \"%s\"", job->entry.name);
         return true;
     }
     fail(&op->err, ST_EXISTS, "volume \"%s\" has %s: %s; --snapshots removes them too",
@@ -118,17 +107,14 @@ static void remove_seen(struct job *job, enum status st)
     struct owner_record owner;
     struct header_record header;
     struct name_record successor;
-    char what[NAME_BYTES_MAX + 48];
     if (st != ST_OK) {
-        snprintf(what, sizeof what, "look up volume \"%s\"", entry->name);
-        job_store_failed(job, st, what);
+        job_store_failed(job, st, "look up volume \"%s\"", entry->name);
         return;
     }
     if (!catalog_still_free(job, &job->gets[0], &job->gets[1], &owner))
         return;
     if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
-        snprintf(what, sizeof what, "the header of volume \"%s\"", entry->name);
-        job_damaged(job, what);
+        job_damaged(job, "the header of volume \"%s\"", entry->name);
         return;
     }
     if (*job->name && by->st != ST_OK) {
@@ -136,8 +122,7 @@ static void remove_seen(struct job *job, enum status st)
         return;
     }
     if (*job->name && !name_decode(by->key, by->head, &successor)) {
-        snprintf(what, sizeof what, "the name record of volume \"%s\"", job->name);
-        job_damaged(job, what);
+        job_damaged(job, "the name record of volume \"%s\"", job->name);
         return;
     }
     if (snapshots_forbid(job))
