@@ -235,10 +235,8 @@ static bool take_snapshot(struct job *job, const struct store_get *header_get,
         job_finish(job, ST_NOTFOUND);
         return false;
     }
-    if (!header_decode(header_get->key, header_get->head, header)) {
-        job_damaged(job, "the header of volume \"%s\"", entry->name);
+    if (!catalog_take_header(job, header_get, header))
         return false;
-    }
     if (!snapshot_decode(snapshot_get->key, snapshot_get->head, snapshot)) {
         job_damaged(job, "the record of snapshot \"%s@%s\"", entry->name, name);
         return false;
@@ -381,6 +379,21 @@ static void rollback_refused(struct job *job)
     catalog_refuse_for_clones(job, "remove or flatten them first", rollback_look);
 }
 
+/* Where the records of the snapshots newer than `to` are, and those of their children. */
+static void newer_snapshots(const struct catalog_entry *to, struct key *begin, struct key *end)
+{
+    key_snapshot(begin, to->branch, to->snapshot.epoch + 1);
+    key_prefix_branch(end, 'v', to->branch);
+    key_prefix_end(end);
+}
+
+static void children_of_newer(const struct catalog_entry *to, struct key *begin, struct key *end)
+{
+    key_prefix_children(begin, to->branch, to->snapshot.epoch + 1);
+    key_prefix_branch(end, 'd', to->branch);
+    key_prefix_end(end);
+}
+
 /* Range 0: newer snapshots; range 1: their clones. True: the job goes on elsewhere. */
 static bool newer_forbid(struct job *job)
 {
@@ -407,20 +420,15 @@ static bool newer_forbid(struct job *job)
 
 static void rollback_seen(struct job *job, enum status st)
 {
-    const struct store_get *owner_get = &job->gets[1], *header_get = &job->gets[2],
-                           *state_get = &job->gets[3], *ancestry_get = &job->gets[4],
-                           *snapshot_get = &job->gets[5];
+    const struct store_get *header_get = &job->gets[2], *state_get = &job->gets[3],
+                           *ancestry_get = &job->gets[4], *snapshot_get = &job->gets[5];
     const struct catalog_entry *to = &job->entry;
     struct owner_record owner;
     struct header_record header;
     struct state_record state;
     struct ancestry_record ancestry;
     struct snapshot_record snapshot;
-    if (st != ST_OK) {
-        job_store_failed(job, st, "look up volume \"%s\"", to->name);
-        return;
-    }
-    if (!catalog_still_free(job, &job->gets[0], owner_get, &owner) ||
+    if (!catalog_still_free(job, st, &owner) ||
         !take_snapshot(job, header_get, snapshot_get, &header, &snapshot) ||
         !take_ancestry(job, ancestry_get, &ancestry))
         return;
@@ -456,13 +464,9 @@ static void rollback_seen(struct job *job, enum status st)
     uint8_t bytes[RECORD_BYTES_MAX];
     for (size_t i = 0; i < job->n_gets; i++)
         job_check(job, &job->gets[i]);
-    key_snapshot(&key, to->branch, to->snapshot.epoch + 1);
-    key_prefix_branch(&end, 'v', to->branch);
-    key_prefix_end(&end);
+    newer_snapshots(to, &key, &end);
     job_clear_range(job, &key, &end);
-    key_prefix_children(&key, to->branch, to->snapshot.epoch + 1);
-    key_prefix_branch(&end, 'd', to->branch);
-    key_prefix_end(&end);
+    children_of_newer(to, &key, &end);
     job_check_empty(job, &key, &end);
     key_owner(&key, to->branch);
     job_set(job, &key, bytes, owner_encode(&owner, key_slice(&key), bytes));
@@ -479,26 +483,16 @@ static void rollback_look(struct job *job)
 {
     const struct catalog_entry *to = &job->entry;
     struct key key, end;
-    job_reset(job);
-    key_name(&key, to->name);
-    job_get(job, &key);
-    key_owner(&key, to->branch);
-    job_get(job, &key);
-    key_header(&key, to->branch);
-    job_get(job, &key);
+    catalog_look_up(job);
     key_state(&key, to->branch);
     job_get(job, &key);
     key_ancestry(&key, to->branch);
     job_get(job, &key);
     key_snapshot(&key, to->branch, to->snapshot.epoch);
     job_get(job, &key);
-    key_snapshot(&key, to->branch, to->snapshot.epoch + 1);
-    key_prefix_branch(&end, 'v', to->branch);
-    key_prefix_end(&end);
+    newer_snapshots(to, &key, &end);
     job_range(job, key_slice(&key), &end, JOB_RANGE_MAX);
-    key_prefix_children(&key, to->branch, to->snapshot.epoch + 1);
-    key_prefix_branch(&end, 'd', to->branch);
-    key_prefix_end(&end);
+    children_of_newer(to, &key, &end);
     job_range(job, key_slice(&key), &end, 1);
     job_read(job, rollback_seen);
 }

@@ -11,19 +11,10 @@ static void mark_written(struct job *job, enum status st)
 static void mark_seen(struct job *job, enum status st)
 {
     const struct catalog_entry *entry = &job->entry;
-    const struct store_get *header_get = &job->gets[2];
     struct owner_record owner;
     struct header_record header;
-    if (st != ST_OK) {
-        job_store_failed(job, st, "look up volume \"%s\"", entry->name);
+    if (!catalog_still_free(job, st, &owner) || !catalog_take_header(job, &job->gets[2], &header))
         return;
-    }
-    if (!catalog_still_free(job, &job->gets[0], &job->gets[1], &owner))
-        return;
-    if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
-        job_damaged(job, "the header of volume \"%s\"", entry->name);
-        return;
-    }
     /* (Whoever makes a snapshot, or rolls back, raises the epoch.) */
     if (header.epoch != entry->header.epoch || header.import_base != entry->header.import_base) {
         fail(&job->op->err, ST_BUSY, "volume \"%s\" was changed by somebody else just now",
@@ -43,14 +34,7 @@ static void mark_seen(struct job *job, enum status st)
 
 static void mark_look(struct job *job)
 {
-    struct key key;
-    job_reset(job);
-    key_name(&key, job->entry.name);
-    job_get(job, &key);
-    key_owner(&key, job->entry.branch);
-    job_get(job, &key);
-    key_header(&key, job->entry.branch);
-    job_get(job, &key);
+    catalog_look_up(job);
     job_read(job, mark_seen);
 }
 

@@ -155,9 +155,14 @@ void catalog_find_clones(struct job *job, uint64_t branch, uint64_t epoch,
  * found. Where there are none any more it goes on with `again`. */
 void catalog_refuse_for_clones(struct job *job, const char *advice, void (*again)(struct job *job));
 
-/* Whether the volume of job->entry still has its name and its owner, by what was read of these two
- * records; *owner is the latter. False: the job has ended. */
-bool catalog_still_free(struct job *job, const struct store_get *name_get,
-                        const struct store_get *owner_get, struct owner_record *owner);
+/* Begins what a step reads to change the volume of job->entry: gets 0 to 2 are its name, its owner
+ * and its header. */
+void catalog_look_up(struct job *job);
+/* Whether the volume still has its name and its owner, by how the read ended and by gets 0 and 1;
+ * *owner is the latter. False: the job has ended. */
+bool catalog_still_free(struct job *job, enum status st, struct owner_record *owner);
+/* The volume's header, as read. False: the job has ended, the header is damaged or missing. */
+bool catalog_take_header(struct job *job, const struct store_get *get,
+                         struct header_record *header);
 
 #endif

@@ -14,12 +14,28 @@ bool catalog_same_owner(const struct owner_record *a, const struct owner_record 
     return a->token == b->token && memcmp(a->session, b->session, SESSION_ID_BYTES) == 0;
 }
 
-bool catalog_still_free(struct job *job, const struct store_get *name_get,
-                        const struct store_get *owner_get, struct owner_record *owner)
+void catalog_look_up(struct job *job)
+{
+    struct key key;
+    job_reset(job);
+    key_name(&key, job->entry.name);
+    job_get(job, &key);
+    key_owner(&key, job->entry.branch);
+    job_get(job, &key);
+    key_header(&key, job->entry.branch);
+    job_get(job, &key);
+}
+
+bool catalog_still_free(struct job *job, enum status st, struct owner_record *owner)
 {
     const struct catalog_entry *entry = &job->entry;
+    const struct store_get *name_get = &job->gets[0], *owner_get = &job->gets[1];
     struct name_record name = {0};
     *owner = (struct owner_record){0};
+    if (st != ST_OK) {
+        job_store_failed(job, st, "look up volume \"%s\"", entry->name);
+        return false;
+    }
     if ((name_get->st == ST_OK && !name_decode(name_get->key, name_get->head, &name)) ||
         (owner_get->st == ST_OK && !owner_decode(owner_get->key, owner_get->head, owner))) {
         job_damaged(job, "a record of volume \"%s\"", entry->name);
@@ -38,6 +54,14 @@ bool catalog_still_free(struct job *job, const struct store_get *name_get,
         return false;
     }
     return true;
+}
+
+bool catalog_take_header(struct job *job, const struct store_get *get, struct header_record *header)
+{
+    if (get->st == ST_OK && header_decode(get->key, get->head, header))
+        return true;
+    job_damaged(job, "the header of volume \"%s\"", job->entry.name);
+    return false;
 }
 
 void catalog_refuse_for_clones(struct job *job, const char *advice, void (*again)(struct job *job))
@@ -103,20 +127,12 @@ static bool snapshots_forbid(struct job *job)
 static void remove_seen(struct job *job, enum status st)
 {
     const struct catalog_entry *entry = &job->entry;
-    const struct store_get *header_get = &job->gets[2], *by = &job->gets[3];
+    const struct store_get *by = &job->gets[3];
     struct owner_record owner;
     struct header_record header;
     struct name_record successor;
-    if (st != ST_OK) {
-        job_store_failed(job, st, "look up volume \"%s\"", entry->name);
+    if (!catalog_still_free(job, st, &owner) || !catalog_take_header(job, &job->gets[2], &header))
         return;
-    }
-    if (!catalog_still_free(job, &job->gets[0], &job->gets[1], &owner))
-        return;
-    if (header_get->st != ST_OK || !header_decode(header_get->key, header_get->head, &header)) {
-        job_damaged(job, "the header of volume \"%s\"", entry->name);
-        return;
-    }
     if (*job->name && by->st != ST_OK) {
         catalog_no_volume(job);
         return;
@@ -163,13 +179,7 @@ static void remove_seen(struct job *job, enum status st)
 static void remove_look(struct job *job)
 {
     struct key key;
-    job_reset(job);
-    key_name(&key, job->entry.name);
-    job_get(job, &key);
-    key_owner(&key, job->entry.branch);
-    job_get(job, &key);
-    key_header(&key, job->entry.branch);
-    job_get(job, &key);
+    catalog_look_up(job);
     if (*job->name) {
         key_name(&key, job->name);
         job_get(job, &key);
