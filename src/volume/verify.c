@@ -594,24 +594,37 @@ static void tell_record(struct verify_run *vr, struct slice key, const char *tex
     verify_tell(vr, &f);
 }
 
+/* What there is of the volume under a tag. */
+struct records {
+    struct key begin, end;
+    struct store_range range;
+    struct walk_read r;
+};
+
+/* Waits for it; store_read_release(&all->r.read) gives it back, in any case. */
+static enum status read_records(struct verify_run *vr, char tag, struct records *all)
+{
+    key_prefix_branch(&all->begin, tag, vr->v->branch);
+    all->end = all->begin;
+    key_prefix_end(&all->end);
+    all->range = (struct store_range){
+        .begin = key_slice(&all->begin), .end = key_slice(&all->end), .limit = RECORDS_MAX};
+    all->r = (struct walk_read){.read = {.ranges = &all->range, .n_ranges = 1}};
+    return verify_read_wait(vr, &all->r);
+}
+
 static void trash_look(struct verify_run *vr)
 {
     struct verify *v = vr->v;
-    struct key begin, end;
-    key_prefix_branch(&begin, 't', v->branch);
-    end = begin;
-    key_prefix_end(&end);
-    struct store_range range = {
-        .begin = key_slice(&begin), .end = key_slice(&end), .limit = RECORDS_MAX};
-    struct walk_read r = {.read = {.ranges = &range, .n_ranges = 1}};
-    enum status st = verify_read_wait(vr, &r);
+    struct records all;
+    enum status st = read_records(vr, 't', &all);
     if (st != ST_OK && vr->st == ST_OK)
         vr->st = fail(vr->e, st, "cannot read the trash records: %s", status_text(st));
-    for (uint32_t i = 0; i < range.n_pairs && st == ST_OK; i++) {
+    for (uint32_t i = 0; i < all.range.n_pairs && st == ST_OK; i++) {
         char text[VERIFY_KEY_BYTES];
         uint64_t branch, n = 0;
-        bool whole = verify_reason_trash(&vr->reasons, &range.pairs[i]);
-        key_parse_trash(range.pairs[i].key, &branch, &n);
+        bool whole = verify_reason_trash(&vr->reasons, &all.range.pairs[i]);
+        key_parse_trash(all.range.pairs[i].key, &branch, &n);
         snprintf(text, sizeof text, "(\"t\", %" PRIu64 ", %" PRIu64 ")", v->branch, n);
         /* (An owner may have written newer ones than the state record that was read.) */
         bool ahead = !v->upto && n >= vr->state.trash_next;
@@ -619,30 +632,23 @@ static void trash_look(struct verify_run *vr)
             continue;
         if (whole)
             vr->reasons.n_trash--;
-        tell_record(vr, range.pairs[i].key, text, true);
+        tell_record(vr, all.range.pairs[i].key, text, true);
     }
-    store_read_release(&r.read);
+    store_read_release(&all.r.read);
 }
 
 /* Records of clones that are not there would keep a snapshot for ever. */
 static void children_look(struct verify_run *vr)
 {
-    struct verify *v = vr->v;
-    struct key begin, end;
-    key_prefix_branch(&begin, 'd', v->branch);
-    end = begin;
-    key_prefix_end(&end);
-    struct store_range range = {
-        .begin = key_slice(&begin), .end = key_slice(&end), .limit = RECORDS_MAX};
-    struct walk_read r = {.read = {.ranges = &range, .n_ranges = 1}};
-    enum status st = verify_read_wait(vr, &r);
-    for (uint32_t i = 0; i < range.n_pairs && st == ST_OK && vr->st == ST_OK; i++) {
+    struct records all;
+    enum status st = read_records(vr, 'd', &all);
+    for (uint32_t i = 0; i < all.range.n_pairs && st == ST_OK && vr->st == ST_OK; i++) {
         uint64_t branch, epoch, child;
         struct key header;
-        if (!key_parse_child(range.pairs[i].key, &branch, &epoch, &child))
+        if (!key_parse_child(all.range.pairs[i].key, &branch, &epoch, &child))
             continue;
         key_header(&header, child);
-        struct store_get gets[2] = {{.key = key_slice(&header)}, {.key = range.pairs[i].key}};
+        struct store_get gets[2] = {{.key = key_slice(&header)}, {.key = all.range.pairs[i].key}};
         struct walk_read again = {.read = {.gets = gets, .n_gets = 2}};
         struct header_record rec;
         enum status st2 = verify_read_wait(vr, &again);
@@ -655,10 +661,10 @@ static void children_look(struct verify_run *vr)
             char text[VERIFY_KEY_BYTES];
             snprintf(text, sizeof text, "(\"d\", %" PRIu64 ", %" PRIu64 ", %" PRIu64 ")", branch,
                      epoch, child);
-            tell_record(vr, range.pairs[i].key, text, gone);
+            tell_record(vr, all.range.pairs[i].key, text, gone);
         }
     }
-    store_read_release(&r.read);
+    store_read_release(&all.r.read);
 }
 
 /* ---- all of it ---- */
