@@ -18,7 +18,6 @@
  * of their keys, without free space between them, and the logs are as long as their
  * records. It is made under another name and gets its own when it is complete.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -106,17 +105,14 @@ static enum status fail_errno(struct copy *c, const char *what, const char *wher
 /* Removes what is in the folder `name` below `folder_fd`, files only. */
 static void clear_folder(int folder_fd, const char *name)
 {
-    int fd = openat(folder_fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir) {
-        if (fd >= 0)
-            close(fd);
+    DIR *dir =
+        lm_folder_list(openat(folder_fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+    if (!dir)
         return;
-    }
     struct dirent *ent;
     for (unsigned n = 0; n < FILES_MAX && (ent = readdir(dir)); n++)
         if (strcmp(ent->d_name, ".") != 0 && strcmp(ent->d_name, "..") != 0)
-            unlinkat(fd, ent->d_name, 0);
+            unlinkat(dirfd(dir), ent->d_name, 0);
     closedir(dir);
 }
 
@@ -137,15 +133,9 @@ static void clear_store(int folder_fd)
 /* Whether there is nothing in a folder, but for the marker; -1: it can't be looked at. */
 static int folder_empty(int at_fd, const char *path)
 {
-    int fd = openat(at_fd, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir) {
-        int why = errno;
-        if (fd >= 0)
-            close(fd);
-        errno = why;
+    DIR *dir = lm_folder_list(openat(at_fd, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!dir)
         return -1;
-    }
     bool empty = true;
     struct dirent *ent;
     while (empty && (ent = readdir(dir)))

@@ -403,6 +403,16 @@ bool lm_flock(struct lm *lm, int fd)
     return true;
 }
 
+DIR *lm_folder_list(int fd)
+{
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    int why = errno;
+    if (!dir && fd >= 0)
+        close(fd);
+    errno = why;
+    return dir;
+}
+
 /* The folder's lock, so that two processes do not make one store at once. */
 static enum status folder_lock(struct lm *lm, struct err *e)
 {

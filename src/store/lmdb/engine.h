@@ -14,6 +14,7 @@
 #ifndef STORE_LMDB_ENGINE_H
 #define STORE_LMDB_ENGINE_H
 
+#include <dirent.h>
 #include <lmdb.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -150,6 +151,10 @@ uint64_t lm_now_ns(void);
 /* Locks `fd` with flock, waiting no longer than a lease and some seconds: its holder may be
  * a process that was stopped. False: errno says why. */
 bool lm_flock(struct lm *lm, int fd);
+
+/* Lists the folder that `fd` is open on; from here on closedir() closes that. NULL: `fd` is -1 or no
+ * folder; it is closed, and errno says why. Any thread. */
+DIR *lm_folder_list(int fd);
 
 /* ---- txn.c ---- */
 

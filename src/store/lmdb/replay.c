@@ -11,7 +11,6 @@
  * One log holds the records of several streams, and each stream's prefix is its own: a
  * payload of another stream is none of this replay's business, damaged or not.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -465,13 +464,9 @@ static bool hex_session(const char *text, uint8_t id[STORE_ID_BYTES])
 /* Files left by processes that died while they made or removed a log. */
 static void sweep_files(struct lm *lm)
 {
-    int fd = openat(lm->log_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir) {
-        if (fd >= 0)
-            close(fd);
+    DIR *dir = lm_folder_list(openat(lm->log_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!dir)
         return;
-    }
     struct dirent *ent;
     for (unsigned looked = 0; looked < FILES_MAX && (ent = readdir(dir)) != NULL; looked++) {
         uint8_t session[STORE_ID_BYTES];

@@ -4,7 +4,6 @@
  * the open file description, not to the process id, and so tells the truth across
  * containers too. The folder itself is locked while files come and go.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -202,13 +201,9 @@ static bool hex_id(const char *name, uint8_t id[STORE_ID_BYTES])
 
 void lm_sessions_sweep(struct lm *lm, const uint8_t (*keep)[STORE_ID_BYTES], size_t n)
 {
-    int fd = openat(lm->session_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir) {
-        if (fd >= 0)
-            close(fd);
+    DIR *dir = lm_folder_list(openat(lm->session_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (!dir)
         return;
-    }
     if (lm_flock(lm, lm->session_fd)) {
         struct dirent *ent;
         uint8_t id[STORE_ID_BYTES];
