@@ -1,8 +1,6 @@
 /* Changes that the owner of a volume makes; see change.h. */
 #include "cli/change.h"
 
-#include <string.h>
-
 #include "base/check.h"
 
 /* A volume that changes hands meanwhile is looked up again, so often. */
@@ -68,10 +66,7 @@ static void make_here(struct change *c)
 {
     const struct mail_record *mail = &c->mail;
     struct vol_history_op *op = &c->op;
-    *op = (struct vol_history_op){.io = {.done = made_here}, .token = mail->token};
-    memcpy(op->name, mail->name, sizeof op->name);
-    memcpy(op->to, mail->to, sizeof op->to);
-    memcpy(op->id, mail->snapshot_id, sizeof op->id);
+    *op = (struct vol_history_op){.io = {.done = made_here}};
     switch (mail->kind) {
     case MAIL_RESIZE:
         volume_resize(c->vol, &op->io, mail->size, mail->shrink);
@@ -79,29 +74,18 @@ static void make_here(struct change *c)
     case MAIL_SYNC:
         volume_sync(c->vol, &op->io);
         break;
-    case MAIL_SNAPSHOT_CREATE:
-        volume_snapshot_create(c->vol, op);
-        break;
-    case MAIL_SNAPSHOT_REMOVE:
-        volume_snapshot_remove(c->vol, op);
-        break;
-    case MAIL_SNAPSHOT_RENAME:
-        volume_snapshot_rename(c->vol, op);
-        break;
-    case MAIL_FLATTEN:
-        op->io.offset = mail->number;
-        volume_flatten(c->vol, op);
-        break;
     case MAIL_FREEZE:
         /* (Nobody else could freeze what this command has just taken.) */
         step_over(c,
                   volume_freeze(c->vol, mail->token, (uint32_t)mail->number) ? ST_OK : ST_BUSY,
                   &(struct err){0});
         break;
-    default:
-        CHECK(mail->kind == MAIL_THAW);
+    case MAIL_THAW:
         volume_thaw(c->vol, mail->token);
         step_over(c, ST_OK, NULL);
+        break;
+    default:
+        volume_history(c->vol, op, mail);
     }
 }
 

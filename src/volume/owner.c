@@ -1083,31 +1083,6 @@ static void mail_history_done(struct vol_io *io)
                           m->mail.kind == MAIL_FLATTEN ? io->offset : op->epoch);
 }
 
-static void mail_history(struct mailbox *m)
-{
-    struct volume *vol = m->vol;
-    struct vol_history_op *op = &m->history;
-    *op = (struct vol_history_op){.io = {.done = mail_history_done}, .token = m->mail.token};
-    memcpy(op->name, m->mail.name, sizeof op->name);
-    memcpy(op->to, m->mail.to, sizeof op->to);
-    memcpy(op->id, m->mail.snapshot_id, sizeof op->id);
-    op->io.offset = m->mail.number;
-    m->inflight++;
-    switch (m->mail.kind) {
-    case MAIL_SNAPSHOT_CREATE:
-        volume_snapshot_create(vol, op);
-        break;
-    case MAIL_SNAPSHOT_REMOVE:
-        volume_snapshot_remove(vol, op);
-        break;
-    case MAIL_FLATTEN:
-        volume_flatten(vol, op);
-        break;
-    default:
-        volume_snapshot_rename(vol, op);
-    }
-}
-
 static void mail_evicted(struct env_timer *timer)
 {
     struct mailbox *m = container_of(timer, struct mailbox, timer);
@@ -1165,7 +1140,9 @@ static void mailbox_handle(struct mailbox *m)
     case MAIL_SNAPSHOT_REMOVE:
     case MAIL_SNAPSHOT_RENAME:
     case MAIL_FLATTEN:
-        mail_history(m);
+        m->inflight++;
+        m->history.io.done = mail_history_done;
+        volume_history(vol, &m->history, &m->mail);
         break;
     case MAIL_FREEZE:
         if (volume_freeze(vol, m->mail.token, (uint32_t)min_u64(m->mail.number, FREEZE_MS_MAX)))

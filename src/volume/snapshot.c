@@ -250,6 +250,29 @@ void volume_snapshot_rename(struct volume *vol, struct vol_history_op *op)
     change(vol, op, IO_SNAPSHOT_RENAME);
 }
 
+void volume_history(struct volume *vol, struct vol_history_op *op, const struct mail_record *mail)
+{
+    *op = (struct vol_history_op){.io = {.done = op->io.done}, .token = mail->token};
+    memcpy(op->name, mail->name, sizeof op->name);
+    memcpy(op->to, mail->to, sizeof op->to);
+    memcpy(op->id, mail->snapshot_id, sizeof op->id);
+    switch (mail->kind) {
+    case MAIL_SNAPSHOT_CREATE:
+        volume_snapshot_create(vol, op);
+        break;
+    case MAIL_SNAPSHOT_REMOVE:
+        volume_snapshot_remove(vol, op);
+        break;
+    case MAIL_SNAPSHOT_RENAME:
+        volume_snapshot_rename(vol, op);
+        break;
+    default:
+        CHECK(mail->kind == MAIL_FLATTEN);
+        op->io.offset = mail->number;
+        volume_flatten(vol, op);
+    }
+}
+
 void snapshot_resume(struct volume *vol, struct vol_io *io)
 {
     if (vol->lost)

@@ -335,6 +335,10 @@ bool volume_is_clean(const struct volume *vol);
  * io.offset or within a piece behind it. */
 void volume_flatten(struct volume *vol, struct vol_history_op *op);
 
+/* One of these four changes, as a letter asks for it: mail->kind is a MAIL_SNAPSHOT_* or MAIL_FLATTEN.
+ * Fills what goes into `op`, but for io.done, which is there. */
+void volume_history(struct volume *vol, struct vol_history_op *op, const struct mail_record *mail);
+
 struct volume_stats {
     uint64_t dirty_bytes, cached_bytes, generation, data_blocks;
     uint64_t cache_hits, cache_misses, hash_errors, commits, commit_retries, timeouts;
