@@ -990,6 +990,34 @@ enum status drv_read(struct drv *d, uint64_t off, uint64_t len, uint8_t *out)
     return run_one(d, &finished, &st);
 }
 
+/* --- what the test asks itself --------------------------------------------------------- */
+
+struct asked drv_asked(const char *name)
+{
+    struct asked a = {.op = {.io = {.done = drv_answered}}};
+    snprintf(a.op.name, sizeof a.op.name, "%s", name);
+    return a;
+}
+
+void drv_answered(struct vol_io *io)
+{
+    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
+    container_of(op, struct asked, op)->answered = true;
+}
+
+bool drv_is_answered(void *arg)
+{
+    return ((const struct asked *)arg)->answered;
+}
+
+enum status drv_answer(struct drv *d, struct asked *a)
+{
+    if (world_run_until(d->world, d->p->env, drv_is_answered, a))
+        return a->op.io.st;
+    drv_violation(d, "what the test asked for is never answered");
+    return ST_SHUTDOWN;
+}
+
 /* --- processes ----------------------------------------------------------------------- */
 
 static void opened(struct volume_open *op)
@@ -1059,7 +1087,7 @@ struct volume *drv_view_open(struct drv *d, struct shard *shard, struct env *env
     volume_open(shard, &opening.op);
     if (!world_run_until(d->world, env, is_view_opened, &opening))
         drv_violation(d, "a snapshot does not open");
-    *st = opening.op.st;
+    *st = opening.opened ? opening.op.st : ST_SHUTDOWN;
     return opening.op.vol;
 }
 
@@ -1079,6 +1107,33 @@ void drv_view_close(struct drv *d, struct volume *view, struct env *env)
     volume_close(view, view_closed, &closed);
     if (!world_run_until(d->world, env, is_view_closed, &closed))
         drv_violation(d, "a snapshot does not close");
+}
+
+enum status drv_view_read(struct drv *d, struct volume *view, uint64_t off, uint64_t len,
+                          uint8_t *out)
+{
+    struct asked a = drv_asked("");
+    struct vol_io *io = &a.op.io;
+    io->offset = off;
+    io->length = len;
+    io->segs_cap = VOL_SEGS(len, d->c.block_size);
+    io->segs = mem_zalloc(io->segs_cap * sizeof *io->segs);
+    a.answered = volume_read(view, io);
+    if (!drv_until(d, drv_is_answered, &a))
+        return ST_SHUTDOWN; /* (What is under way stays, as everything does after a violation.) */
+    if (io->st == ST_OK) {
+        for (uint32_t i = 0; i < io->n_segs; i++) {
+            const struct vol_seg *s = &io->segs[i];
+            if (s->buf)
+                memcpy(out, s->buf->data + s->offset, s->len);
+            else
+                memset(out, 0, s->len);
+            out += s->len;
+        }
+        volume_release_segs(io);
+    }
+    free(io->segs);
+    return io->st;
 }
 
 struct process *process_start(struct drv *d)

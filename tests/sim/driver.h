@@ -148,11 +148,29 @@ void drv_open(struct drv *d);  /* process_start into d->p */
 void drv_close(struct drv *d); /* drains, and ends d->p in good order */
 void drv_reopen(struct drv *d, bool new_process);
 
+/* What a test asks of a volume itself: a change of its history, or any request (op.io). */
+struct asked {
+    struct vol_history_op op;
+    bool answered;
+};
+/* To be handed to the volume; `name`: op.name. */
+struct asked drv_asked(const char *name);
+/* For op.io.done; drv_asked() sets it. */
+void drv_answered(struct vol_io *io);
+/* Of a struct asked, for drv_until() and world_run_until(). */
+bool drv_is_answered(void *arg);
+/* Runs the world until the driver's process has the answer. ST_SHUTDOWN (and a violation): none
+ * comes. */
+enum status drv_answer(struct drv *d, struct asked *a);
+
 /* Opens a snapshot (of the driver's volume or another one) on the shard of a process. NULL: it can't
  * be, `st` says why. drv_view_close() waits until it is closed. */
 struct volume *drv_view_open(struct drv *d, struct shard *shard, struct env *env, uint64_t branch,
                              uint64_t epoch, enum status *st);
 void drv_view_close(struct drv *d, struct volume *view, struct env *env);
+/* Reads of a view, at most VOLUME_READ_BYTES_MAX. ST_SHUTDOWN (and a violation): no answer comes. */
+enum status drv_view_read(struct drv *d, struct volume *view, uint64_t off, uint64_t len,
+                          uint8_t *out);
 /* Runs the world, with what has arrived for this volume, until the condition holds; false (and a
  * violation) where that does not come. */
 bool drv_until(struct drv *d, bool (*cond)(void *arg), void *arg);

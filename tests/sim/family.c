@@ -267,46 +267,6 @@ static bool depth_fits(const struct member *m, bool unsure, uint64_t touched, ui
 
 /* --- views --------------------------------------------------------------------------- */
 
-struct asked {
-    struct vol_io io;
-    bool answered;
-};
-
-static void answered(struct vol_io *io)
-{
-    container_of(io, struct asked, io)->answered = true;
-}
-
-static bool is_answered(void *arg)
-{
-    return ((const struct asked *)arg)->answered;
-}
-
-static enum status view_read(struct drv *d, struct volume *view, uint64_t off, uint64_t len,
-                             uint8_t *out)
-{
-    struct asked a = {.io = {.done = answered, .offset = off, .length = len}};
-    a.io.segs_cap = VOL_SEGS(len, d->c.block_size);
-    a.io.segs = mem_zalloc(a.io.segs_cap * sizeof *a.io.segs);
-    a.answered = volume_read(view, &a.io);
-    if (!drv_until(d, is_answered, &a))
-        return ST_SHUTDOWN; /* (What is under way stays, as everything does after a violation.) */
-    if (a.io.st == ST_OK) {
-        uint64_t at = 0;
-        for (uint32_t i = 0; i < a.io.n_segs; i++) {
-            const struct vol_seg *s = &a.io.segs[i];
-            if (s->buf)
-                memcpy(out + at, s->buf->data + s->offset, s->len);
-            else
-                memset(out + at, 0, s->len);
-            at += s->len;
-        }
-        volume_release_segs(&a.io);
-    }
-    free(a.io.segs);
-    return a.io.st;
-}
-
 static uint64_t count_wrong(struct family *f, const struct kept *k, uint8_t *const *actual)
 {
     uint64_t n = 0;
@@ -357,7 +317,7 @@ static void compare_view(struct family *f, struct drv *d, struct volume *view, s
         uint64_t end = min_u64(r->start + r->len, k->size);
         for (uint64_t at = r->start; at < end && !d->violated;) {
             uint64_t n = min_u64(end - at, 1 + drv_below(d, VOLUME_READ_BYTES_MAX));
-            enum status st = view_read(d, view, at, n, actual[i] + (at - r->start));
+            enum status st = drv_view_read(d, view, at, n, actual[i] + (at - r->start));
             if (st != ST_OK && !d->violated)
                 drv_violation(d, "snapshot %s can't be read at %llu+%llu: %s", k->name, (ull)at,
                               (ull)n, status_text(st));
@@ -469,7 +429,7 @@ static void viewer_read(struct family *f, unsigned which)
     uint64_t at = r->start + drv_below(d, end - r->start);
     uint64_t n = 1 + drv_below(d, min_u64(end - at, 6 * d->c.block_size));
     uint8_t *bytes = mem_alloc(n);
-    enum status st = view_read(d, v->vol, at, n, bytes);
+    enum status st = drv_view_read(d, v->vol, at, n, bytes);
     if (d->violated)
         return;
     bool gone = is_removed(v->k);
@@ -542,20 +502,21 @@ static void check_status_of(struct drv *d, struct volume *vol, struct volume *si
         x->since_bytes = x->since ? x->since->bytes[i] : NULL;
         x->born = x->m->born_depth ? x->m->born_depth[i] : NULL;
         for (uint64_t at = r->start; at < stop && !d->violated;) {
-            struct asked a = {.io = {.done = answered,
-                                     .offset = at,
-                                     .length = stop - at,
-                                     .extents = extents,
-                                     .extents_cap = 1 + (uint32_t)drv_below(d, EXTENTS_ASKED),
-                                     .status_of = since ? VOL_STATUS_CHANGED : VOL_STATUS_DEPTH,
-                                     .since = since}};
-            volume_status(vol, &a.io);
-            if (!drv_until(d, is_answered, &a))
+            struct asked a = drv_asked("");
+            struct vol_io *io = &a.op.io;
+            io->offset = at;
+            io->length = stop - at;
+            io->extents = extents;
+            io->extents_cap = 1 + (uint32_t)drv_below(d, EXTENTS_ASKED);
+            io->status_of = since ? VOL_STATUS_CHANGED : VOL_STATUS_DEPTH;
+            io->since = since;
+            volume_status(vol, io);
+            if (!drv_until(d, drv_is_answered, &a))
                 return;
-            if (a.io.st != ST_OK || !a.io.n_extents)
-                drv_violation(d, "the block status (%d) at %llu fails: %s", (int)a.io.status_of,
-                              (ull)at, status_text(a.io.st));
-            for (uint32_t e = 0; e < a.io.n_extents && !d->violated; e++) {
+            if (io->st != ST_OK || !io->n_extents)
+                drv_violation(d, "the block status (%d) at %llu fails: %s", (int)io->status_of,
+                              (ull)at, status_text(io->st));
+            for (uint32_t e = 0; e < io->n_extents && !d->violated; e++) {
                 uint64_t end = at + extents[e].length;
                 if (!extents[e].length || end > stop)
                     drv_violation(d, "the block status is empty or longer than what was asked");
@@ -1187,18 +1148,13 @@ static void clear_removed(struct family *f, bool all)
 
 /* --- deaths -------------------------------------------------------------------------- */
 
-static bool has_answer(void *arg)
-{
-    return ((const struct asked *)arg)->answered;
-}
-
 /* Takes the volume, so that all that its last owner sent is in the store or never will be. */
 static void take(struct member *m)
 {
-    struct asked a = {.io = {.done = answered}};
-    volume_own(m->d->p->vol, &a.io);
-    if (drv_until(m->d, has_answer, &a) && a.io.st != ST_OK)
-        drv_violation(m->d, "the volume is not to be had: %s", status_text(a.io.st));
+    struct asked a = drv_asked("");
+    volume_own(m->d->p->vol, &a.op.io);
+    if (drv_until(m->d, drv_is_answered, &a) && a.op.io.st != ST_OK)
+        drv_violation(m->d, "the volume is not to be had: %s", status_text(a.op.io.st));
 }
 
 static struct deed *deed_of(struct member *m, enum deed_kind kind, const struct kept *k)

@@ -17,34 +17,17 @@ struct made {
     uint64_t epoch; /* of the snapshot */
 };
 
-struct answer {
-    struct vol_history_op op;
-    bool answered;
-};
-
-static void answered(struct vol_io *io)
-{
-    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
-    container_of(op, struct answer, op)->answered = true;
-}
-
-static bool is_answered(void *arg)
-{
-    return ((const struct answer *)arg)->answered;
-}
-
 /* A volume with blocks 0 to 7, a snapshot of these, and newer blocks 0 to 3; closed. */
 static struct made make(void)
 {
     struct drv_config config = {.seed = 1, .size = 1u << 20, .block_size = BS, .damaged = true};
     struct made m = {.d = drv_new(&config)};
-    struct answer a = {.op = {.io = {.done = answered}, .name = "s"}};
+    struct asked a = drv_asked("s");
     drv_open(m.d);
     for (unsigned i = 0; i < 8; i++)
         assert_int_equal(drv_write(m.d, i * BS, BS, 0), ST_OK);
     volume_snapshot_create(m.d->p->vol, &a.op);
-    assert_true(drv_until(m.d, is_answered, &a));
-    assert_int_equal(a.op.io.st, ST_OK);
+    assert_int_equal(drv_answer(m.d, &a), ST_OK);
     m.epoch = a.op.epoch;
     for (unsigned i = 0; i < 4; i++)
         assert_int_equal(drv_write(m.d, i * BS, BS, 0), ST_OK);

@@ -83,35 +83,10 @@ static struct past start_on(uint64_t seed, const struct kind *kind)
 
 /* --- asking for things ----------------------------------------------------------------- */
 
-struct change {
-    struct vol_history_op op;
-    bool answered;
-};
-
-static void changed(struct vol_io *io)
+static void await(struct drv *d, struct asked *c)
 {
-    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
-    container_of(op, struct change, op)->answered = true;
-}
-
-static bool is_answered(void *arg)
-{
-    return ((struct change *)arg)->answered;
-}
-
-static void await(struct drv *d, struct change *c)
-{
-    assert_true(world_run_until(d->world, d->p->env, is_answered, c));
-    if (c->op.io.st != ST_OK)
+    if (drv_answer(d, c) != ST_OK)
         fail_msg("%s", c->op.err.text);
-}
-
-static struct change *asked(const char *name)
-{
-    struct change *c = mem_zalloc(sizeof *c);
-    c->op.io.done = changed;
-    snprintf(c->op.name, sizeof c->op.name, "%s", name);
-    return c;
 }
 
 /* Everything that was asked for is answered, so that the arrays are what a snapshot must hold. */
@@ -124,11 +99,10 @@ static uint64_t snapshot(struct past *p)
     h->bytes = mem_alloc((size_t)d->n_regions * REGION);
     for (unsigned i = 0; i < d->n_regions; i++)
         memcpy(h->bytes + (size_t)i * REGION, d->regions[i].now, d->regions[i].len);
-    struct change *c = asked(h->name);
-    volume_snapshot_create(d->p->vol, &c->op);
-    await(d, c);
-    h->epoch = c->op.epoch;
-    free(c);
+    struct asked c = drv_asked(h->name);
+    volume_snapshot_create(d->p->vol, &c.op);
+    await(d, &c);
+    h->epoch = c.op.epoch;
     return h->epoch;
 }
 
@@ -141,10 +115,9 @@ static void forget(struct past *p, unsigned i)
 
 static void remove_nth(struct past *p, unsigned i)
 {
-    struct change *c = asked(p->held[i].name);
-    volume_snapshot_remove(p->d->p->vol, &c->op);
-    await(p->d, c);
-    free(c);
+    struct asked c = drv_asked(p->held[i].name);
+    volume_snapshot_remove(p->d->p->vol, &c.op);
+    await(p->d, &c);
     forget(p, i);
 }
 
@@ -164,64 +137,6 @@ static void wait_clean(struct past *p)
 
 /* --- looking at it --------------------------------------------------------------------- */
 
-struct looking {
-    struct volume_open open;
-    struct vol_io io;
-    bool opened, read, closed;
-};
-
-static void view_opened(struct volume_open *op)
-{
-    container_of(op, struct looking, open)->opened = true;
-}
-
-static bool is_opened(void *arg)
-{
-    return ((struct looking *)arg)->opened;
-}
-
-static void was_read(struct vol_io *io)
-{
-    container_of(io, struct looking, io)->read = true;
-}
-
-static bool is_read(void *arg)
-{
-    return ((struct looking *)arg)->read;
-}
-
-static void view_closed(void *arg)
-{
-    ((struct looking *)arg)->closed = true;
-}
-
-static bool is_closed(void *arg)
-{
-    return ((struct looking *)arg)->closed;
-}
-
-static void read_view(struct drv *d, struct looking *v, uint64_t off, uint32_t len, uint8_t *out)
-{
-    struct vol_seg segs[VOL_SEGS(REGION, BS)];
-    v->io = (struct vol_io){.done = was_read,
-                            .offset = off,
-                            .length = len,
-                            .segs = segs,
-                            .segs_cap = VOL_SEGS(REGION, BS)};
-    v->read = volume_read(v->open.vol, &v->io);
-    assert_true(world_run_until(d->world, d->p->env, is_read, v));
-    assert_int_equal(v->io.st, ST_OK);
-    for (uint32_t i = 0; i < v->io.n_segs; i++) {
-        const struct vol_seg *s = &v->io.segs[i];
-        if (s->buf)
-            memcpy(out, s->buf->data + s->offset, s->len);
-        else
-            memset(out, 0, s->len);
-        out += s->len;
-    }
-    volume_release_segs(&v->io);
-}
-
 /* Each snapshot shows what it showed when it was made. */
 static void compare_snapshots(struct past *p)
 {
@@ -229,22 +144,21 @@ static void compare_snapshots(struct past *p)
     uint8_t *seen = mem_alloc(REGION);
     for (unsigned i = 0; i < p->n; i++) {
         const struct held *h = &p->held[i];
-        struct looking v = {
-            .open = {.branch = d->branch, .epoch = h->epoch, .name = "v@s", .done = view_opened}};
-        volume_open(d->p->shard, &v.open);
-        assert_true(world_run_until(d->world, d->p->env, is_opened, &v));
-        assert_int_equal(v.open.st, ST_OK);
+        enum status st;
+        struct volume *view = drv_view_open(d, d->p->shard, d->p->env, d->branch, h->epoch, &st);
+        assert_int_equal(st, ST_OK);
         for (unsigned k = 0; k < d->n_regions; k++) {
             const struct region *r = &d->regions[k];
-            for (uint64_t at = 0; at < r->len; at += VOLUME_READ_BYTES_MAX)
-                read_view(d, &v, r->start + at,
-                          (uint32_t)min_u64(r->len - at, VOLUME_READ_BYTES_MAX), seen + at);
+            for (uint64_t at = 0; at < r->len; at += VOLUME_READ_BYTES_MAX) {
+                uint64_t n = min_u64(r->len - at, VOLUME_READ_BYTES_MAX);
+                assert_int_equal(drv_view_read(d, view, r->start + at, n, seen + at), ST_OK);
+            }
             if (memcmp(seen, h->bytes + (size_t)k * REGION, r->len))
                 fail_msg("snapshot %s (epoch %llu) shows something else in region %u", h->name,
                          (unsigned long long)h->epoch, k);
         }
-        volume_close(v.open.vol, view_closed, &v);
-        assert_true(world_run_until(d->world, d->p->env, is_closed, &v));
+        drv_view_close(d, view, d->p->env);
+        assert_false(d->violated);
     }
     free(seen);
 }
@@ -371,16 +285,15 @@ static void removed_under_writes(void **state)
             }
             drv_steps(d, seeds.steps);
             while (p.n > round / 2) {
-                struct change *c = asked(p.held[drv_below(d, p.n)].name);
-                volume_snapshot_remove(d->p->vol, &c->op);
-                while (!c->answered && !d->violated)
+                struct asked c = drv_asked(p.held[drv_below(d, p.n)].name);
+                volume_snapshot_remove(d->p->vol, &c.op);
+                while (!c.answered && !d->violated)
                     drv_steps(d, 3);
-                assert_int_equal(c->op.io.st, ST_OK);
+                assert_int_equal(c.op.io.st, ST_OK);
                 unsigned i = 0;
-                while (strcmp(p.held[i].name, c->op.name))
+                while (strcmp(p.held[i].name, c.op.name))
                     i++;
                 forget(&p, i);
-                free(c);
                 if (drv_one_in(d, 3))
                     go_on(&p, 10);
                 if (drv_one_in(d, 4))
@@ -594,17 +507,16 @@ static void write_full(struct drv *d, uint64_t off, uint64_t len)
 {
     uint8_t *bytes = mem_alloc(len);
     memset(bytes, 0x5a, len);
-    struct change *c = asked("");
-    c->op.io.granted = changed;
-    c->op.io.offset = off;
-    c->op.io.length = (uint32_t)len;
-    if (!volume_write_begin(d->p->vol, &c->op.io))
-        assert_true(world_run_until(d->world, d->p->env, is_answered, c));
-    c->answered = false;
-    volume_write_commit(d->p->vol, &c->op.io, bytes);
+    struct asked c = drv_asked("");
+    c.op.io.granted = drv_answered;
+    c.op.io.offset = off;
+    c.op.io.length = (uint32_t)len;
+    if (!volume_write_begin(d->p->vol, &c.op.io))
+        assert_true(world_run_until(d->world, d->p->env, drv_is_answered, &c));
+    c.answered = false;
+    volume_write_commit(d->p->vol, &c.op.io, bytes);
     shard_submit(d->p->shard);
-    await(d, c);
-    free(c);
+    await(d, &c);
     free(bytes);
 }
 

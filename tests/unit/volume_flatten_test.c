@@ -56,35 +56,12 @@ static struct catalog_entry find(struct drv *d, const char *name)
     return entry;
 }
 
-struct change {
-    struct vol_history_op op;
-    bool answered;
-};
-
-static void changed(struct vol_io *io)
-{
-    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
-    container_of(op, struct change, op)->answered = true;
-}
-
-static bool is_answered(void *arg)
-{
-    return ((struct change *)arg)->answered;
-}
-
-static enum status wait_for(struct drv *d, struct change *c)
-{
-    assert_true(world_run_until(d->world, d->p->env, is_answered, c));
-    return c->op.io.st;
-}
-
 static void snapshot(struct drv *d, const char *name)
 {
-    struct change c = {.op = {.io = {.done = changed}}};
-    snprintf(c.op.name, sizeof c.op.name, "%s", name);
+    struct asked c = drv_asked(name);
     assert_true(drv_drain(d));
     volume_snapshot_create(d->p->vol, &c.op);
-    assert_int_equal(wait_for(d, &c), ST_OK);
+    assert_int_equal(drv_answer(d, &c), ST_OK);
 }
 
 /* The driver goes on with a clone of the volume's snapshot. */
@@ -197,10 +174,10 @@ static void end(struct drv *d, unsigned generations)
 
 /* --- flattening ------------------------------------------------------------------------ */
 
-static struct change *flatten_part(struct drv *d, uint64_t offset)
+static struct asked *flatten_part(struct drv *d, uint64_t offset)
 {
-    struct change *c = mem_zalloc(sizeof *c);
-    c->op.io.done = changed;
+    struct asked *c = mem_zalloc(sizeof *c);
+    *c = drv_asked("");
     c->op.io.offset = offset;
     volume_flatten(d->p->vol, &c->op);
     return c;
@@ -211,8 +188,8 @@ static unsigned flatten(struct drv *d)
 {
     unsigned parts = 0;
     for (uint64_t at = 0; at < volume_size(d->p->vol); parts++) {
-        struct change *c = flatten_part(d, at);
-        if (wait_for(d, c) != ST_OK)
+        struct asked *c = flatten_part(d, at);
+        if (drv_answer(d, c) != ST_OK)
             fail_msg("seed %llu: %s", (unsigned long long)d->c.seed, c->op.err.text);
         assert_true(c->op.io.offset > at);
         at = c->op.io.offset;
@@ -243,13 +220,13 @@ static void a_clone_gets_its_own(void **state)
 static uint32_t status_at(struct drv *d, uint64_t offset)
 {
     struct vol_extent extent;
-    struct change c = {.op = {.io = {.done = changed,
-                                     .offset = offset,
-                                     .length = BS,
-                                     .extents = &extent,
-                                     .extents_cap = 1}}};
+    struct asked c = drv_asked("");
+    c.op.io.offset = offset;
+    c.op.io.length = BS;
+    c.op.io.extents = &extent;
+    c.op.io.extents_cap = 1;
     volume_status(d->p->vol, &c.op.io);
-    assert_int_equal(wait_for(d, &c), ST_OK);
+    assert_int_equal(drv_answer(d, &c), ST_OK);
     return extent.flags;
 }
 
@@ -279,7 +256,7 @@ static void under_writes(void **state)
     for (uint64_t s = 0; s < seeds.count; s++) {
         struct drv *d = start(seeds.first + s, 1 + (unsigned)(s % 2));
         for (uint64_t at = 0; at < volume_size(d->p->vol);) {
-            struct change *c = flatten_part(d, at);
+            struct asked *c = flatten_part(d, at);
             while (!c->answered && !d->violated)
                 drv_steps(d, seeds.steps);
             assert_int_equal(c->op.io.st, ST_OK);
@@ -297,10 +274,10 @@ static void after_deaths(void **state)
     struct seeds seeds = seeds_begin("flatten and deaths", 30, 8);
     for (uint64_t s = 0; s < seeds.count; s++) {
         struct drv *d = start(seeds.first + s, 1);
-        struct change *lost[64];
+        struct asked *lost[64];
         unsigned n = 0;
         for (uint64_t at = 0; at < volume_size(d->p->vol);) {
-            struct change *c = flatten_part(d, at);
+            struct asked *c = flatten_part(d, at);
             bool dies = n < 40 && drv_one_in(d, 3);
             for (uint64_t i = 1 + drv_below(d, 400); !c->answered && (i || !dies); i -= i > 0)
                 drv_moment(d, 1);
@@ -328,20 +305,20 @@ static void not_with_snapshots(void **state)
     (void)state;
     for (uint64_t seed = 100; seed < 112; seed++) {
         struct drv *d = start(seed, 1);
-        struct change *first = flatten_part(d, 0);
-        struct change made = {.op = {.io = {.done = changed}, .name = "t"}};
+        struct asked *first = flatten_part(d, 0);
+        struct asked made = drv_asked("t");
         for (uint64_t n = drv_below(d, 300); n && !first->answered; n--)
             drv_moment(d, 1);
         volume_snapshot_create(d->p->vol, &made.op);
-        assert_int_equal(wait_for(d, &made), ST_OK);
-        enum status st = wait_for(d, first);
+        assert_int_equal(drv_answer(d, &made), ST_OK);
+        enum status st = drv_answer(d, first);
         /* It was faster as a whole, or it did not come to its end. */
         bool whole = st == ST_OK && first->op.io.offset == volume_size(d->p->vol);
         assert_true(st == ST_OK || st == ST_BUSY);
         assert_true(!whole || !d->p->vol->header.parent_branch);
         for (uint64_t at = first->op.io.offset; !whole; at = 0) {
-            struct change *c = flatten_part(d, at);
-            assert_int_equal(wait_for(d, c), ST_BUSY);
+            struct asked *c = flatten_part(d, at);
+            assert_int_equal(drv_answer(d, c), ST_BUSY);
             assert_true(c->op.err.text[0]);
             assert_int_not_equal(d->p->vol->header.parent_branch, 0);
             free(c);
@@ -350,7 +327,7 @@ static void not_with_snapshots(void **state)
         }
         made.answered = false;
         volume_snapshot_remove(d->p->vol, &made.op);
-        assert_int_equal(wait_for(d, &made), ST_OK);
+        assert_int_equal(drv_answer(d, &made), ST_OK);
         free(first);
         flatten(d);
         end(d, 1);
@@ -362,8 +339,8 @@ static void the_end_is_reached_from_the_begin(void **state)
 {
     (void)state;
     struct drv *d = start(200, 1);
-    struct change *c = flatten_part(d, volume_size(d->p->vol));
-    assert_int_equal(wait_for(d, c), ST_OK);
+    struct asked *c = flatten_part(d, volume_size(d->p->vol));
+    assert_int_equal(drv_answer(d, c), ST_OK);
     free(c);
     flatten(d);
     end(d, 1);
@@ -391,8 +368,8 @@ static void a_lost_block_keeps_the_parent(void **state)
     drv_request_ownership(d);
     assert_true(drv_drain(d));
     assert_true(mem_store_damage(d->db, key_slice(&key), MEM_FLIP_BODY));
-    struct change *c = flatten_part(d, 0);
-    assert_int_equal(wait_for(d, c), ST_IO);
+    struct asked *c = flatten_part(d, 0);
+    assert_int_equal(drv_answer(d, c), ST_IO);
     assert_true(c->op.io.offset <= no * BS);
     assert_non_null(strstr(c->op.err.text, "parent"));
     assert_int_equal(d->p->vol->header.parent_branch, d->branch - 1);
@@ -413,19 +390,19 @@ static void a_size_on_its_way_stays(void **state)
     uint64_t at = 0, size = volume_size(d->p->vol) + (64u << 20);
     d->c.faults = true;
     mem_store_set_faults(d->db, (struct mem_faults){.commit_fails = 1});
-    struct change resize = {.op = {.io = {.done = changed}}};
+    struct asked resize = drv_asked("");
     volume_resize(d->p->vol, &resize.op.io, size, false);
-    assert_int_equal(wait_for(d, &resize), ST_IO);
+    assert_int_equal(drv_answer(d, &resize), ST_IO);
     bool failing = true;
     while (failing || at < volume_size(d->p->vol)) {
-        struct change *c = flatten_part(d, at);
+        struct asked *c = flatten_part(d, at);
         for (unsigned n = 0; n < 3000 && !c->answered; n++)
             drv_moment(d, 1);
         if (failing && (!c->answered || c->op.io.st == ST_BUSY)) {
             mem_store_set_faults(d->db, (struct mem_faults){0});
             failing = false;
         }
-        enum status st = wait_for(d, c);
+        enum status st = drv_answer(d, c);
         assert_true(st == ST_OK || st == ST_BUSY);
         at = c->op.io.offset;
         free(c);

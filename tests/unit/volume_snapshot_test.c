@@ -38,42 +38,25 @@ static void end(struct drv *d)
     assert_true(drv_free(d));
 }
 
-struct change {
-    struct vol_history_op op;
-    bool answered;
-};
-
-static void changed(struct vol_io *io)
+static struct asked asked(const char *name)
 {
-    struct vol_history_op *op = container_of(io, struct vol_history_op, io);
-    container_of(op, struct change, op)->answered = true;
-}
-
-static bool is_answered(void *arg)
-{
-    return ((struct change *)arg)->answered;
-}
-
-static struct change asked(const char *name)
-{
-    struct change c = {.op = {.io = {.done = changed}}};
-    snprintf(c.op.name, sizeof c.op.name, "%s", name);
+    struct asked c = drv_asked(name);
     static uint8_t ids;
     c.op.id[0] = ++ids;
     return c;
 }
 
-static enum status wait_for(struct drv *d, struct change *c)
+static enum status wait_for(struct drv *d, struct asked *c)
 {
-    assert_true(world_run_until(d->world, d->p->env, is_answered, c));
-    if (c->op.io.st != ST_OK)
+    enum status st = drv_answer(d, c);
+    if (st != ST_OK)
         assert_true(c->op.err.text[0]);
-    return c->op.io.st;
+    return st;
 }
 
 static enum status snapshot(struct drv *d, const char *name, uint64_t *epoch)
 {
-    struct change c = asked(name);
+    struct asked c = asked(name);
     volume_snapshot_create(d->p->vol, &c.op);
     enum status st = wait_for(d, &c);
     if (epoch)
@@ -82,41 +65,10 @@ static enum status snapshot(struct drv *d, const char *name, uint64_t *epoch)
 }
 
 struct looking {
-    struct volume_open open;
-    struct vol_io io;
+    struct volume *vol;
     struct volume_watcher watcher;
-    bool opened, read, closed, lost;
+    bool lost;
 };
-
-static void view_opened(struct volume_open *op)
-{
-    container_of(op, struct looking, open)->opened = true;
-}
-
-static bool is_opened(void *arg)
-{
-    return ((struct looking *)arg)->opened;
-}
-
-static void was_read(struct vol_io *io)
-{
-    container_of(io, struct looking, io)->read = true;
-}
-
-static bool is_read(void *arg)
-{
-    return ((struct looking *)arg)->read;
-}
-
-static void view_closed(void *arg)
-{
-    ((struct looking *)arg)->closed = true;
-}
-
-static bool is_closed(void *arg)
-{
-    return ((struct looking *)arg)->closed;
-}
 
 static void view_lost(struct volume_watcher *w, const char *why)
 {
@@ -131,46 +83,18 @@ static bool is_lost(void *arg)
 
 static enum status view_open(struct drv *d, uint64_t epoch, struct looking *v)
 {
-    *v = (struct looking){
-        .open = {.branch = d->branch, .epoch = epoch, .name = "v@s", .done = view_opened},
-        .watcher = {.lost = view_lost}};
-    volume_open(d->p->shard, &v->open);
-    assert_true(world_run_until(d->world, d->p->env, is_opened, v));
-    if (v->open.st == ST_OK)
-        volume_watch_loss(v->open.vol, &v->watcher);
-    return v->open.st;
-}
-
-static enum status view_read(struct drv *d, struct looking *v, uint64_t off, uint8_t *out,
-                             uint32_t len)
-{
-    struct vol_seg segs[VOL_SEGS(LOOK_BYTES, BS)];
-    v->io = (struct vol_io){.done = was_read,
-                            .offset = off,
-                            .length = len,
-                            .segs = segs,
-                            .segs_cap = VOL_SEGS(LOOK_BYTES, BS)};
-    v->read = volume_read(v->open.vol, &v->io);
-    assert_true(world_run_until(d->world, d->p->env, is_read, v));
-    if (v->io.st != ST_OK)
-        return v->io.st;
-    for (uint32_t i = 0; i < v->io.n_segs; i++) {
-        const struct vol_seg *s = &v->io.segs[i];
-        if (s->buf)
-            memcpy(out, s->buf->data + s->offset, s->len);
-        else
-            memset(out, 0, s->len);
-        out += s->len;
-    }
-    volume_release_segs(&v->io);
-    return ST_OK;
+    enum status st;
+    *v = (struct looking){.watcher = {.lost = view_lost}};
+    v->vol = drv_view_open(d, d->p->shard, d->p->env, d->branch, epoch, &st);
+    if (v->vol)
+        volume_watch_loss(v->vol, &v->watcher);
+    return st;
 }
 
 static void view_close(struct drv *d, struct looking *v)
 {
     volume_unwatch_loss(&v->watcher);
-    volume_close(v->open.vol, view_closed, v);
-    assert_true(world_run_until(d->world, d->p->env, is_closed, v));
+    drv_view_close(d, v->vol, d->p->env);
 }
 
 static uint8_t seen[LOOK_BYTES], now[LOOK_BYTES], before[LOOK_BYTES];
@@ -195,8 +119,8 @@ static void holds_what_was_written_before(void **state)
         drv_write(d, 0, LOOK_BYTES, 0);
         for (unsigned again = 0; again < 2; again++) {
             assert_int_equal(view_open(d, epoch, &v), ST_OK);
-            assert_int_equal(volume_epoch(v.open.vol), epoch);
-            assert_int_equal(view_read(d, &v, 0, seen, LOOK_BYTES), ST_OK);
+            assert_int_equal(volume_epoch(v.vol), epoch);
+            assert_int_equal(drv_view_read(d, v.vol, 0, LOOK_BYTES, seen), ST_OK);
             assert_memory_equal(seen, before, LOOK_BYTES);
             view_close(d, &v);
             drv_reopen(d, true);
@@ -217,18 +141,16 @@ static void a_view_is_read_only(void **state)
     drv_write(d, 0, 5000, 0);
     assert_int_equal(snapshot(d, "s", &epoch), ST_OK);
     assert_int_equal(view_open(d, epoch, &v), ST_OK);
-    v.io = (struct vol_io){.done = was_read, .offset = 0, .length = 4096};
-    volume_trim(v.open.vol, &v.io);
-    assert_true(world_run_until(d->world, d->p->env, is_read, &v));
-    assert_int_equal(v.io.st, ST_PERM);
-    struct change c = asked("t");
-    volume_snapshot_create(v.open.vol, &c.op);
+    struct asked c = drv_asked("");
+    c.op.io.length = 4096;
+    volume_trim(v.vol, &c.op.io);
+    assert_int_equal(drv_answer(d, &c), ST_PERM);
+    c = asked("t");
+    volume_snapshot_create(v.vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_PERM);
-    v.read = false;
-    v.io = (struct vol_io){.done = was_read};
-    volume_flush(v.open.vol, &v.io);
-    assert_true(world_run_until(d->world, d->p->env, is_read, &v));
-    assert_int_equal(v.io.st, ST_OK);
+    c = drv_asked("");
+    volume_flush(v.vol, &c.op.io);
+    assert_int_equal(drv_answer(d, &c), ST_OK);
     view_close(d, &v);
     struct looking none;
     assert_int_equal(view_open(d, epoch + 7, &none), ST_NOTFOUND);
@@ -243,7 +165,7 @@ static void names(void **state)
     assert_int_equal(snapshot(d, "a", NULL), ST_OK);
     assert_int_equal(snapshot(d, "-a", NULL), ST_INVAL);
     assert_int_equal(snapshot(d, "b", NULL), ST_OK);
-    struct change c = asked("d");
+    struct asked c = asked("d");
     memset(c.op.id, 0xa1, sizeof c.op.id);
     volume_snapshot_create(d->p->vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_OK);
@@ -290,7 +212,7 @@ static void removal(void **state)
     key_child(&child, d->branch, epoch, 77);
     size_t len = child_encode(&rec, key_slice(&child), bytes);
     mem_store_put(d->db, key_slice(&child), (struct slice){bytes, len}, (struct slice){0});
-    struct change c = asked("s");
+    struct asked c = asked("s");
     volume_snapshot_remove(d->p->vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_BUSY);
     assert_true(mem_store_damage(d->db, key_slice(&child), MEM_REMOVE));
@@ -300,7 +222,7 @@ static void removal(void **state)
     volume_snapshot_remove(d->p->vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_OK);
     assert_true(world_run_until(d->world, d->p->env, is_lost, &v));
-    assert_int_not_equal(view_read(d, &v, 0, seen, 4096), ST_OK);
+    assert_int_not_equal(drv_view_read(d, v.vol, 0, 4096, seen), ST_OK);
     view_close(d, &v);
     assert_int_equal(view_open(d, epoch, &v), ST_NOTFOUND);
     drv_verify_all(d);
@@ -318,13 +240,13 @@ static void freeze(void **state)
     drv_read(d, 0, LOOK_BYTES, before);
     assert_true(volume_freeze(d->p->vol, 5, 1000));
     assert_false(volume_freeze(d->p->vol, 4, 1000));
-    struct change write = asked("");
+    struct asked write = asked("");
     write.op.io.offset = 0;
     write.op.io.length = 8192;
     volume_zero(d->p->vol, &write.op.io);
     drv_wait_ms(d, 500);
     assert_false(write.answered);
-    struct change c = asked("s");
+    struct asked c = asked("s");
     c.op.token = 6;
     volume_snapshot_create(d->p->vol, &c.op);
     assert_int_equal(wait_for(d, &c), ST_BUSY);
@@ -339,7 +261,7 @@ static void freeze(void **state)
     shard_submit(d->p->shard);
     assert_int_equal(wait_for(d, &write), ST_OK);
     assert_int_equal(view_open(d, epoch, &v), ST_OK);
-    assert_int_equal(view_read(d, &v, 0, seen, LOOK_BYTES), ST_OK);
+    assert_int_equal(drv_view_read(d, v.vol, 0, LOOK_BYTES, seen), ST_OK);
     assert_memory_equal(seen, before, LOOK_BYTES);
     view_close(d, &v);
     /* Nobody comes back: it ends by itself. */
