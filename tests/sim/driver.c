@@ -1018,6 +1018,24 @@ enum status drv_answer(struct drv *d, struct asked *a)
     return ST_SHUTDOWN;
 }
 
+void drv_op_done(struct catalog_op *op)
+{
+    container_of(op, struct waited, op)->done = true;
+}
+
+static bool op_is_done(void *arg)
+{
+    return ((const struct waited *)arg)->done;
+}
+
+enum status drv_op_wait(struct drv *d, struct env *env, struct waited *w)
+{
+    if (world_run_until(d->world, env, op_is_done, w))
+        return w->op.st;
+    drv_violation(d, "an operation of the catalog is never answered");
+    return ST_SHUTDOWN;
+}
+
 /* --- processes ----------------------------------------------------------------------- */
 
 static void opened(struct volume_open *op)
@@ -1313,16 +1331,6 @@ void process_crash(struct drv *d, struct process *p)
 
 /* --- the whole ----------------------------------------------------------------------- */
 
-static void finished_op(struct catalog_op *op)
-{
-    op->meta.created_ns = 1;
-}
-
-static bool op_is_finished(void *arg)
-{
-    return ((struct catalog_op *)arg)->meta.created_ns == 1;
-}
-
 uint64_t drv_make_volume(struct drv *d, const char *name)
 {
     struct env *env;
@@ -1335,18 +1343,16 @@ uint64_t drv_make_volume(struct drv *d, const char *name)
     struct volume_spec spec = {
         .size = d->c.size, .block_size = d->c.block_size, .codec = d->c.codec};
     snprintf(spec.name, sizeof spec.name, "%s", name);
-    struct catalog_op op = {.done = finished_op};
-    catalog_create(&op, store, env, &spec);
-    world_run_until(d->world, env, op_is_finished, &op);
-    if (op.st != ST_OK)
-        drv_violation(d, "the volume can't be made: %s", op.err.text);
-    catalog_op_free(&op);
-    op = (struct catalog_op){.done = finished_op};
-    catalog_find(&op, store, env, name);
-    world_run_until(d->world, env, op_is_finished, &op);
-    CHECK(op.st == ST_OK);
-    uint64_t branch = op.entries[0].branch;
-    catalog_op_free(&op);
+    struct waited w = {.op = {.done = drv_op_done}};
+    catalog_create(&w.op, store, env, &spec);
+    if (drv_op_wait(d, env, &w) != ST_OK)
+        drv_violation(d, "the volume can't be made: %s", w.op.err.text);
+    catalog_op_free(&w.op);
+    w = (struct waited){.op = {.done = drv_op_done}};
+    catalog_find(&w.op, store, env, name);
+    CHECK(drv_op_wait(d, env, &w) == ST_OK);
+    uint64_t branch = w.op.entries[0].branch;
+    catalog_op_free(&w.op);
     world_detach(d->world, env, store);
     return branch;
 }

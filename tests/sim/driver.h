@@ -163,6 +163,16 @@ bool drv_is_answered(void *arg);
  * comes. */
 enum status drv_answer(struct drv *d, struct asked *a);
 
+/* An operation of the catalog that a test begins: op.done is drv_op_done. */
+struct waited {
+    struct catalog_op op;
+    bool done;
+};
+void drv_op_done(struct catalog_op *op);
+/* Runs the world until a process (its `env`) has the answer. ST_SHUTDOWN (and a violation): none
+ * comes. */
+enum status drv_op_wait(struct drv *d, struct env *env, struct waited *w);
+
 /* Opens a snapshot (of the driver's volume or another one) on the shard of a process. NULL: it can't
  * be, `st` says why. drv_view_close() waits until it is closed. */
 struct volume *drv_view_open(struct drv *d, struct shard *shard, struct env *env, uint64_t branch,

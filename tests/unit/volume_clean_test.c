@@ -559,21 +559,6 @@ static void trash_that_is_all_named_goes(void **state)
 
 /* --- rollbacks ------------------------------------------------------------------------- */
 
-struct waited {
-    struct catalog_op op;
-    bool done;
-};
-
-static void op_done(struct catalog_op *op)
-{
-    container_of(op, struct waited, op)->done = true;
-}
-
-static bool is_done(void *arg)
-{
-    return ((struct waited *)arg)->done;
-}
-
 /* The volume is what its nth snapshot holds; younger ones are gone. */
 static void roll_back(struct past *p, unsigned nth)
 {
@@ -583,13 +568,11 @@ static void roll_back(struct past *p, unsigned nth)
     process_close(d, d->p);
     char name[32];
     snprintf(name, sizeof name, "v@%s", h->name);
-    struct waited find = {.op = {.done = op_done}}, roll = {.op = {.done = op_done}};
+    struct waited find = {.op = {.done = drv_op_done}}, roll = {.op = {.done = drv_op_done}};
     catalog_find(&find.op, d->p->store, d->p->env, name);
-    assert_true(world_run_until(d->world, d->p->env, is_done, &find));
-    assert_int_equal(find.op.st, ST_OK);
+    assert_int_equal(drv_op_wait(d, d->p->env, &find), ST_OK);
     catalog_rollback(&roll.op, d->p->store, d->p->env, &find.op.entries[0], true);
-    assert_true(world_run_until(d->world, d->p->env, is_done, &roll));
-    if (roll.op.st != ST_OK)
+    if (drv_op_wait(d, d->p->env, &roll) != ST_OK)
         fail_msg("%s", roll.op.err.text);
     catalog_op_free(&find.op);
     catalog_op_free(&roll.op);

@@ -24,31 +24,15 @@ static const struct kind kinds[] = {{false, true}, {true, false}, {false, false}
 
 /* --- volumes, snapshots, clones -------------------------------------------------------- */
 
-struct waited {
-    struct catalog_op op;
-    bool done;
-};
-
-static void op_done(struct catalog_op *op)
-{
-    container_of(op, struct waited, op)->done = true;
-}
-
-static bool is_done(void *arg)
-{
-    return ((struct waited *)arg)->done;
-}
-
 static void await(struct drv *d, struct waited *w)
 {
-    assert_true(world_run_until(d->world, d->p->env, is_done, w));
-    if (w->op.st != ST_OK)
+    if (drv_op_wait(d, d->p->env, w) != ST_OK)
         fail_msg("%s", w->op.err.text);
 }
 
 static struct catalog_entry find(struct drv *d, const char *name)
 {
-    struct waited w = {.op = {.done = op_done}};
+    struct waited w = {.op = {.done = drv_op_done}};
     catalog_find(&w.op, d->p->store, d->p->env, name);
     await(d, &w);
     struct catalog_entry entry = w.op.entries[0];
@@ -72,7 +56,7 @@ static void go_to_clone(struct drv *d, const char *of, const char *name)
     struct catalog_entry from = find(d, of);
     struct volume_spec spec = {.codec = -1};
     snprintf(spec.name, sizeof spec.name, "%s", name);
-    struct waited made = {.op = {.done = op_done}};
+    struct waited made = {.op = {.done = drv_op_done}};
     catalog_clone(&made.op, d->p->store, d->p->env, &from, &spec);
     await(d, &made);
     catalog_op_free(&made.op);
@@ -128,14 +112,14 @@ static void remove_others(struct drv *d, unsigned generations)
         char name[16];
         snprintf(name, sizeof name, "%s%.0u", i ? "c" : "v", i);
         struct catalog_entry entry = find(d, name);
-        struct waited w = {.op = {.done = op_done}};
+        struct waited w = {.op = {.done = drv_op_done}};
         catalog_remove(&w.op, d->p->store, d->p->env, &entry, true);
         await(d, &w);
         catalog_op_free(&w.op);
     }
     bool more = true;
     while (more) {
-        struct waited w = {.op = {.done = op_done}};
+        struct waited w = {.op = {.done = drv_op_done}};
         catalog_clear_removed(&w.op, d->p->store, d->p->env, &more);
         await(d, &w);
         catalog_op_free(&w.op);
