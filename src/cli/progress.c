@@ -98,18 +98,26 @@ static uint64_t recent_rate(const struct progress *p, uint64_t now)
     return (uint64_t)((double)(p->done - oldest->done) * (double)NS_PER_S / (double)ns);
 }
 
-static void draw(struct env_timer *timer)
+void progress_draw(struct progress *p, uint64_t now_ns)
 {
-    struct progress *p = container_of(timer, struct progress, timer);
-    uint64_t now = env_now_ns(p->env);
+    if (!p->shown)
+        return;
+    if (p->n_samples == 0)
+        p->begun_ns = now_ns;
     char line[PROGRESS_LINE_BYTES];
     /* The last column stays free: a cursor behind it is on the next line on some terminals. */
     size_t len = progress_format(line, terminal_width() - 1, p->what, p->done, p->total,
-                                 recent_rate(p, now), (now - p->begun_ns) / NS_PER_S);
+                                 recent_rate(p, now_ns), (now_ns - p->begun_ns) / NS_PER_S);
     fprintf(stderr, "\r%s%*s", line, p->drawn > len ? (int)(p->drawn - len) : 0, "");
     fflush(stderr);
     p->drawn = len;
-    p->samples[p->n_samples++ % PROGRESS_SAMPLES] = (struct progress_sample){now, p->done};
+    p->samples[p->n_samples++ % PROGRESS_SAMPLES] = (struct progress_sample){now_ns, p->done};
+}
+
+static void draw(struct env_timer *timer)
+{
+    struct progress *p = container_of(timer, struct progress, timer);
+    progress_draw(p, env_now_ns(p->env));
     env_timer_start(p->env, &p->timer, DRAW_MS);
 }
 
@@ -121,7 +129,7 @@ void progress_begin(struct progress *p, struct env *env, uint64_t total, const c
     vsnprintf(p->what, sizeof p->what, what, args);
     va_end(args);
     p->shown = isatty(fileno(stderr));
-    if (!p->shown)
+    if (!p->shown || !env)
         return;
     p->begun_ns = env_now_ns(env);
     p->samples[p->n_samples++] = (struct progress_sample){p->begun_ns, 0};
@@ -141,7 +149,8 @@ void progress_end(struct progress *p)
 {
     if (!p->shown)
         return;
-    env_timer_stop(p->env, &p->timer);
+    if (p->env)
+        env_timer_stop(p->env, &p->timer);
     progress_wipe(p);
     p->shown = false;
 }

@@ -25,7 +25,7 @@ struct progress {
     uint64_t done, total; /* total 0: not known */
     char what[160];       /* "exporting disk@monday" */
 
-    struct env *env; /* private, from here on */
+    struct env *env; /* private, from here on; may be NULL */
     struct env_timer timer;
     uint64_t begun_ns;
     struct progress_sample {
@@ -36,9 +36,13 @@ struct progress {
     bool shown;         /* stderr is a terminal */
 };
 
-/* Begins to show it. The structure is the caller's, until progress_end(). */
+/* Begins to show it. The structure is the caller's, until progress_end(). env NULL: there is no
+ * reactor, and the caller calls progress_draw() every now and then. */
 void progress_begin(struct progress *p, struct env *env, uint64_t total, const char *what, ...)
     __attribute__((format(printf, 4, 5)));
+
+/* Draws the line; now_ns: on one clock that only goes forward. */
+void progress_draw(struct progress *p, uint64_t now_ns);
 
 /* Wipes the line, so that something else can be printed; it is drawn again soon. */
 void progress_wipe(struct progress *p);
