@@ -19,7 +19,7 @@ from harness.commands import (DONE, FAILED, NOTFOUND, STORE, USAGE, assert_one_s
 from harness.server import CLI_LIMIT_S, SLOW, cli, program, wait_until
 
 COMMANDS = ["create", "list", "info", "rename", "resize", "remove", "snapshot", "clone", "flatten",
-            "diff", "export", "import", "usage", "verify", "serve", "owner", "store"]
+            "diff", "export", "import", "usage", "verify", "serve", "owner", "store", "bench"]
 MIB = 1 << 20
 
 

@@ -135,7 +135,7 @@ pid_t command_getpid(void)
 const struct cli_command serve_command = {.name = "serve"}, store_command = {.name = "store"},
                          export_command = {.name = "export"}, import_command = {.name = "import"},
                          diff_command = {.name = "diff"}, verify_command = {.name = "verify"},
-                         usage_command = {.name = "usage"};
+                         usage_command = {.name = "usage"}, bench_command = {.name = "bench"};
 
 /* --- from outside ---------------------------------------------------------------------------- */
 

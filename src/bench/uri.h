@@ -1,0 +1,30 @@
+/*
+ * NBD URIs, as doc/uri.md of the NBD project states them, of the kinds a load can use:
+ *
+ *   nbd://HOST[:PORT][/EXPORT]            TCP; an IPv6 address stands in brackets
+ *   nbd+unix:///[EXPORT]?socket=PATH
+ */
+#ifndef BENCH_URI_H
+#define BENCH_URI_H
+
+#include <stdbool.h>
+#include <sys/un.h>
+
+#include "base/status.h"
+#include "nbd/proto.h"
+
+#define NBD_URI_HOST_BYTES_MAX 255u
+#define NBD_URI_PORT "10809"
+
+struct nbd_uri {
+    bool is_unix;
+    char host[NBD_URI_HOST_BYTES_MAX + 1]; /* TCP: a name or an address, without brackets */
+    char port[6];                          /* TCP: a number from 1 to 65535 */
+    char socket[sizeof((struct sockaddr_un *)0)->sun_path];
+    char export[NBD_STRING_BYTES_MAX + 1]; /* empty: the server's default */
+};
+
+/* Reads `text` into `uri`. ST_INVAL with a sentence where it is no such URI. */
+enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e);
+
+#endif
