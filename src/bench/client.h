@@ -11,14 +11,15 @@
 #include "bench/uri.h"
 
 struct nbd_client_export {
-    uint64_t size;  /* bytes */
-    uint16_t flags; /* transmission flags */
-    uint32_t block_min;   /* bytes: what offsets and lengths must be multiples of; */
-    uint32_t payload_max; /* the most bytes in a request; what the protocol has where it isn't said */
+    uint64_t size;      /* bytes */
+    uint16_t flags;     /* transmission flags */
+    uint32_t block_min; /* bytes: what offsets and lengths must be multiples of; */
+    uint32_t
+        payload_max; /* the most bytes in a request; what the protocol has where it isn't said */
 };
 
-/* Connects and enters transmission, within timeout_ns. ST_OK: *fd is a blocking socket, to be closed
- * by the caller. Else `e` is a sentence; ST_NOTFOUND: no such export. Blocks. */
+/* Connects and enters transmission, within timeout_ns. ST_OK: *fd is a blocking socket, to be
+ * closed by the caller. Else `e` is a sentence; ST_NOTFOUND: no such export. Blocks. */
 enum status nbd_client_connect(const struct nbd_uri *uri, uint64_t timeout_ns, int *fd,
                                struct nbd_client_export *export, struct err *e);
 

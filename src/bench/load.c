@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -123,9 +124,8 @@ static void queue(struct load *l, struct connection *c, enum slot_state state, u
 static void draw(const struct load *l, struct connection *c)
 {
     const struct load_options *o = l->o;
-    c->drawn_write =
-        o->reads_percent == 0 || (o->reads_percent < 100 &&
-                                  random_below(&c->random, 100) >= o->reads_percent);
+    c->drawn_write = o->reads_percent == 0 ||
+                     (o->reads_percent < 100 && random_below(&c->random, 100) >= o->reads_percent);
     uint64_t place;
     if (o->sequential) {
         place = c->next_place++;
@@ -169,7 +169,8 @@ static unsigned gather(struct load *l, const struct connection *c, struct iovec 
     uint32_t at = c->queue_first;
     l->stamps.used = 0;
     *bytes = 0;
-    for (uint32_t i = 0; i < c->queue_len && n + 3 <= SEND_IOVECS && *bytes < SEND_BYTES_SOFT; i++) {
+    for (uint32_t i = 0; i < c->queue_len && n + 3 <= SEND_IOVECS && *bytes < SEND_BYTES_SOFT;
+         i++) {
         const struct slot *slot = &c->slots[c->queue[at]];
         uint8_t *header = c->headers + (size_t)at * NBD_REQUEST_BYTES;
         if (from < NBD_REQUEST_BYTES) {
@@ -364,7 +365,7 @@ static enum status receive(struct load *l, struct connection *c, int flags)
     int error = n < 0 ? errno : 0;
     l->now_ns = now_ns();
     if (error == EINTR)
-        l->next_tick_ns = l->now_ns; /* a signal: there may be something to be told */
+        l->next_tick_ns = l->now_ns;
     if (error == EAGAIN || error == EINTR)
         return ST_OK;
     if (n <= 0)
@@ -380,6 +381,40 @@ static enum status receive(struct load *l, struct connection *c, int flags)
 }
 
 /* --- the loop ------------------------------------------------------------------------------ */
+
+/*
+ * Whatever waits is interrupted by a signal every LOAD_TICK_MS, so that it needs no time limit of
+ * its own: one that is armed and disarmed for each reply was seen to cost up to a fifth of the
+ * requests that go one by one.
+ */
+struct ticker {
+    struct sigaction action;
+};
+
+static void on_alarm(int number)
+{
+    (void)number;
+}
+
+static void set_alarm(uint64_t us)
+{
+    struct timeval interval = {.tv_usec = (suseconds_t)us};
+    setitimer(ITIMER_REAL, &(struct itimerval){interval, interval}, NULL);
+}
+
+static void ticker_begin(struct ticker *t)
+{
+    struct sigaction action = {.sa_handler = on_alarm}; /* without SA_RESTART */
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGALRM, &action, &t->action);
+    set_alarm(LOAD_TICK_MS * 1000u);
+}
+
+static void ticker_end(const struct ticker *t)
+{
+    set_alarm(0);
+    sigaction(SIGALRM, &t->action, NULL);
+}
 
 static enum status tick(struct load *l)
 {
@@ -404,24 +439,25 @@ static enum status wait_one(struct load *l)
     if (!c->wants_write)
         return receive(l, c, 0);
     struct pollfd ready = {.fd = c->fd, .events = POLLIN | POLLOUT};
-    if (poll(&ready, 1, LOAD_TICK_MS) < 0 && errno != EINTR)
+    int n = poll(&ready, 1, -1);
+    if (n < 0 && errno != EINTR)
         return lost(l, "wait for", errno);
-    if (ready.revents & ~POLLOUT)
+    if (n > 0 && ready.revents & ~POLLOUT)
         return receive(l, c, MSG_DONTWAIT);
-    l->now_ns = now_ns();
-    return ready.revents ? send_queue(l, c) : ST_OK;
+    if (n > 0)
+        return send_queue(l, c);
+    l->next_tick_ns = l->now_ns = now_ns();
+    return ST_OK;
 }
 
 static enum status wait_some(struct load *l)
 {
     struct epoll_event events[EVENTS_MAX];
-    int n = epoll_wait(l->epoll, events, EVENTS_MAX, LOAD_TICK_MS);
+    int n = epoll_wait(l->epoll, events, EVENTS_MAX, -1);
     if (n < 0 && errno != EINTR)
         return lost(l, "wait for", errno);
-    if (n <= 0) {
-        l->now_ns = now_ns();
-        l->next_tick_ns = n < 0 ? l->now_ns : l->next_tick_ns;
-    }
+    if (n < 0)
+        l->next_tick_ns = l->now_ns = now_ns();
     enum status st = ST_OK;
     for (int i = 0; i < n && st == ST_OK; i++) {
         struct connection *c = events[i].data.ptr;
@@ -503,9 +539,11 @@ static enum status check_export(struct load *l)
         return fail(l->e, ST_UNSUP, "the server does not offer FUA, which --fua needs");
     if (o->block_size % x->block_min || o->start % x->block_min)
         return fail(l->e, ST_UNSUP, "the server wants %s to be a multiple of %u bytes",
-                    o->block_size % x->block_min ? "the size of requests" : "--start", x->block_min);
+                    o->block_size % x->block_min ? "the size of requests" : "--start",
+                    x->block_min);
     if (o->block_size > x->payload_max)
-        return fail(l->e, ST_UNSUP, "the server takes requests of at most %u bytes", x->payload_max);
+        return fail(l->e, ST_UNSUP, "the server takes requests of at most %u bytes",
+                    x->payload_max);
     if (o->start > x->size || o->size > x->size - o->start)
         return fail(l->e, ST_UNSUP, "the export has only %llu bytes", (unsigned long long)x->size);
     l->r->size = o->size ? o->size : x->size - o->start;
@@ -564,11 +602,8 @@ static enum status connect_all(struct load *l, const struct nbd_uri *uri)
         st = i == 0 ? check_export(l) : ST_OK;
         if (st != ST_OK)
             return st;
-        /* A blocking recv() returns at times: for the tick. */
-        struct timeval patience = {.tv_usec = LOAD_TICK_MS * 1000u};
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
-        if (setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0 ||
-            (l->epoll >= 0 && epoll_ctl(l->epoll, EPOLL_CTL_ADD, c->fd, &event) != 0))
+        if (l->epoll >= 0 && epoll_ctl(l->epoll, EPOLL_CTL_ADD, c->fd, &event) != 0)
             return lost(l, "set up the connection to", errno);
     }
     for (uint32_t i = 0; i < l->n_connections; i++)
@@ -640,7 +675,10 @@ enum status load_run(const struct nbd_uri *uri, const struct load_options *o, st
     if (st == ST_OK) {
         if (o->reads_percent < 100)
             payload_init(&l.payload, o->seed, o->compressible);
+        struct ticker ticker;
+        ticker_begin(&ticker);
         st = run(&l);
+        ticker_end(&ticker);
     }
     disconnect_all(&l, st == ST_OK);
     payload_free(&l.payload);

@@ -40,9 +40,9 @@ struct load_options {
     uint32_t depth, n_connections;
     uint64_t flush_every; /* a FLUSH when so many writes were answered, before the next; 0: never */
     bool fua;
-    unsigned compressible; /* percent of what is written */
+    unsigned compressible;       /* percent of what is written */
     uint64_t time_ns, bytes_max; /* ends at whichever comes first; bytes_max 0: no limit */
-    uint64_t start, size; /* the range of the export that is used; size 0: up to the end */
+    uint64_t start, size;        /* the range of the export that is used; size 0: up to the end */
     uint64_t seed;
     uint64_t timeout_ns; /* for the handshake, and without any reply while one is owed */
     uint32_t server_pid; /* whose CPU time is taken; 0: none */
@@ -53,18 +53,19 @@ struct load_options {
 
 struct load_result {
     uint64_t size; /* bytes of the range that was used */
-    struct latency op[LOAD_OPS]; /* of what was answered without error; FLUSH: of flush_every alone */
-    uint64_t elapsed_ns;         /* from the first request to the last reply, final flush included */
-    uint64_t n_errors;           /* requests answered with an error; the first one ends the run */
-    bool flushed;                /* it wrote, and the server knows FLUSH */
-    uint64_t final_flush_ns;     /* where `flushed` */
+    struct latency
+        op[LOAD_OPS];        /* of what was answered without error; FLUSH: of flush_every alone */
+    uint64_t elapsed_ns;     /* from the first request to the last reply, final flush included */
+    uint64_t n_errors;       /* requests answered with an error; the first one ends the run */
+    bool flushed;            /* it wrote, and the server knows FLUSH */
+    uint64_t final_flush_ns; /* where `flushed` */
     uint64_t client_cpu_ns, server_cpu_ns; /* user and system, all threads, of that time */
     bool server_cpu_known;
 };
 
-/* Runs it to its end. ST_OK: `r` is filled. Where the server answered a request with an error, it is
- * filled too, and `e` says which; the status is ST_IO as for all that goes wrong meanwhile.
- * Not re-entrant: blocks the calling thread. */
+/* Runs it to its end. ST_OK: `r` is filled. Where the server answered a request with an error, it
+ * is filled too, and `e` says which; the status is ST_IO as for all that goes wrong meanwhile.
+ * Blocks, and has SIGALRM and the timer that sends it to itself meanwhile. */
 enum status load_run(const struct nbd_uri *uri, const struct load_options *o, struct load_result *r,
                      struct err *e);
 

@@ -2,10 +2,10 @@
  * What a load writes: noise, or noise with zeros in it where it is to compress.
  *
  * Written data is made of units of 4 KiB. A unit begins with a stamp of 16 bytes that no other unit
- * of the load has; the rest comes out of a pool of noise, at a place that the stamp says. So nothing
- * is copied or made for a request, and still no two blocks are the same: a server that compresses or
- * looks for equal blocks gains nothing that it was not meant to. Of each 512 bytes of the pool the
- * last ones are zeros, as many as are to compress.
+ * of the load has; the rest comes out of a pool of noise, at a place that the stamp says. So
+ * nothing is copied or made for a request, and still no two blocks are the same: a server that
+ * compresses or looks for equal blocks gains nothing that it was not meant to. Of each 512 bytes of
+ * the pool the last ones are zeros, as many as are to compress.
  *
  * Units are numbered; the bytes of a unit are a function of seed and number alone.
  */

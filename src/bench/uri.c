@@ -91,7 +91,8 @@ enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e)
     uri->is_unix = scheme_len == 8 && strncasecmp(text, "nbd+unix", 8) == 0;
     bool tcp = scheme_len == 3 && strncasecmp(text, "nbd", 3) == 0;
     if (scheme_len > 3 && strncasecmp(text, "nbds", 4) == 0)
-        return fail(e, ST_INVAL, "\"%.200s\" asks for TLS, which this command does not speak", text);
+        return fail(e, ST_INVAL, "\"%.200s\" asks for TLS, which this command does not speak",
+                    text);
     if (!tcp && !uri->is_unix)
         return fail(e, ST_INVAL,
                     "\"%.200s\" is not a URI of the form nbd://HOST[:PORT][/EXPORT] or "
@@ -99,7 +100,8 @@ enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e)
                     text);
     rest += 3;
     if (strpbrk(rest, "# "))
-        return fail(e, ST_INVAL, "\"%.200s\": blanks and # are written %%20 and %%23 in a URI", text);
+        return fail(e, ST_INVAL, "\"%.200s\": blanks and # are written %%20 and %%23 in a URI",
+                    text);
     size_t authority_len = strcspn(rest, "/?");
     const char *authority = rest, *path = rest + authority_len;
     if (memchr(authority, '@', authority_len))
@@ -107,8 +109,8 @@ enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e)
     size_t path_len = strcspn(path, "?");
     const char *query = path[path_len] ? path + path_len + 1 : NULL;
     if (path_len > 0 && !decode(path + 1, path_len - 1, uri->export, sizeof uri->export))
-        return fail(e, ST_INVAL, "\"%.200s\": the name of the export can't be decoded, or is too long",
-                    text);
+        return fail(e, ST_INVAL,
+                    "\"%.200s\": the name of the export can't be decoded, or is too long", text);
     size_t socket_len = 0;
     const char *socket = find_socket(query, &socket_len);
     if (tcp && socket)
@@ -119,12 +121,14 @@ enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e)
     if (tcp)
         return ST_OK;
     if (authority_len > 0)
-        return fail(e, ST_INVAL, "\"%.200s\": nothing stands between the second and the third slash",
-                    text);
+        return fail(e, ST_INVAL,
+                    "\"%.200s\": nothing stands between the second and the third slash", text);
     if (!socket || socket_len == 0)
         return fail(e, ST_INVAL, "\"%.200s\" has no ?socket=PATH", text);
     if (!decode(socket, socket_len, uri->socket, sizeof uri->socket))
-        return fail(e, ST_INVAL, "\"%.200s\": the socket's path can't be decoded, or is longer than "
-                    "%zu bytes", text, sizeof uri->socket - 1);
+        return fail(e, ST_INVAL,
+                    "\"%.200s\": the socket's path can't be decoded, or is longer than "
+                    "%zu bytes",
+                    text, sizeof uri->socket - 1);
     return ST_OK;
 }

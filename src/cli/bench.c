@@ -40,7 +40,8 @@ enum {
 };
 
 static const struct cli_option options[] = {
-    {WORKLOAD, "workload", "W", "randread, randwrite, randrw, read, write or rw (default: randread)"},
+    {WORKLOAD, "workload", "W",
+     "randread, randwrite, randrw, read, write or rw (default: randread)"},
     {READS, "reads", "PERCENT", "share of reads in rw and randrw (default: 70)"},
     {BLOCK_SIZE, "block-size", "SIZE", "of a request, 512 to 32M (default: 4K)"},
     {DEPTH, "depth", "N", "requests in flight on each connection, 1 to 1024 (default: 32)"},
@@ -227,8 +228,8 @@ static json_t *op_json(enum load_op op, const struct bench_options *o, const str
     const struct latency *l = &r->op[op];
     if (l->count == 0)
         return json_null();
-    json_t *json = json_pack("{s:I, s:o}", "requests", (json_int_t)l->count, "latency_us",
-                             latency_json(l));
+    json_t *json =
+        json_pack("{s:I, s:o}", "requests", (json_int_t)l->count, "latency_us", latency_json(l));
     if (op != LOAD_FLUSH) {
         json_object_set_new(json, "iops", json_real(per_s(l->count, r)));
         json_object_set_new(json, "mb_per_s", json_real(mb_per_s(l->count, o, r)));
@@ -239,13 +240,13 @@ static json_t *op_json(enum load_op op, const struct bench_options *o, const str
 static void print_json(const char *uri, const struct bench_options *o, const struct load_result *r)
 {
     const struct load_options *load = &o->load;
-    json_t *json = json_pack(
-        "{s:s, s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:I, s:I}", "uri", uri, "workload",
-        o->workload->name, "block_size", (json_int_t)load->block_size, "depth",
-        (json_int_t)load->depth, "connections", (json_int_t)load->n_connections, "flush_every",
-        (json_int_t)load->flush_every, "fua", load->fua, "compressible_percent",
-        (json_int_t)load->compressible, "size", (json_int_t)r->size, "seed",
-        (json_int_t)load->seed);
+    json_t *json =
+        json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:b, s:I, s:I, s:I}", "uri", uri, "workload",
+                  o->workload->name, "block_size", (json_int_t)load->block_size, "depth",
+                  (json_int_t)load->depth, "connections", (json_int_t)load->n_connections,
+                  "flush_every", (json_int_t)load->flush_every, "fua", load->fua,
+                  "compressible_percent", (json_int_t)load->compressible, "size",
+                  (json_int_t)r->size, "seed", (json_int_t)load->seed);
     json_t *figures = json_pack(
         "{s:f, s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o, s:f, s:o}", "seconds",
         (double)r->elapsed_ns / (double)NS_PER_S, "requests", (json_int_t)n_requests(r), "errors",
@@ -329,12 +330,15 @@ static int run(struct cli *cli, int argc, char **argv)
     const struct workload *w = o.workload;
     if (w->writes && !o.overwrite) {
         cli_error("the workload \"%s\" overwrites what the export holds: add --overwrite to say "
-                  "that you mean it", w->name);
+                  "that you mean it",
+                  w->name);
         return CLI_FAILED;
     }
     if (!w->writes && (o.load.flush_every || o.load.fua))
-        return cli_usage_error(cli, "the workload \"%s\" writes nothing: --flush-every and --fua "
-                                    "are of no use", w->name);
+        return cli_usage_error(cli,
+                               "the workload \"%s\" writes nothing: --flush-every and --fua "
+                               "are of no use",
+                               w->name);
     o.load.sequential = w->sequential;
     o.load.reads_percent = !w->writes ? 100 : !w->reads ? 0 : o.reads_percent;
     if (!o.seeded)
@@ -361,13 +365,14 @@ const struct cli_command bench_command = {
     .name = "bench",
     .args = "URI",
     .summary = "measure how quick an NBD server is, this or any other",
-    .details = "The URI is nbd://HOST[:PORT][/EXPORT] or nbd+unix:///[EXPORT]?socket=PATH.\n"
-               "Latencies are in microseconds. Requests, IOPS and MB/s (10^6 bytes) count reads and\n"
-               "writes. A workload that writes ends with a FLUSH, which is part of the time. What is\n"
-               "written does not compress, unless --compressible says so, and no two blocks are the\n"
-               "same. read, write and rw go through the export in sequence, each connection through\n"
-               "its own part, and begin again at the end. Ctrl-C ends it early, with a report. A\n"
-               "request that is answered with an error ends it with exit status 1.",
+    .details =
+        "The URI is nbd://HOST[:PORT][/EXPORT] or nbd+unix:///[EXPORT]?socket=PATH.\n"
+        "Latencies are in microseconds. Requests, IOPS and MB/s (10^6 bytes) count reads and\n"
+        "writes. A workload that writes ends with a FLUSH, which is part of the time. What is\n"
+        "written does not compress, unless --compressible says so, and no two blocks are the\n"
+        "same. read, write and rw go through the export in sequence, each connection through\n"
+        "its own part, and begin again at the end. Ctrl-C ends it early, with a report. A\n"
+        "request that is answered with an error ends it with exit status 1.",
     .options = options,
     .args_min = 1,
     .args_max = 1,

@@ -39,8 +39,8 @@ static const struct cli_option global_options[] = {
      "lmdb:DIRECTORY or fdb:[CLUSTER_FILE][?prefix=TEXT] (default: see below)"},
     {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
     {GLOBAL_JSON, "json", NULL,
-     "answers for programs: list, info, snapshot list, diff, usage, verify, owner show, store info, "
-     "bench"},
+     "answers for programs: list, info, snapshot list, diff, usage, verify, owner show, "
+     "store info, bench"},
     {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",
      "debug, info, warning or error (default: info for serve)"},
     {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},

@@ -141,8 +141,8 @@ def test_each_workload_on_our_server(servers, workload):
 @pytest.mark.parametrize("connections,depth,size", [(1, 1, 4096), (4, 8, 4096), (3, 2, 1 << 20)])
 def test_connections_depths_and_sizes(servers, kind, connections, depth, size):
     server = servers.start({"v": "64M"})
-    told = bench(server.uri("v", tcp=kind == "tcp"), "--workload", "randrw", "--overwrite", *SHORT, "--connections",
-                 connections, "--depth", depth, "--block-size", size)
+    told = bench(server.uri("v", tcp=kind == "tcp"), "--workload", "randrw", "--overwrite", *SHORT,
+                 "--connections", connections, "--depth", depth, "--block-size", size)
     check_report(told, "rw")
     assert (told["connections"], told["depth"], told["block_size"]) == (connections, depth, size)
 
@@ -216,7 +216,8 @@ def test_a_line_on_a_terminal(servers):
     os.close(main)
     report = process.communicate(timeout=CLI_LIMIT_S)[0]
     assert process.returncode == DONE and "randread" in report
-    assert re.search(r"\rrandread: \d+ IOPS: [\d.]+ [KMG]iB, [\d.]+ [KMG]iB/s, 0:0\d", said.decode())
+    assert re.search(r"\rrandread: \d+ IOPS: [\d.]+ [KMG]iB, [\d.]+ [KMG]iB/s, 0:0\d",
+                     said.decode())
 
 
 # --- what is asked for ----------------------------------------------------------------------
@@ -633,7 +634,8 @@ def test_answers_that_are_not_nbd(puppet, reply, sentence):
 
 
 @pytest.mark.parametrize("greeting,sentence", [
-    (b"", "handshake"), (b"NBDMAG", "handshake"), (b"HTTP/1.1 400 Bad Request\r\n", "no NBD server"),
+    (b"", "handshake"), (b"NBDMAG", "handshake"),
+    (b"HTTP/1.1 400 Bad Request\r\n", "no NBD server"),
     (b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\0\0", "old NBD handshake"),
     (b"NBDMAGICIHAVEOPT\0\0", "fixed newstyle"),
 ])

@@ -73,12 +73,39 @@ static void other_uris_are_refused(void **state)
 {
     (void)state;
     static const char *const cases[] = {
-        "", "disk", "/dev/nbd0", "nbd", "nbd:", "nbd:/", "nbd:h:10809", "http://h/x", "nbds://h/x",
-        "nbds+unix:///x?socket=/s", "nbd+vsock://1/x", "nbd+unix:///x", "nbd+unix:///x?socket=",
-        "nbd+unix:///x?sockets=/s", "nbd+unix://h/x?socket=/s", "nbd://h/x?socket=/s",
-        "nbd://user@h/x", "nbd://h:0/x", "nbd://h:65536/x", "nbd://h:123456/x", "nbd://h:-1/x",
-        "nbd://h:1a/x", "nbd://h:+1/x", "nbd://[::1/x", "nbd://[]/x", "nbd://[::1]1/x", "nbd://::1/x",
-        "nbd://h/%", "nbd://h/%4", "nbd://h/%4g", "nbd://h/%00", "nbd://h/a b", "nbd://h/x#y",
+        "",
+        "disk",
+        "/dev/nbd0",
+        "nbd",
+        "nbd:",
+        "nbd:/",
+        "nbd:h:10809",
+        "http://h/x",
+        "nbds://h/x",
+        "nbds+unix:///x?socket=/s",
+        "nbd+vsock://1/x",
+        "nbd+unix:///x",
+        "nbd+unix:///x?socket=",
+        "nbd+unix:///x?sockets=/s",
+        "nbd+unix://h/x?socket=/s",
+        "nbd://h/x?socket=/s",
+        "nbd://user@h/x",
+        "nbd://h:0/x",
+        "nbd://h:65536/x",
+        "nbd://h:123456/x",
+        "nbd://h:-1/x",
+        "nbd://h:1a/x",
+        "nbd://h:+1/x",
+        "nbd://[::1/x",
+        "nbd://[]/x",
+        "nbd://[::1]1/x",
+        "nbd://::1/x",
+        "nbd://h/%",
+        "nbd://h/%4",
+        "nbd://h/%4g",
+        "nbd://h/%00",
+        "nbd://h/a b",
+        "nbd://h/x#y",
         "nbd+unix:///x?socket=/%",
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -237,7 +264,8 @@ static void payloads_are_the_same_in_pieces(void **state)
     for (int round = 0; round < 200; round++) {
         for (uint64_t at = 0, to; at < LONG_BYTES; at = to) {
             /* Also within a stamp. */
-            to = min_u64(LONG_BYTES, at + 1 + chance_below(&chance, chance_below(&chance, 2) ? 20 : 9000));
+            to = min_u64(LONG_BYTES,
+                         at + 1 + chance_below(&chance, chance_below(&chance, 2) ? 20 : 9000));
             collect(&p, 100, at, to, 2 + (unsigned)chance_below(&chance, 15), pieces + at);
         }
         assert_memory_equal(whole, pieces, LONG_BYTES);
