@@ -16,7 +16,7 @@ in which that was much is repeated.
 CPU times are of processes and so hardly depend on what else the machine does: where the rates are
 noisy, ms of CPU for each MB tell more.
 
-Build first: ninja -C build fdb-nbd tests/fdb_bare tests/nbd_load. --folder /dev/shm puts the
+Build first: ninja -C build fdb-nbd tests/fdb_bare. --folder /dev/shm puts the
 cluster's files into memory, which shows the programs instead of the disk.
 """
 
@@ -34,13 +34,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 from harness.cluster import Cluster  # noqa: E402
-from harness.server import Server, cli  # noqa: E402
+from harness.server import Server, cli, program  # noqa: E402
 from harness.waiting import wait_until  # noqa: E402
 
 MIB = 1 << 20
 SETTLE_LIMIT_S = 120
 SETTLED_BYTES = 64 * MIB
 QUIET_LIMIT_S = 5
+PACKS_PERCENT = 67  # what "3 : 1" means
 
 
 def tool(name):
@@ -126,10 +127,13 @@ class World:
                               env=dict(os.environ, **self.env()))
         if done.returncode != 0:
             raise RuntimeError(f"{words}: {done.stdout}{done.stderr}")
-        out = json.loads(done.stdout.splitlines()[-1])
+        used = machine_cpu_s() - all_before
+        out = json.loads(done.stdout)
+        if "client_cpu_us_per_request" in out:
+            out["bytes"] = out["requests"] * out["block_size"]
+            out["cpu_s"] = out["client_cpu_us_per_request"] * out["requests"] / 1e6
         out["cpu"] = {name: cpu_s(pid) - before[name] for name, pid in pids.items()}
         out["cpu"]["client"] = out["cpu_s"]
-        used = machine_cpu_s() - all_before
         out["others"] = max(0, used - sum(out["cpu"].values())) / out["seconds"]
         return out
 
@@ -155,9 +159,12 @@ class World:
         return self.run([tool("fdb_bare"), kind, f"cluster={self.cluster.file}", "keep=1",
                          *(f"{k}={v}" for k, v in words.items())])
 
-    def load(self, socket, export, kind, pid, **words):
-        return self.run([tool("nbd_load"), socket, export, kind,
-                         *(f"{k}={v}" for k, v in words.items())], {"server": pid})
+    def load(self, socket, export, kind, random, pid, **options):
+        """Options of `fdb-nbd bench`, with _ for -."""
+        words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
+        return self.run([*program(), "--json", "bench", f"nbd+unix:///{export}?socket={socket}",
+                         "--workload", f"{'rand' if random else ''}{kind}", "--overwrite", *words],
+                        {"server": pid})
 
     def server(self, args=()):
         return Server(self.folder, args=args, store=self.store(), env=self.env(), tcp=False)
@@ -199,7 +206,6 @@ class Compare:
         self.world, self.o = world, options
         self.results = {}   # mode -> participant -> [out of each round]
         self.best = {}      # mode -> the bare loops that are worth another round
-        self.next = {}
         # Reads of the simple design stay in what was written of it.
         self.simple_size = min(options.size, 96 * MIB)
 
@@ -211,16 +217,17 @@ class Compare:
         self.server = w.server(["--cache-size", "32M"]).start()
         self.simple, self.simple_pid = w.simple(self.simple_size)
         say("filling ...")
-        self.fill(lambda **k: self.ours("write", 0, **k), o.size)
-        self.fill(lambda **k: self.simply("write", 0, **k), self.simple_size)
-        self.fill(lambda **k: self.bare("write", 0, inflight=2, **k), o.size)
+        self.fill(lambda at, n: self.ours("write", 0, start=at, size=n, bytes=n, time=1000), o.size)
+        self.fill(lambda at, n: self.simply("write", 0, start=at, size=n, bytes=n, time=1000),
+                  self.simple_size)
+        self.fill(lambda at, n: self.bare("write", 0, inflight=2, seconds=1000, bytes=n), o.size)
 
     def fill(self, write, size):
         """In pieces that the cluster takes in without trouble."""
         done = 0
         while done < size:
             n = min(128 * MIB, size - done)
-            write(seconds=1000, bytes=n)
+            write(done, n)
             done += n
             self.world.settle()
 
@@ -230,22 +237,18 @@ class Compare:
                                keys=o.size // o.block_size, inflight=inflight,
                                **{"seconds": o.seconds, **words})
 
-    def _load(self, socket, export, pid, size, kind, random, **words):
+    def _load(self, socket, export, pid, kind, random, **options):
         o = self.o
-        key = socket, kind, random
-        out = self.world.load(socket, export, kind, pid, random=random, depth=o.depth,
-                              request=o.request, size=size, check=1, **{
-                                  "seconds": o.seconds, "from": self.next.get(key, 0), **words})
-        self.next[key] = out["next"]
-        return out
+        return self.world.load(socket, export, kind, random, pid, depth=o.depth,
+                               block_size=o.request, **{"time": o.seconds, **options})
 
-    def ours(self, kind, random, **words):
-        return self._load(str(self.server.socket_path), "v", self.server.pid, self.o.size, kind,
-                          random, **words)
+    def ours(self, kind, random, **options):
+        return self._load(self.server.socket_path, "v", self.server.pid, kind, random,
+                          **{"size": self.o.size, **options})
 
-    def simply(self, kind, random, **words):
-        return self._load(self.simple, "example", self.simple_pid, self.simple_size, kind, random,
-                          **words)
+    def simply(self, kind, random, **options):
+        return self._load(self.simple, "example", self.simple_pid, kind, random,
+                          **{"size": self.simple_size, **options})
 
     def participants(self, mode):
         kind, random = mode
@@ -346,16 +349,17 @@ class Blocks:
                 env=w.env())
         with w.server(["--cache-size", "32M"]) as server:
             for codec, packs, size in self.kinds():
-                w.load(str(server.socket_path), self.name(codec, packs, size), "write",
-                       server.pid, request=131072, seconds=1000, bytes=o.size, packs=packs)
+                w.load(server.socket_path, self.name(codec, packs, size), "write", 0, server.pid,
+                       block_size=131072, time=1000, bytes=o.size,
+                       compressible=PACKS_PERCENT if packs else 0)
                 w.settle()
 
     def work(self, server, kind, work):
         codec, packs, size = kind
         what, random, request = work
         out = self.world.quietly(lambda: self.world.load(
-            str(server.socket_path), self.name(*kind), what, server.pid, random=random,
-            request=request, packs=packs, check=1, seconds=self.o.seconds))
+            server.socket_path, self.name(*kind), what, random, server.pid, block_size=request,
+            compressible=PACKS_PERCENT if packs else 0, time=self.o.seconds))
         self.results.setdefault(kind, {}).setdefault(work, []).append(out)
 
     def round(self, number):
@@ -390,7 +394,7 @@ class Blocks:
                 for codec, packs in columns:
                     outs = self.results[codec, packs, size][work]
                     rate = statistics.median(
-                        o["requests_per_s" if small else "mb_per_s"] for o in outs)
+                        o["iops" if small else "mb_per_s"] for o in outs)
                     cpus = [statistics.median(1e6 * o["cpu"][p] / max(o["requests"], 1)
                                               for o in outs) for p in ("server", "fdbserver")]
                     cells.append(f"{rate:.0f} ({cpus[0]:.0f}, {cpus[1]:.0f})")

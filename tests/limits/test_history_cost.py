@@ -12,7 +12,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from pathlib import Path
 
 import nbd
 import pytest
@@ -32,13 +31,12 @@ ROUNDS = 7 if LONG else 3
 def load(server, export):
     """Random reads from a cold cache: (requests a second, microseconds of the server's CPU for one)."""
     server.restart()
-    used = server.cpu_s()
-    tool = Path(program()[0]).parent / "tests" / "nbd_load"
-    said = subprocess.run([tool, server.socket_path, export, "read", f"request={BLOCK}", "random=1",
-                           "depth=8", f"seconds={LOAD_S}"], capture_output=True, text=True,
-                          check=True, timeout=60 * SLOW)
+    said = subprocess.run([*program(), "--json", "bench", server.uri(export), "--block-size",
+                           str(BLOCK), "--depth", "8", "--time", str(LOAD_S), "--pid",
+                           str(server.pid)], capture_output=True, text=True, check=True,
+                          timeout=60 * SLOW)
     told = json.loads(said.stdout)
-    return told["requests_per_s"], (server.cpu_s() - used) * 1e6 / told["requests"]
+    return told["iops"], told["server_cpu_us_per_request"]
 
 
 def compare(server, exports, what):
