@@ -8,7 +8,7 @@ libxxhash-dev liblz4-dev libzstd-dev libjansson-dev libsystemd-dev"
 
 test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
-e2fsprogs fuse3 util-linux procps openssl"
+e2fsprogs fuse3 util-linux procps openssl nbdkit nbd-server"
 
 [ $# -gt 0 ] || set -- build
 wanted=""
