@@ -2,7 +2,7 @@
 
 BUILD = build
 
-.PHONY: all run check check-long simulate mutants simulate-mutants clean
+.PHONY: all run check check-long simulate mutants simulate-mutants bench clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -51,6 +51,17 @@ mutants:
 simulate-mutants:
 	@scripts/install-deps.sh build test
 	@/usr/bin/python3 tests/sim/mutants.py
+
+# Measures this server beside others: everything (BENCH=full), a part in few minutes (quick), the
+# long random writes (sustained), or workloads by their names (bench/peers.py list names them).
+# A full run's figures are kept in bench/results/ and shown in docs/benchmarks.md.
+BENCH = full
+bench:
+	@scripts/install-deps.sh build bench
+	@$(MAKE) --no-print-directory $(BUILD)/build.ninja
+	@meson configure $(BUILD) -Dtests=enabled
+	@ninja -C $(BUILD) fdb-nbd tests/bare_sync tests/fdb_bare tests/nbd_load
+	@/usr/bin/python3 bench/peers.py run $(BENCH)
 
 clean:
 	rm -rf $(BUILD) build-asan

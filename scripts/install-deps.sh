@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that are missing: those the build needs ("build", the default),
-# those the tests need ("test"), or both. Asks apt for nothing when nothing is missing.
+# those the tests need ("test"), those the comparison with other servers needs ("bench"), or
+# several of these. Asks apt for nothing when nothing is missing.
 set -eu
 
 build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
@@ -8,7 +9,10 @@ libxxhash-dev liblz4-dev libzstd-dev libjansson-dev libsystemd-dev"
 
 test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
-e2fsprogs fuse3 util-linux procps openssl nbdkit nbd-server"
+e2fsprogs fuse3 util-linux procps openssl nbdkit nbd-server python3-matplotlib"
+
+bench_packages="libcmocka-dev python3 python3-matplotlib nbdkit qemu-utils nbd-server fio
+util-linux"
 
 [ $# -gt 0 ] || set -- build
 wanted=""
@@ -16,8 +20,9 @@ for what in "$@"; do
     case $what in
     build) wanted="$wanted $build_packages" ;;
     test) wanted="$wanted $test_packages" ;;
+    bench) wanted="$wanted $bench_packages" ;;
     *)
-        echo "usage: $0 [build] [test]" >&2
+        echo "usage: $0 [build] [test] [bench]" >&2
         exit 2
         ;;
     esac
