@@ -174,7 +174,8 @@ def stages(long_run):
 
     computing = [unit_suite("unit", BUILD, counts), *both(COMPUTING),
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
-    waiting = [*both(WAITING), pytest_suite("fdb", "fdb", BUILD, counts),
+    waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
+               pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("failover", "failover", BUILD, counts)]
     alone = [*both(ALONE),
              pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))]
