@@ -2,7 +2,7 @@
 
 from .results import TARGETS, best, cores, ratio, spread
 from .servers import ALL, OURS
-from .workloads import STAGES, WORKLOADS
+from .workloads import STAGES, SUSTAINED, WORKLOADS
 
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 NONE = "–"
@@ -55,7 +55,7 @@ def targets(result):
             title = ALL[other].title if other in ALL else "bare loop"
             note = t.note(result, ours)
             row += [f"{ranged(found)}, {title}",
-                    "yes" if good else f"**no**{': ' + note if note else ''}"]
+                    ("yes" if good else "**no**") + (f": {note}" if note else "")]
         rows.append(row)
     return table(["target", "must be", "fdb-nbd / best peer", "reached",
                   "no compression / best peer", "reached"], rows)
@@ -65,7 +65,9 @@ def rates(result, stage):
     found, names = measured(result, stage)
     rows = []
     for w in found:
-        row = [w.title + (", MB/s" if w.unit == "mb_per_s" else "")]
+        turn_s = result["turn_s"].get(w.name, 0)
+        row = [w.title + (f", {turn_s:g} s" if w.name in SUSTAINED else "")
+               + (", MB/s" if w.unit == "mb_per_s" else "")]
         for name in names:
             rate, cpu = (spread(result, w.name, name, m) for m in (w.unit, "cpu_us"))
             row.append(f"{number(rate.median)} ({number(cpu.median)})" if rate and cpu else NONE)
@@ -144,7 +146,8 @@ def text(result, charts=()):
     parts += [f"![{title}]({path})" for title, path in charts]
     for stage in STAGES.values():
         if measured(result, stage.name)[0]:
-            parts += [f"### {stage.title[0].upper()}{stage.title[1:]}",
+            # As it was run; sizes may have been others than they are now.
+            parts += [f"### {result['stages'].get(stage.name, {}).get('title', stage.title)}",
                       "Requests/s or MB/s, in brackets µs of the server's CPU for each request.",
                       rates(result, stage.name)]
     for title, body in (("Latency", latencies(result)), ("Who was busy", busy(result)),

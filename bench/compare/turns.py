@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 from . import clients, limits, results, servers, workloads
@@ -24,6 +25,9 @@ WARM_UP_S = 0.3
 # Longer turns warm up by themselves.
 WARM_UP_BELOW_S = 10
 SETTLE_LIMIT_S = 30
+# For the estimate of how long a run takes.
+TURN_OVERHEAD_S = 0.4
+FILL_BYTES_PER_S = 500e6
 BARE = "bare"
 
 
@@ -52,7 +56,7 @@ class Run:
             if self.memory or self.size:
                 stage = workloads.replace(stage, memory=self.memory or stage.memory,
                                           size=self.size or stage.size)
-            say(f"--- {stage.name}: {stage.title}")
+            say(f"--- {stage.name}: {stage.title[0].lower()}{stage.title[1:]}")
             stage_began = time.monotonic()
             self.stage(stage, chosen)
             say(f"--- {stage.name}: {time.monotonic() - stage_began:.0f} s")
@@ -167,15 +171,16 @@ class Run:
             return
         for name in list(up):
             with self.or_without(workload.name, up, name):
-                self.turn(workload, up[name], WARM_UP_S, 0)
+                self.turn(workload, up[name], WARM_UP_S, -1)
 
     def round(self, workload, up, number):
         told = []
         names = turned(list(up), number)
         for name in names:
             with self.or_without(workload.name, up, name):
-                got = self.turn(workload, up[name], self.seconds_of(workload), number + 1)
+                got = self.turn(workload, up[name], self.seconds_of(workload), number)
                 results.add(self.result, workload.name, name, got)
+                self.result["turn_s"][workload.name] = self.seconds_of(workload)
                 told.append(f"{name} {rate(workload, got)} ({got['cpu_us']:.1f} us)")
         if workload.bare:
             got = clients.by_bare_loop(self.bare_sync, self.folder / "bare",
@@ -184,8 +189,11 @@ class Run:
             told.append(f"bare loop {rate(workload, got)}")
         say(f"{workload.name} {number + 1}: " + ", ".join(told))
 
-    def turn(self, workload, server, seconds, seed):
+    def turn(self, workload, server, seconds, number):
         server.check_alive()
+        # The same places for all servers, and others each time, which nobody has cached for that
+        # reason.
+        seed = zlib.crc32(f"{workload.name} {number}".encode())
         before = server.cpu_s()
         if workload.client == "fio":
             got = clients.by_fio(server.uri(), workload, seconds, seed, server.size, self.folder)
@@ -226,16 +234,16 @@ def machine(folder):
 
 
 def expected_s(profile, rounds=None, seconds=None):
-    """About how long a run takes."""
+    """About how long a run takes; without the part on FoundationDB."""
     total = 0
     for stage, chosen in workloads.stages_of(profile):
         who = len([n for n in stage.who if n in profile.who])
         fills = (rounds or profile.sustained_rounds) if stage.alone else 1
-        total += who * fills * (2 + stage.size / 400e6)
+        total += who * fills * (2 + stage.size / FILL_BYTES_PER_S)
         for w in chosen:
             n = rounds or (profile.sustained_rounds if w.name in workloads.SUSTAINED
                            else profile.rounds)
-            total += who * n * (0.6 + (seconds or min(w.seconds, profile.seconds_max)))
+            turn_s = seconds or min(w.seconds, profile.seconds_max)
+            warm_up_s = WARM_UP_S + TURN_OVERHEAD_S if turn_s < WARM_UP_BELOW_S else 0
+            total += who * (n * (turn_s + TURN_OVERHEAD_S) + warm_up_s)
     return total
-
-

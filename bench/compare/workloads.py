@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from . import servers
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# So that the store is in it.
+SUSTAINED_S = 60
 EVERYBODY = tuple(servers.ALL)
 # Over TCP and by fio: one of each kind.
 FEW = ("fdb-nbd", "nbdkit-memory", "nbdkit-file", "qemu-nbd-raw", "nbd-server")
@@ -18,9 +20,8 @@ FEW = ("fdb-nbd", "nbdkit-memory", "nbdkit-file", "qemu-nbd-raw", "nbd-server")
 @dataclass(frozen=True)
 class Stage:
     name: str
-    title: str
     size: int            # of each volume
-    memory: int          # what each server and its files may use of it
+    memory: int          # what each server may use of it, the page cache of its files included
     transport: str = "unix"
     who: tuple = EVERYBODY
     # One server after the other instead of all beside each other: for volumes of which the disk
@@ -30,10 +31,19 @@ class Stage:
     read_once: bool = True
 
     @property
+    def title(self):
+        way = "TCP on the loopback interface" if self.transport == "tcp" else "Unix socket"
+        return f"Volumes of {size_text(self.size)}, {size_text(self.memory)} of memory, {way}"
+
+    @property
     def cache_size(self):
         """Ours: half, because the page cache of the store's files, its index and what is being
         written and sent need theirs."""
         return self.memory // 2
+
+
+def size_text(size):
+    return f"{size // GIB} GiB" if size % GIB == 0 else f"{size / MIB:g} MiB"
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Workload:
     connections: int = 1
     flush_every: int = 0
     client: str = "bench"
-    seconds: float = 1.5
+    seconds: float = 1.3
     # A bare loop on the disk that does the same takes part.
     bare: bool = False
 
@@ -62,12 +72,11 @@ class Workload:
 
 
 STAGES = {s.name: s for s in (
-    Stage("cached", "256 MiB in memory, Unix socket", 256 * MIB, GIB),
-    Stage("tcp", "256 MiB in memory, TCP on the loopback interface", 256 * MIB, GIB, "tcp", FEW),
-    Stage("large", "2 GiB with 512 MiB of memory", 2 * GIB, 512 * MIB, read_once=False),
-    Stage("sustained-1g", "random writes over 1 GiB for 60 s", GIB, GIB, read_once=False),
-    Stage("sustained-8g", "random writes over 8 GiB for 60 s", 8 * GIB, GIB, alone=True,
-          read_once=False),
+    Stage("cached", 256 * MIB, GIB),
+    Stage("tcp", 256 * MIB, GIB, "tcp", FEW),
+    Stage("large", 2 * GIB, 512 * MIB, read_once=False),
+    Stage("sustained-1g", GIB, GIB, read_once=False),
+    Stage("sustained-8g", 8 * GIB, GIB, alone=True, read_once=False),
 )}
 
 
@@ -125,18 +134,18 @@ WORKLOADS = {w.name: w for w in (
              32),
 
     Workload("cold-randread-d32", "4 KiB random read, depth 32, data larger than memory", "large",
-             "randread", 4 * KIB, 32, seconds=4),
+             "randread", 4 * KIB, 32, seconds=3),
     Workload("cold-randread-d1", "4 KiB random read, depth 1, data larger than memory", "large",
-             "randread", 4 * KIB, 1, seconds=3),
+             "randread", 4 * KIB, 1, seconds=2),
     Workload("cold-read-1m", "1 MiB sequential read, depth 8, data larger than memory", "large",
-             "read", MIB, 8, seconds=3),
+             "read", MIB, 8, seconds=2),
     Workload("large-write-1m", "1 MiB sequential write, depth 8, past the cache", "large", "write",
-             MIB, 8, seconds=8),
+             MIB, 8, seconds=6),
 
-    Workload("sustained-1g", "4 KiB random write, depth 32, over 1 GiB for 60 s", "sustained-1g",
-             "randwrite", 4 * KIB, 32, seconds=60),
-    Workload("sustained-8g", "4 KiB random write, depth 32, over 8 GiB for 60 s", "sustained-8g",
-             "randwrite", 4 * KIB, 32, seconds=60),
+    Workload("sustained-1g", "4 KiB random write, depth 32, over 1 GiB", "sustained-1g",
+             "randwrite", 4 * KIB, 32, seconds=SUSTAINED_S),
+    Workload("sustained-8g", "4 KiB random write, depth 32, over 8 GiB", "sustained-8g",
+             "randwrite", 4 * KIB, 32, seconds=SUSTAINED_S),
 )}
 
 
@@ -147,7 +156,7 @@ class Profile:
     rounds: int
     # Of sustained workloads, which take a minute each.
     sustained_rounds: int
-    seconds_max: float = 60
+    seconds_max: float = SUSTAINED_S
     who: tuple = EVERYBODY
 
 
@@ -158,7 +167,7 @@ SUSTAINED = tuple(w for w in WORKLOADS if w.startswith("sustained"))
 
 PROFILES = {p.name: p for p in (
     Profile("full", tuple(WORKLOADS), 3, 1),
-    Profile("quick", QUICK, 2, 1, seconds_max=4),
+    Profile("quick", QUICK, 2, 1, seconds_max=10),
     Profile("sustained", SUSTAINED, 3, 2),
 )}
 
