@@ -31,6 +31,7 @@ from harness import cluster  # noqa: E402
 DOCUMENT = REPO / "docs" / "benchmarks.md"
 CHARTS = REPO / "docs" / "benchmarks"
 KEPT = HERE / "results" / "peers.json"
+FDB_WORDS = ["compare", "--rounds", "2", "--warm", "60", "--inflight", "2,4,8"]
 FDB_LIMIT_S = 1800
 
 
@@ -47,7 +48,7 @@ def with_fdb(result, out):
         result["left_out"].append({"where": "FoundationDB", "server": "all", "why": why})
     else:
         turns.say("--- on FoundationDB")
-        words = [sys.executable, HERE / "fdb.py", "compare", "--rounds", "2", "--warm", "120"]
+        words = [sys.executable, HERE / "fdb.py", *FDB_WORDS]
         if os.access("/dev/shm", os.W_OK):
             # The programs are compared, not their disks.
             words += ["--folder", "/dev/shm"]

@@ -49,7 +49,8 @@ def draw(result, folder):
                                        figsize=(1.2 + 1.75 * len(panels), 0.7 + 0.24 * len(names)))
         for axis, (workload, short) in zip(axes[0], panels):
             panel(axis, result, workload, short, metric, names)
-        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+        noted = "" if all(ALL[n].durable for n in names) else "      * keeps nothing on disk"
+        figure.suptitle(title + noted, fontsize=9, x=0.01, ha="left")
         figure.tight_layout(pad=0.4)
         path = folder / f"{file}.svg"
         figure.savefig(path, metadata={"Date": None, "Creator": None})
@@ -64,19 +65,26 @@ def panel(axis, result, workload, short, metric, names):
              if (s := spread(result, workload, name, metric))]
     most = max((s.high for _, _, s in found), default=1) / scale
     for at, name, s in found:
-        axis.barh(at, s.median / scale, height=0.7, color=OUR_COLOURS.get(name, PEER_COLOUR))
-        # From the least to the greatest of the rounds.
-        axis.plot([s.low / scale, s.high / scale], [at, at], color="#404040", linewidth=0.8)
+        axis.barh(at, s.median / scale, height=0.7, clip_on=False, color=OUR_COLOURS.get(name, PEER_COLOUR))
+        if s.high > s.low:
+            # From the least to the greatest of the rounds.
+            axis.plot([s.low / scale, s.high / scale], [at, at], color="#404040", linewidth=0.8,
+                      clip_on=False)
         value = s.median / scale
         axis.text(s.high / scale + most * 0.03, at, f"{value:.0f}" if value >= 99.5 else
                   f"{value:.1f}", va="center", fontsize=7)
-    axis.set_yticks(range(len(names)), [ALL[n].title for n in names])
+    axis.set_yticks(range(len(names)), [label_of(ALL[n]) for n in names])
     for label, name in zip(axis.get_yticklabels(), names):
         label.set_fontweight("bold" if name in OURS else "normal")
     axis.set_title(short, fontsize=8)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlim(0, most * 1.3)
-    axis.locator_params(axis="x", nbins=3)
-    axis.tick_params(length=2)
-    for side in ("top", "right"):
+    # Each bar says its value.
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
+
+
+def label_of(server):
+    return server.title if server.durable else f"{server.title} *"

@@ -20,6 +20,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 
+from harness import rawnbd  # noqa: E402
 from harness.waiting import free_port, wait_until  # noqa: E402
 
 START_LIMIT_S = 30
@@ -77,6 +78,8 @@ class Server:
     disk_factor = 1.1
     # Its data may be larger than its memory.
     spills = True
+    # How long it may look idle with work of earlier writes still to be done.
+    defers_s = 0
     program = ""
 
     def __init__(self, folder, stage, limit):
@@ -88,6 +91,9 @@ class Server:
         self.image = self.folder / "image"
         self.pid = None
         self.log = None
+        # A client that is connected all the time, as of a device that is mounted: between its
+        # last client and the next a server may give up what it has in its cache.
+        self.stays = None
 
     # What each server is ---------------------------------------------------
 
@@ -124,7 +130,10 @@ class Server:
         self.spawn()
         try:
             wait_until(self.answers, START_LIMIT_S, f"{self.name} accepts connections", 0.02)
-        except AssertionError as e:
+            self.stays = rawnbd.connect(None, "v", address=self.address(),
+                                        timeout_s=START_LIMIT_S)
+            self.stays.read(0, 4096)
+        except (AssertionError, OSError, rawnbd.ProtocolError) as e:
             raise Failed(f"{e}\n{self.log_tail()}") from None
 
     def spawn(self):
@@ -136,12 +145,15 @@ class Server:
                                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=self.log,
                                 stderr=self.log)
 
+    def address(self):
+        return ("127.0.0.1", self.port) if self.tcp else str(self.socket)
+
     def answers(self):
         self.check_alive()
         with socket.socket(socket.AF_INET if self.tcp else socket.AF_UNIX) as s:
             s.settimeout(5)
             try:
-                s.connect(("127.0.0.1", self.port) if self.tcp else str(self.socket))
+                s.connect(self.address())
                 return s.recv(8) == b"NBDMAGIC"
             except OSError:
                 return False
@@ -162,19 +174,22 @@ class Server:
     def cpu_s(self):
         return family_cpu_s(self.pid)
 
-    def settle(self, limit_s):
+    def settle(self, wrote, limit_s):
         """Waits until the server has nothing left to do, so that it does not disturb the next
         one and what it does later is counted with what caused it."""
-        until = time.monotonic() + limit_s
+        now = time.monotonic()
+        least, until = now + (self.defers_s if wrote else 0), now + limit_s
         used = self.cpu_s()
         while time.monotonic() < until:
             time.sleep(0.1)
             before, used = used, self.cpu_s()
-            if used - before < 1.5 / TICKS:
+            if used - before < 1.5 / TICKS and time.monotonic() > least:
                 return
 
     def stop(self):
         """Ends it, with all below it, and removes what it kept."""
+        if self.stays:
+            self.stays.close()
         if self.pid is not None:
             below = family(self.pid)[1:]
             self.end(self.pid, signal.SIGTERM) or self.end(self.pid, signal.SIGKILL)
@@ -212,6 +227,8 @@ class FdbNbd(Server):
     program = os.environ.get("FDB_NBD", str(REPO / "build" / "fdb-nbd"))
     # Blocks are written out of place, and there is a log.
     disk_factor = 1.6
+    # What was written last is in the log, and is committed when it is a second old.
+    defers_s = 1.2
     compression = "lz4"
 
     def store(self):

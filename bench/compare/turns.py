@@ -127,7 +127,7 @@ class Run:
                 with self.or_without(stage.name, up, name):
                     server.start()
                     clients.fill(server.uri(), stage.size)
-                    server.settle(SETTLE_LIMIT_S)
+                    server.settle(True, SETTLE_LIMIT_S)
                     if stage.read_once:
                         clients.read_once(server.uri(), stage.size)
             yield up
@@ -199,7 +199,7 @@ class Run:
             got = clients.by_fio(server.uri(), workload, seconds, seed, server.size, self.folder)
         else:
             got = clients.by_bench(server.uri(), workload, seconds, seed)
-        server.settle(SETTLE_LIMIT_S)
+        server.settle(workload.writes, SETTLE_LIMIT_S)
         got["cpu_us"] = (server.cpu_s() - before) * 1e6 / max(got["requests"], 1)
         return got
 
@@ -246,4 +246,7 @@ def expected_s(profile, rounds=None, seconds=None):
             turn_s = seconds or min(w.seconds, profile.seconds_max)
             warm_up_s = WARM_UP_S + TURN_OVERHEAD_S if turn_s < WARM_UP_BELOW_S else 0
             total += who * (n * (turn_s + TURN_OVERHEAD_S) + warm_up_s)
+            if w.writes:
+                total += (n + 1) * sum(servers.ALL[name].defers_s for name in stage.who
+                                       if name in profile.who)
     return total
