@@ -930,6 +930,10 @@ static void lane_turn(struct reactor_hook *hook)
         list_splice_tail(&lane->flush, &kept);
     } while (!list_empty(&lane->ready) || (may && !list_empty(&lane->flush)));
     lane->turned_ms = lane_now_ms(lane);
+    /* A single request, answered at once: its client waited for that. */
+    if (lane->n_taken)
+        reactor_expects(lane->reactor, lane->n_taken == 1 && lane->n_requests == 0);
+    lane->n_taken = 0;
 }
 
 /* A client that stops in the middle of a payload keeps memory from others. So does one that

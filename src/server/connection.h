@@ -229,6 +229,7 @@ struct lane {
     struct env_task task;
     struct request *free_requests;
     unsigned n_free_requests, n_requests; /* kept; under way */
+    unsigned n_taken; /* requests, since the last turn was over */
     struct out *free_outs;
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */

@@ -5,11 +5,17 @@
  * anything; those of other threads take one lock and wake the loop. Timers are few (the
  * layers above sweep where they have many), so a sorted list and one libuv timer serve them.
  * They count time by the boot clock, which goes on while the machine sleeps.
+ *
+ * A client that sends one request after another waits for us, and we for it; each time one of two
+ * cores falls asleep and has to be woken, which on a virtual machine takes longer than all the rest.
+ * So the loop stays awake for a moment (reactor_expects). What that may cost is bounded: a look in
+ * vain, of AWAKE_NS, is preceded by QUICK_MIN answers that followed one another within QUICK_NS.
  */
 #include "server/reactor.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,6 +32,13 @@
 #define NS_PER_MS 1000000u
 #define WORKER_THREADS_MIN 4u
 #define WORKER_THREADS_MAX 64u
+
+#define AWAKE_NS 50000u
+#define QUICK_NS 150000u
+#define QUICK_MIN 16u
+/* So long between two looks: somebody else wanted the core, and is let alone for a while. */
+#define PUSHED_ASIDE_NS 25000u
+#define ASIDE_NS 10000000u
 
 struct task_queue {
     struct env_task *first, **last;
@@ -49,6 +62,11 @@ struct reactor {
     struct list timers;       /* by due_ns */
     struct list hooks;
     size_t n_working;
+    /* Looking for what a client sends next. */
+    bool expects, awake;
+    unsigned n_awake_max; /* reactors at once */
+    uint64_t expects_since_ns, looked_ns, aside_until_ns;
+    uint32_t n_quick; /* answers that followed the one before closely */
     /* In reactor_run_once(): something ran before the poll, which must not wait then, because
      * it may have been what the caller is waiting for. */
     bool single, ran;
@@ -265,6 +283,66 @@ static const struct env_ops ops = {
     .random = random_bytes,
 };
 
+/* --- staying awake ------------------------------------------------------------------------ */
+
+static atomic_uint n_awake; /* reactors that are */
+
+static unsigned awake_max(void)
+{
+    cpu_set_t cores;
+    return sched_getaffinity(0, sizeof cores, &cores) == 0 ? (unsigned)CPU_COUNT(&cores) / 2 : 0;
+}
+
+static void fall_asleep(struct reactor *r)
+{
+    if (r->awake)
+        atomic_fetch_sub_explicit(&n_awake, 1, memory_order_relaxed);
+    r->awake = r->expects = false;
+}
+
+static bool wake_up(struct reactor *r)
+{
+    if (atomic_fetch_add_explicit(&n_awake, 1, memory_order_relaxed) < r->n_awake_max)
+        r->awake = true;
+    else
+        atomic_fetch_sub_explicit(&n_awake, 1, memory_order_relaxed);
+    return r->awake;
+}
+
+void reactor_expects(struct reactor *r, bool soon)
+{
+    if (!soon || r->n_awake_max == 0) {
+        fall_asleep(r);
+        return;
+    }
+    uint64_t now = clock_ns(CLOCK_MONOTONIC);
+    if (now - r->expects_since_ns >= QUICK_NS)
+        r->n_quick = 0;
+    else if (r->n_quick < QUICK_MIN)
+        r->n_quick++;
+    r->expects_since_ns = r->looked_ns = now;
+    r->expects = true;
+}
+
+/* Whether the loop looks again instead of sleeping. */
+static bool stays_awake(struct reactor *r)
+{
+    if (!r->expects)
+        return false;
+    uint64_t now = clock_ns(CLOCK_MONOTONIC);
+    if (r->awake && now - r->looked_ns >= PUSHED_ASIDE_NS)
+        r->aside_until_ns = now + ASIDE_NS;
+    r->looked_ns = now;
+    bool quick = r->n_quick == QUICK_MIN;
+    if (quick && now - r->expects_since_ns < AWAKE_NS && now >= r->aside_until_ns &&
+        r->n_working == 0 && (r->awake || wake_up(r)))
+        return true;
+    if (r->awake)
+        r->n_quick = 0; /* in vain */
+    fall_asleep(r);
+    return false;
+}
+
 /* --- the loop ------------------------------------------------------------------------------ */
 
 static void on_hurry(uv_idle_t *handle)
@@ -291,7 +369,7 @@ static void on_before_poll(uv_prepare_t *handle)
 {
     struct reactor *r = handle->data;
     run_turn(r);
-    if (r->local.first || (r->single && r->ran))
+    if (r->local.first || (r->single && r->ran) || stays_awake(r))
         uv_idle_start(&r->hurry, on_hurry);
     else
         uv_idle_stop(&r->hurry);
@@ -313,6 +391,7 @@ enum status reactor_new(struct reactor **out, struct err *e)
     set_worker_threads();
     struct reactor *r = mem_zalloc(sizeof *r);
     r->env.ops = &ops;
+    r->n_awake_max = awake_max();
     queue_init(&r->local);
     queue_init(&r->remote);
     pthread_mutex_init(&r->lock, NULL);
@@ -391,6 +470,7 @@ void reactor_free(struct reactor *r)
     if (!r)
         return;
     reactor_join(r);
+    fall_asleep(r);
     atomic_store(&r->owner, (unsigned long)pthread_self());
     atomic_store(&r->stopping, false);
 

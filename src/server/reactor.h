@@ -52,6 +52,12 @@ struct uv_loop_s *reactor_loop(struct reactor *r);
  * what there is. Takes the environment, because that is what the layers below hold. */
 void reactor_run_once(struct env *env);
 
+/* A client was answered and asks one thing after another: the next request may follow at once,
+ * unless not `soon`. Where such requests have followed one another closely for a while, the loop
+ * looks for the next one for some microseconds before it sleeps: being woken costs more. Never on
+ * a machine with one core, nor on more than half of the cores. Reactor thread. */
+void reactor_expects(struct reactor *r, bool soon);
+
 /* Hooks run in the order added. Reactor thread, or while it does not run. */
 void reactor_hook_add(struct reactor *r, struct reactor_hook *hook);
 void reactor_hook_remove(struct reactor_hook *hook);

@@ -841,6 +841,7 @@ static void take_cache(struct conn *c, const struct nbd_request *r)
 
 static void carry_out(struct conn *c, const struct nbd_request *r)
 {
+    c->lane->n_taken++;
     switch (r->command) {
     case NBD_CMD_READ:
         if (r->length)

@@ -2,6 +2,7 @@
 #include "test.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include "server/reactor.h"
@@ -169,6 +170,95 @@ static void hooks_run_each_turn(void **state)
     reactor_free(r);
 }
 
+struct bell {
+    struct env_timer timer;
+    bool rang;
+};
+
+static void ring(struct env_timer *timer)
+{
+    container_of(timer, struct bell, timer)->rang = true;
+}
+
+/* Runs of the hooks until a timer ends the waiting, whose own are a few. */
+#define FEW_RUNS 10
+static int runs_while_waiting(struct reactor *r)
+{
+    struct bell bell = {.timer.fire = ring};
+    hook_runs = 0;
+    env_timer_start(reactor_env(r), &bell.timer, 3);
+    while (!bell.rang)
+        reactor_run_once(reactor_env(r));
+    return hook_runs;
+}
+
+static void answer(struct reactor *r, int n)
+{
+    while (n-- > 0)
+        reactor_expects(r, true);
+}
+
+/* Whether the loop looked for more; another program may have pushed it aside, so it has several
+ * chances. */
+static bool stays_awake_after(struct reactor *r, int n)
+{
+    for (int i = 0; i < 20; i++) {
+        answer(r, n);
+        if (runs_while_waiting(r) > FEW_RUNS)
+            return true;
+        usleep(11000); /* it lets others have the core for so long */
+    }
+    return false;
+}
+
+static void stays_awake_for_quick_clients_only(void **state)
+{
+    (void)state;
+    cpu_set_t cores;
+    bool may = sched_getaffinity(0, sizeof cores, &cores) == 0 && CPU_COUNT(&cores) > 1;
+    struct reactor *r = fresh();
+    struct reactor_hook hook = {.run = count_hook};
+    reactor_hook_add(r, &hook);
+    assert_int_equal(stays_awake_after(r, 100), may);
+    /* In vain, so not again for a single answer; nor for a few. */
+    answer(r, 1);
+    assert_true(runs_while_waiting(r) <= FEW_RUNS);
+    answer(r, 10);
+    assert_true(runs_while_waiting(r) <= FEW_RUNS);
+    /* Something else came. */
+    answer(r, 100);
+    reactor_expects(r, false);
+    assert_true(runs_while_waiting(r) <= FEW_RUNS);
+    /* Answers that are far apart. */
+    for (int i = 0; i < 100; i++) {
+        answer(r, 1);
+        usleep(200);
+    }
+    assert_true(runs_while_waiting(r) <= FEW_RUNS);
+    reactor_hook_remove(&hook);
+    reactor_free(r);
+}
+
+static void one_core_is_left_to_others(void **state)
+{
+    (void)state;
+    cpu_set_t all, one;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    size_t first = 0;
+    while (!CPU_ISSET(first, &all))
+        first++;
+    CPU_ZERO(&one);
+    CPU_SET(first, &one);
+    assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+    struct reactor *r = fresh();
+    struct reactor_hook hook = {.run = count_hook};
+    reactor_hook_add(r, &hook);
+    assert_false(stays_awake_after(r, 100));
+    reactor_hook_remove(&hook);
+    reactor_free(r);
+    assert_int_equal(sched_setaffinity(0, sizeof all, &all), 0);
+}
+
 static void random_differs(void **state)
 {
     (void)state;
@@ -187,6 +277,8 @@ int main(void)
         cmocka_unit_test(tasks_keep_their_order), cmocka_unit_test(tasks_from_another_thread),
         cmocka_unit_test(timers_fire_in_order),   cmocka_unit_test(work_runs_elsewhere),
         cmocka_unit_test(hooks_run_each_turn),    cmocka_unit_test(random_differs),
+        cmocka_unit_test(stays_awake_for_quick_clients_only),
+        cmocka_unit_test(one_core_is_left_to_others),
     };
     return cmocka_run_group_tests_name("server_reactor", tests, NULL, NULL);
 }
