@@ -30,6 +30,14 @@ void *mem_zalloc(size_t size)
     return p;
 }
 
+void *mem_alloc_aligned(size_t align, size_t size)
+{
+    void *p = aligned_alloc(align, size);
+    if (!p)
+        out_of_memory(size);
+    return p;
+}
+
 void *mem_realloc(void *p, size_t size)
 {
     void *q = realloc(p, size ? size : 1);

@@ -12,6 +12,8 @@
  * Freed with free(). Any thread. */
 void *mem_alloc(size_t size) __attribute__((malloc, returns_nonnull));
 void *mem_zalloc(size_t size) __attribute__((malloc, returns_nonnull));
+/* At a multiple of `align`, a power of two that `size` is a multiple of. */
+void *mem_alloc_aligned(size_t align, size_t size) __attribute__((malloc, returns_nonnull));
 void *mem_realloc(void *p, size_t size) __attribute__((returns_nonnull));
 char *mem_strdup(const char *text) __attribute__((malloc, returns_nonnull));
 

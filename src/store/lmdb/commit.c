@@ -28,7 +28,6 @@
 #define ROUND_BYTES_MAX (128ull << 20)
 #define RECLAIM_EXTENTS_MAX 65536u
 #define PROGRESS_EVERY 256u
-#define IOVS 1024
 
 #define IDLE_MS 1000u
 #define WAIT_AGAIN_MS 20u
@@ -40,11 +39,6 @@
 #define PUNCH_UNITS_MAX ((1ull << 30) / SPACE_UNIT_BYTES)
 #define PUNCH_SLACK_BYTES (256ull << 20)
 #define PUNCH_LOOKS 65536u
-
-/* Writeback is started behind payloads at once, so that the sync finds it under way. */
-#define WRITE_BEHIND_BYTES (1u << 20)
-
-static const uint8_t zero_unit[SPACE_UNIT_BYTES];
 
 /* One transaction in the making. */
 struct round {
@@ -60,10 +54,7 @@ struct round {
     struct space_extents runs; /* space for the bodies of the commit at hand */
     size_t run;                /* the one in use, and units used of it */
     uint64_t run_used;
-    struct iovec iov[IOVS];
-    int n_iov;
-    uint64_t iov_offset, iov_bytes;
-    bool wrote;
+    struct lm_payload *payload;
     bool applied; /* some commit took effect */
     int64_t unreserved_units;
     uint8_t *value; /* LM_VALUE_BYTES_MAX */
@@ -76,39 +67,8 @@ static MDB_val to_val(struct slice s)
 
 /* ---- payloads ---- */
 
-static enum status payload_flush(struct round *r)
-{
-    if (r->n_iov == 0)
-        return ST_OK;
-    enum status st = lm_write_all(r->lm->blocks_fd, r->iov, r->n_iov, r->iov_offset);
-    if (!st && r->iov_bytes >= WRITE_BEHIND_BYTES)
-        (void)sync_file_range(r->lm->blocks_fd, (off_t)r->iov_offset, (off_t)r->iov_bytes,
-                              SYNC_FILE_RANGE_WRITE);
-    r->wrote = true;
-    r->n_iov = 0;
-    r->iov_bytes = 0;
-    lm_lock_progress(r->lm);
-    return st;
-}
-
-static enum status payload_add(struct round *r, uint64_t offset, const void *data, size_t len)
-{
-    if (r->n_iov == IOVS || (r->n_iov > 0 && r->iov_offset + r->iov_bytes != offset)) {
-        enum status st = payload_flush(r);
-        if (st)
-            return st;
-    }
-    if (r->n_iov == 0)
-        r->iov_offset = offset;
-    r->iov[r->n_iov++] = (struct iovec){(void *)(uintptr_t)data, len};
-    r->iov_bytes += len;
-    return ST_OK;
-}
-
-/* Puts a body into the space taken for the commit and says where in `pieces`. Whole units
- * are written, so that the kernel never has to read one to fill it up. */
-static enum status body_place(struct round *r, struct slice body, uint64_t *pieces,
-                              uint32_t *n_pieces)
+/* Puts a body into the space taken for the commit and says where in `pieces`. */
+static void body_place(struct round *r, struct slice body, uint64_t *pieces, uint32_t *n_pieces)
 {
     const uint8_t *data = body.data;
     size_t left = body.len;
@@ -119,12 +79,7 @@ static enum status body_place(struct round *r, struct slice body, uint64_t *piec
         uint64_t units =
             min_u64((left + SPACE_UNIT_BYTES - 1) / SPACE_UNIT_BYTES, run->units - r->run_used);
         size_t len = min_u64(left, units * SPACE_UNIT_BYTES);
-        enum status st = payload_add(r, start * SPACE_UNIT_BYTES, data, len);
-        if (!st && len % SPACE_UNIT_BYTES)
-            st = payload_add(r, start * SPACE_UNIT_BYTES + len, zero_unit,
-                             SPACE_UNIT_BYTES - len % SPACE_UNIT_BYTES);
-        if (st)
-            return st;
+        lm_payload_add(r->payload, start * SPACE_UNIT_BYTES, data, len);
         pieces[(*n_pieces)++] = space_pack(start, units);
         data += len;
         left -= len;
@@ -134,7 +89,6 @@ static enum status body_place(struct round *r, struct slice body, uint64_t *piec
             r->run_used = 0;
         }
     }
-    return ST_OK;
 }
 
 /* ---- one commit ---- */
@@ -236,13 +190,11 @@ static void pieces_free(struct round *r, const MDB_val *key, const MDB_val *old)
     }
 }
 
-static int mutate_set(struct round *r, const struct store_mutation *m, enum status *st)
+static int mutate_set(struct round *r, const struct store_mutation *m)
 {
     uint64_t pieces[256];
     uint32_t n_pieces = 0;
-    *st = body_place(r, m->body, pieces, &n_pieces);
-    if (*st)
-        return 0;
+    body_place(r, m->body, pieces, &n_pieces);
     MDB_val k = to_val(m->key), old;
     int rc = mdb_cursor_get(r->keys, &k, &old, MDB_SET);
     if (rc == 0)
@@ -287,11 +239,10 @@ static enum status commit_mutate(struct round *r, const struct store_commit *c)
 {
     for (size_t i = 0; i < c->n_mutations; i++) {
         const struct store_mutation *m = &c->mutations[i];
-        enum status st = ST_OK;
         int rc = 0;
         switch (m->kind) {
         case STORE_SET:
-            rc = mutate_set(r, m, &st);
+            rc = mutate_set(r, m);
             break;
         case STORE_CLEAR:
             rc = mutate_clear(r, m->key);
@@ -302,10 +253,8 @@ static enum status commit_mutate(struct round *r, const struct store_commit *c)
         }
         if (rc) {
             log_error("store %s: a commit failed in LMDB: %s", r->lm->dir, mdb_strerror(rc));
-            st = lm_status(rc) == ST_NOSPC ? ST_NOSPC : ST_IO;
+            return lm_status(rc) == ST_NOSPC ? ST_NOSPC : ST_IO;
         }
-        if (st)
-            return st;
         if (i % PROGRESS_EVERY == PROGRESS_EVERY - 1)
             lm_lock_progress(r->lm);
     }
@@ -350,6 +299,7 @@ static enum status commit_one(struct round *r, struct store_commit *c)
 
 static void attempt_undo(struct round *r)
 {
+    lm_payload_cancel(r->payload);
     if (r->keys)
         mdb_cursor_close(r->keys);
     r->keys = NULL;
@@ -365,9 +315,7 @@ static void attempt_undo(struct round *r)
 
 static enum status attempt_begin(struct round *r)
 {
-    r->n_iov = 0;
-    r->iov_bytes = 0;
-    r->wrote = r->applied = false;
+    r->applied = false;
     r->lm->round_units = 0;
     enum status st = lm_write_begin(r->lm, &r->txn);
     if (st)
@@ -454,10 +402,11 @@ static bool settle(struct lm *lm, uint64_t token)
 static enum status attempt_finish(struct round *r)
 {
     struct lm *lm = r->lm;
-    enum status st = payload_flush(r);
+    bool wrote;
+    enum status st = lm_payload_finish(r->payload, &wrote);
     if (st)
         return st;
-    if (r->wrote && fdatasync(lm->blocks_fd) < 0) {
+    if (wrote && fdatasync(lm->blocks_fd) < 0) {
         log_error("store %s: cannot sync the data file: %s", lm->dir, strerror(errno));
         return errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_IO;
     }
@@ -814,6 +763,7 @@ static void *commit_thread(void *arg)
     struct round *r = mem_zalloc(sizeof *r);
     r->lm = lm;
     r->value = mem_alloc(LM_VALUE_BYTES_MAX);
+    r->payload = lm_payload_new(lm);
     struct list commits = LIST_INIT(commits), waits = LIST_INIT(waits), jobs = LIST_INIT(jobs);
     for (;;) {
         unsigned pause_ms = !list_empty(&waits)                      ? WAIT_AGAIN_MS
@@ -835,6 +785,7 @@ static void *commit_thread(void *arg)
         waits_answer(lm, &waits);
     }
     space_extents_free(&r->runs);
+    lm_payload_free(r->payload);
     free(r->value);
     free(r);
     return NULL;

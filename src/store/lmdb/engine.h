@@ -7,8 +7,8 @@
  * which the processes that have the store open know of each other, and `bell`,
  * by which they wake each other. docs/format-lmdb.md states all of it to the byte.
  *
- * Threads: one commit thread per open store does every write transaction; reads
- * run on worker threads; one minder thread watches over a stuck writer lock and
+ * Threads: one commit thread per open store does every write transaction, and has
+ * a few to write bodies; reads run on worker threads; one minder thread watches over a stuck writer lock and
  * over keys; each open log has a thread for its syncs.
  */
 #ifndef STORE_LMDB_ENGINE_H
@@ -291,6 +291,27 @@ void lm_file_in_place(int fd);
 
 /* Writes all of `iov` at byte `offset`. ST_NOSPC, ST_IO. Changes `iov`. */
 enum status lm_write_all(int fd, struct iovec *iov, int n_iov, uint64_t offset);
+
+/* ---- payload.c ---- */
+
+/* The bodies of one transaction at a time, on their way to the data file. Commit thread. */
+struct lm_payload;
+
+struct lm_payload *lm_payload_new(struct lm *lm);
+
+/* Nothing is under way. */
+void lm_payload_free(struct lm_payload *payload);
+
+/* Writes a body, or a part of it, to byte `offset` of the data file, where a unit begins; zeros
+ * up to the end of its last unit. `data` must stay as it is until all is finished or cancelled. */
+void lm_payload_add(struct lm_payload *payload, uint64_t offset, const void *data, size_t len);
+
+/* Waits until everything added is written, if not yet durable. `wrote`: there was anything.
+ * ST_NOSPC, ST_IO. */
+enum status lm_payload_finish(struct lm_payload *payload, bool *wrote);
+
+/* Waits until nothing is under way any more; what was added may be written or not. */
+void lm_payload_cancel(struct lm_payload *payload);
 
 /* ---- watch.c ---- */
 
