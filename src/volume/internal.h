@@ -185,6 +185,7 @@ struct gen {
     struct list dirty; /* blk.dirty while open */
     uint64_t n_dirty, dirty_bytes;
     uint64_t weight; /* the most bytes its commit can have; see weight.c */
+    uint32_t n_rows1; /* level-1 rows that blocks in it belong to; some counted more than once */
     uint64_t rows_counted[GENERATION_ROWS_COUNTED]; /* rows in the weight; not all of them */
     struct store_reservation reserved;
     struct gen_range *ranges;

@@ -167,8 +167,10 @@ static bool row_counted(struct gen *g, unsigned level, uint64_t no)
 
 static void count_row1(struct gen *g, uint64_t no)
 {
-    if (!row_counted(g, 1, no / ROW_BLOCKS))
-        g->weight += row1_weight(g->vol);
+    if (row_counted(g, 1, no / ROW_BLOCKS))
+        return;
+    g->n_rows1++;
+    g->weight += row1_weight(g->vol);
 }
 
 static void count_row2(struct gen *g, uint64_t no)

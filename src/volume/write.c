@@ -508,8 +508,21 @@ static void log_op(struct volume *vol, struct vol_io *io, uint8_t kind, uint8_t 
     list_add_tail(&s->submitted, &io->link);
 }
 
+/* So much of blocks that lie close together is worth a commit: a larger one would not change
+ * fewer pages of the index, and the log has room for several, so that one fills and one is
+ * encoded while one commits. */
+#define SEAL_DENSE_BYTES (16u << 20)
+#define DENSE_BLOCKS_PER_ROW (INDEX_FANOUT / 4)
+
+static bool dense_enough(const struct volume *vol)
+{
+    const struct gen *g = vol->open;
+    return g->dirty_bytes >= SEAL_DENSE_BYTES && vol->gens_queued < 2 &&
+           g->n_dirty >= (uint64_t)g->n_rows1 * DENSE_BLOCKS_PER_ROW;
+}
+
 /* Behind it: stores without a log commit as soon as they can (at the end of the batch), the
- * others when a generation is full or old, or when half of the log is in use. */
+ * others when a generation is full, or dense, or old, or when half of the log is in use. */
 static void operation_done(struct volume *vol, struct vol_io *io)
 {
     struct shard *s = vol->shard;
@@ -517,8 +530,9 @@ static void operation_done(struct volume *vol, struct vol_io *io)
     s->seal_wanted |= !shard_uses_log(s);
     /* A full one is prepared and encoded while the one before commits. */
     if (vol->open->dirty_bytes >= s->generation_bytes_max ||
-        (shard_uses_log(s) && !vol->gens_queued &&
-         store_log_room(s->log) < store_log_capacity(s->log) / 2))
+        (shard_uses_log(s) &&
+         (dense_enough(vol) || (!vol->gens_queued && store_log_room(s->log) <
+                                                         store_log_capacity(s->log) / 2))))
         gen_seal(vol, false);
 }
 

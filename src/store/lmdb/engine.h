@@ -8,8 +8,8 @@
  * by which they wake each other. docs/format-lmdb.md states all of it to the byte.
  *
  * Threads: one commit thread per open store does every write transaction, and has
- * a few to write bodies; reads run on worker threads; one minder thread watches over a stuck writer lock and
- * over keys; each open log has a thread for its syncs.
+ * a few to write bodies; reads run on worker threads; one minder thread watches over
+ * a stuck writer lock and over keys; each open log has a thread for its syncs.
  */
 #ifndef STORE_LMDB_ENGINE_H
 #define STORE_LMDB_ENGINE_H
