@@ -59,6 +59,7 @@ struct cli {
     uint32_t lease_ms;            /* of the command's session, and of the store's patience */
     uint32_t store_timeout_ms;    /* serve: store_options.timeout_ms */
     uint64_t quota_bytes;         /* serve: store_options.quota_bytes */
+    bool own_cache;               /* serve: store_options.own_cache */
     bool wait_for_store;          /* serve: STORE_WAIT */
     struct cli_setting *settings; /* of the file */
     size_t n_settings, cap_settings;

@@ -112,6 +112,7 @@ int run_begin(struct run *run, struct cli *cli, enum run_mode mode)
                                              (cli->wait_for_store ? STORE_WAIT : 0u),
                                     .lease_ms = cli->lease_ms,
                                     .timeout_ms = cli->store_timeout_ms,
+                                    .own_cache = cli->own_cache,
                                     .quota_bytes = cli->quota_bytes};
     enum status st = store_open(cli->store_uri, &options, &run->store, &e);
     if (st != ST_OK) {

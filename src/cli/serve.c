@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "base/memlimit.h"
 #include "cli/run.h"
 #include "server/server.h"
 #include "volume/recovery.h"
@@ -356,6 +357,7 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         cli->lease_ms = (uint32_t)o.lease_ms;
         cli->store_timeout_ms = (uint32_t)o.store_timeout_ms;
         cli->quota_bytes = o.quota_bytes;
+        cli->own_cache = o.cache_bytes >= memory_limit_bytes() / 2;
         cli->wait_for_store = true;
         status = run_begin(&run, cli,
                            o.n_creates   ? RUN_CREATE

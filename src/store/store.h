@@ -50,7 +50,8 @@ struct store_limits {
 struct store_get {
     struct slice key;     /* in; owned by the caller until released */
     void *body;           /* in: where the body goes; NULL: the body is not read */
-    uint32_t body_cap;    /* in: bytes at `body`; a longer body gives ST_IO for this get */
+    uint32_t body_cap;    /* in: bytes at `body`; a longer body gives ST_IO for this get; what is
+                             behind a shorter one may be overwritten */
     enum status st;       /* out: ST_OK, ST_NOTFOUND, or ST_IO for this key alone */
     struct slice head;    /* out: the engine's, until store_read_release */
     uint32_t body_len;    /* out: length of the body, also where it was not read */
@@ -93,8 +94,12 @@ struct store_read {
     void (*done)(struct store_read *read, enum status st);
 
     struct store *store; /* the engine's, from here on */
+    struct env *env;
     struct env_work work;
-    void *arena;
+    struct env_task task;
+    struct list link;
+    void *arena, *batch;
+    uint32_t bodies_pending;
     enum status result;
 };
 
@@ -250,6 +255,8 @@ struct store_options {
                              engine's writer lock and does nothing) is borne */
     unsigned timeout_ms;  /* reads that the store does not answer for so long fail with
                              ST_UNAVAIL; 0: they wait. Commits always wait */
+    bool own_cache;       /* the caller's cache has most of the memory there is: what is read need
+                             not be kept by the system as well */
     uint64_t quota_bytes; /* reservations beyond this many bytes in use are refused; 0: none */
 };
 

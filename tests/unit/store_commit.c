@@ -12,6 +12,16 @@ static int begin(void **state)
     return 0;
 }
 
+static int begin_own_cache(void **state)
+{
+    begin(state);
+    struct test_store *t = *state;
+    store_close(t->store);
+    t->own_cache = true;
+    test_store_reopen(t);
+    return 0;
+}
+
 static int end(void **state)
 {
     test_store_end(*state);
@@ -182,7 +192,7 @@ static void test_bodies_model(void **state)
     struct chance chance = chance_begin("bodies");
     uint8_t *bodies[KEYS] = {0};
     uint32_t lens[KEYS] = {0};
-    uint8_t *got = mem_alloc(1u << 20);
+    uint8_t *got = aligned_alloc(4096, 1u << 20);
     for (int step = 0; step < STEPS; step++) {
         struct store_mutation m[8];
         char keys[8][8];
@@ -238,15 +248,16 @@ static void test_bodies_model(void **state)
     free(got);
 }
 
-/* One read call for many bodies that lie side by side, some read without their body. */
+/* One read call for many bodies that lie side by side, some read without their body, some into
+ * memory that is not aligned. */
 static void test_many_gets_at_once(void **state)
 {
     struct test_store *t = *state;
-    enum { N = 300 };
+    enum { N = 300, ROOM = 8192 };
     static struct store_mutation m[N];
     static struct store_get gets[N];
     static char names[N][8];
-    uint8_t *bodies = mem_alloc(N * 5000), *got = mem_alloc(N * 5000);
+    uint8_t *bodies = mem_alloc(N * 5000), *got = aligned_alloc(4096, N * ROOM);
     struct chance chance = chance_begin("gets");
     chance_fill(&chance, bodies, N * 5000);
     for (size_t i = 0; i < N; i++) {
@@ -254,8 +265,8 @@ static void test_many_gets_at_once(void **state)
         m[i] = (struct store_mutation){
             STORE_SET, text(names[i]), text("h"), {bodies + 5000 * i, 1 + i * 16}};
         gets[i] = (struct store_get){.key = text(names[i]),
-                                     .body = i % 7 ? got + 5000 * i : NULL,
-                                     .body_cap = i == 100 ? 10 : 5000};
+                                     .body = i % 7 ? got + ROOM * i + (i % 3 == 2) : NULL,
+                                     .body_cap = i == 100 ? 10 : ROOM - (i % 3 == 2)};
     }
     assert_int_equal(test_commit(t, NULL, 0, m, N), ST_OK);
     struct test_read r = {.read = {.gets = gets, .n_gets = N}};
@@ -264,7 +275,7 @@ static void test_many_gets_at_once(void **state)
         assert_int_equal(gets[i].body_len, 1 + i * 16);
         assert_int_equal(gets[i].st, i == 100 ? ST_IO : ST_OK);
         if (i % 7 && i != 100)
-            assert_memory_equal(got + 5000 * i, bodies + 5000 * i, 1 + i * 16);
+            assert_memory_equal(got + ROOM * i + (i % 3 == 2), bodies + 5000 * i, 1 + i * 16);
     }
     store_read_release(&r.read);
     free(bodies);
@@ -395,6 +406,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_ranges, begin, end),
         cmocka_unit_test_setup_teardown(test_bodies_model, begin, end),
         cmocka_unit_test_setup_teardown(test_many_gets_at_once, begin, end),
+        {"test_bodies_model past the page cache", test_bodies_model, begin_own_cache, end, NULL},
+        {"test_many_gets_at_once past the page cache", test_many_gets_at_once, begin_own_cache,
+         end, NULL},
         cmocka_unit_test_setup_teardown(test_reservations, begin, end),
         cmocka_unit_test_setup_teardown(test_opening, begin, end),
         cmocka_unit_test_setup_teardown(test_watch_own_commits, begin, end),

@@ -42,13 +42,16 @@ static inline void test_folder_remove(const char *dir)
 struct test_store {
     struct test_env env;
     struct store *store;
+    bool own_cache; /* see store_options */
     char dir[200], uri[220];
 };
 
 static inline void test_store_reopen(struct test_store *t)
 {
     struct err e = {0};
-    enum status st = store_open(t->uri, &(struct store_options){.flags = STORE_CREATE, .lease_ms = LEASE_MS}, &t->store, &e);
+    struct store_options options = {
+        .flags = STORE_CREATE, .lease_ms = LEASE_MS, .own_cache = t->own_cache};
+    enum status st = store_open(t->uri, &options, &t->store, &e);
     if (st)
         fail_msg("store_open: %s: %s", status_text(st), e.text);
 }

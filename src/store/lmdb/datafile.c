@@ -99,6 +99,9 @@ enum status lm_datafile_open(struct lm *lm, bool create, struct err *e)
                     "%s/blocks is not the data file of this store: its first block is damaged or "
                     "names another store; restore the whole folder from one backup",
                     lm->dir);
+    /* Some file systems can't; then reads go through the page cache. */
+    if (lm->own_cache)
+        lm->direct_fd = openat(lm->dir_fd, "blocks", O_RDONLY | O_DIRECT | O_CLOEXEC);
     return ST_OK;
 }
 

@@ -442,11 +442,13 @@ static enum status registered(struct lm *lm, struct err *e)
 static void teardown(struct lm *lm)
 {
     lm_minder_stop(lm);
+    lm_read_threads_stop(lm);
     lm_commit_thread_stop(lm);
     lm_readers_drop(lm);
     lm_env_close(lm);
     lm_processes_close(lm);
-    int *fds[] = {&lm->blocks_fd, &lm->bell_fd, &lm->session_fd, &lm->log_fd, &lm->dir_fd};
+    int *fds[] = {&lm->blocks_fd,  &lm->direct_fd, &lm->bell_fd,
+                  &lm->session_fd, &lm->log_fd,    &lm->dir_fd};
     for (size_t i = 0; i < sizeof fds / sizeof fds[0]; i++)
         if (*fds[i] >= 0)
             close(*fds[i]);
@@ -459,6 +461,7 @@ static void teardown(struct lm *lm)
     pthread_cond_destroy(&lm->queue_cond);
     pthread_cond_destroy(&lm->job_cond);
     pthread_mutex_destroy(&lm->watch_lock);
+    pthread_mutex_destroy(&lm->read_lock);
     free(lm);
 }
 
@@ -529,7 +532,7 @@ static struct lm *lm_new(unsigned lease_ms)
                                             .has_log = true,
                                             .needs_heartbeat = false};
     lm->lease_ms = lease_ms < LEASE_MS_MIN ? LEASE_MS_MIN : lease_ms;
-    lm->dir_fd = lm->blocks_fd = lm->session_fd = lm->log_fd = -1;
+    lm->dir_fd = lm->blocks_fd = lm->direct_fd = lm->session_fd = lm->log_fd = -1;
     lm->processes_fd = lm->bell_fd = lm->minder_stop_fd = lm->inotify_fd = -1;
     list_init(&lm->open_link);
     list_init(&lm->commits);
@@ -546,6 +549,8 @@ static struct lm *lm_new(unsigned lease_ms)
     pthread_condattr_destroy(&attr);
     pthread_cond_init(&lm->job_cond, NULL);
     pthread_mutex_init(&lm->watch_lock, NULL);
+    pthread_mutex_init(&lm->read_lock, NULL);
+    list_init(&lm->reads);
     return lm;
 }
 
@@ -609,6 +614,7 @@ static enum status lm_open(const char *rest, const struct store_options *options
                     sizeof lm->dir - 1);
     }
     memcpy(lm->dir, rest, len);
+    lm->own_cache = options->own_cache;
     enum status st = folder_open(lm, options->flags, e);
     if (!st)
         st = registered(lm, e);

@@ -7,9 +7,9 @@
  * which the processes that have the store open know of each other, and `bell`,
  * by which they wake each other. docs/format-lmdb.md states all of it to the byte.
  *
- * Threads: one commit thread per open store does every write transaction, and has
- * a few to write bodies; reads run on worker threads; one minder thread watches over
- * a stuck writer lock and over keys; each open log has a thread for its syncs.
+ * Threads: one commit thread per open store does every write transaction, and has a few
+ * to write bodies; a few others do the reads; one minder thread watches over a stuck writer
+ * lock and over keys; each open log has a thread for its syncs.
  */
 #ifndef STORE_LMDB_ENGINE_H
 #define STORE_LMDB_ENGINE_H
@@ -30,7 +30,10 @@
 
 #define LM_ID_TEXT_BYTES 33u /* a session or store id in hex, with its end */
 
+#define LM_READ_THREADS_MAX 16u
+
 struct lm_slot;
+struct lm_read_thread;
 
 /* Free space that a process may use. */
 struct lm_claims {
@@ -63,11 +66,13 @@ struct lm {
 
     char dir[400];
     int dir_fd, blocks_fd, session_fd, log_fd;
+    int direct_fd; /* the data file too, for reads past the page cache; -1: not to be used */
     uid_t uid;
     gid_t gid;
     mode_t mode; /* for files */
     uint8_t uuid[STORE_ID_BYTES];
     unsigned lease_ms;
+    bool own_cache; /* store_options.own_cache */
 
     MDB_env *mdb;
     MDB_dbi store_dbi, keys_dbi, logs_dbi;
@@ -82,6 +87,13 @@ struct lm {
     unsigned n_readers_idle, n_readers_out;
     bool closed;
     _Atomic bool broken; /* LMDB could not be brought back: nothing works any more */
+
+    /* Reads that no thread has taken, and the threads, made when they are needed. */
+    pthread_mutex_t read_lock;
+    struct list reads;
+    struct lm_read_thread *read_threads[LM_READ_THREADS_MAX];
+    unsigned n_read_threads, n_read_threads_max;
+    _Atomic bool read_threads_stop;
 
     /* The commit thread's queues. */
     pthread_t commit_thread;
@@ -225,6 +237,34 @@ void lm_read(struct store *store, struct env *env, struct store_read *read);
 void lm_read_release(struct store_read *read);
 enum status lm_usage(struct store *store, struct slice begin, struct slice end, uint64_t *keys,
                      uint64_t *bytes, struct err *e);
+
+/* One of the runs that were added for `read` has ended. */
+void lm_read_body_ended(struct store_read *read);
+
+/* Nothing is being read. */
+void lm_read_threads_stop(struct lm *lm);
+
+/* ---- bodies.c ---- */
+
+/* What one thread reads of the data file. */
+struct lm_bodies;
+
+/* `direct_fd` as in struct lm. Where something was read in the background, `wake_fd`, an
+ * eventfd, becomes readable. */
+struct lm_bodies *lm_bodies_new(int fd, int direct_fd, int wake_fd);
+void lm_bodies_free(struct lm_bodies *b); /* nothing is under way */
+
+/* Notes that the body of `v` is to be read into get->body, which has room for it: counts
+ * read->bodies_pending up by the runs that makes. Where one can't be read, get->st is ST_IO. May
+ * start what was added before, and wait for it. */
+void lm_bodies_add(struct lm_bodies *b, struct store_read *read, struct store_get *get,
+                   const struct lm_value *v);
+
+/* Begins what was added. lm_read_body_ended() is called for each run, from inside here, or
+ * from a later lm_bodies_reap(). */
+void lm_bodies_start(struct lm_bodies *b);
+void lm_bodies_reap(struct lm_bodies *b);
+bool lm_bodies_flying(const struct lm_bodies *b); /* whether a reap has something to wait for */
 
 /* ---- commit.c ---- */
 

@@ -1,19 +1,21 @@
 /*
- * Reads, on worker threads: one LMDB read transaction for all gets and ranges of
- * a request, held until the bodies are read, so that their space can't be given
- * to others meanwhile. Bodies that lie side by side are read by one call.
+ * Reads, on threads of their own: those that wait are taken together, with one LMDB read
+ * transaction for all their gets and ranges, held until the bodies are read (bodies.c), so that
+ * their space can't be given to others meanwhile.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/uio.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "base/mem.h"
 #include "store/lmdb/engine.h"
 
 #define CHUNK_BYTES 8192u
-#define SEGMENTS 128u
+#define READS_AT_ONCE 32u
+#define BYTES_AT_ONCE (256u << 10)
+#define THREADS_MIN 4u
 
 /* Memory of one read, freed as a whole. */
 struct chunk {
@@ -56,91 +58,9 @@ void lm_read_release(struct store_read *read)
     }
 }
 
-/* ---- bodies ---- */
-
-/* A piece of a body on its way into memory. */
-struct segment {
-    uint64_t offset;
-    uint8_t *to;
-    uint32_t len, padded; /* the padding of the last unit is read over */
-    struct store_get *get;
-};
-
-struct gather {
-    int fd;
-    unsigned n;
-    uint64_t end; /* where the next segment must begin to be part of the same call */
-    struct segment segs[SEGMENTS];
-};
-
-static bool segment_read(int fd, const struct segment *seg)
-{
-    size_t done = 0;
-    while (done < seg->len) {
-        ssize_t n = pread(fd, seg->to + done, seg->len - done, (off_t)(seg->offset + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return false;
-        done += (size_t)n;
-    }
-    return true;
-}
-
-static void gather_flush(struct gather *g)
-{
-    uint8_t padding[SPACE_UNIT_BYTES];
-    struct iovec iov[2 * SEGMENTS];
-    int n_iov = 0;
-    size_t total = 0;
-    for (unsigned i = 0; i < g->n; i++) {
-        struct segment *seg = &g->segs[i];
-        iov[n_iov++] = (struct iovec){seg->to, seg->len};
-        total += seg->len;
-        if (i + 1 < g->n && seg->padded > seg->len) {
-            iov[n_iov++] = (struct iovec){padding, seg->padded - seg->len};
-            total += seg->padded - seg->len;
-        }
-    }
-    if (g->n > 1 && preadv(g->fd, iov, n_iov, (off_t)g->segs[0].offset) == (ssize_t)total) {
-        g->n = 0;
-        return;
-    }
-    /* One by one, so that a bad sector fails only what lies on it. */
-    for (unsigned i = 0; i < g->n; i++)
-        if (!segment_read(g->fd, &g->segs[i]))
-            g->segs[i].get->st = ST_IO;
-    g->n = 0;
-}
-
-static void gather_add(struct gather *g, const struct segment *seg)
-{
-    if (g->n > 0 && (g->n == SEGMENTS || g->end != seg->offset))
-        gather_flush(g);
-    g->segs[g->n++] = *seg;
-    g->end = seg->offset + seg->padded;
-}
-
-static void body_gather(struct gather *g, struct store_get *get, const struct lm_value *v)
-{
-    uint32_t left = v->body_len;
-    uint8_t *to = get->body;
-    for (uint32_t i = 0; i < v->n_pieces && left > 0; i++) {
-        struct space_extent ext = space_unpack(get_le64(v->pieces + 8 * (size_t)i));
-        uint32_t padded = (uint32_t)min_u64(ext.units, 256) * SPACE_UNIT_BYTES;
-        uint32_t len = left < padded ? left : padded;
-        struct segment seg = {ext.start * SPACE_UNIT_BYTES, to, len, padded, get};
-        gather_add(g, &seg);
-        to += len;
-        left -= len;
-    }
-    if (left > 0)
-        get->st = ST_IO;
-}
-
 /* ---- gets and ranges ---- */
 
-static void get_one(struct store_read *read, MDB_cursor *cursor, struct gather *g,
+static void get_one(struct store_read *read, MDB_cursor *cursor, struct lm_bodies *bodies,
                     struct store_get *get, bool *failed)
 {
     struct lm_value v;
@@ -156,7 +76,7 @@ static void get_one(struct store_read *read, MDB_cursor *cursor, struct gather *
     if (v.body_len > get->body_cap)
         get->st = ST_IO;
     else
-        body_gather(g, get, &v);
+        lm_bodies_add(bodies, read, get, &v);
 }
 
 static int compare(const MDB_val *a, struct slice b)
@@ -250,52 +170,226 @@ static enum status range_reverse(struct store_read *read, MDB_cursor *cursor,
     return ST_OK;
 }
 
-static void read_work(struct env_work *work)
-{
-    struct store_read *read = container_of(work, struct store_read, work);
-    struct lm *lm = lm_of(read->store);
+/* ---- requests ---- */
+
+/* Reads that see the same version. */
+struct read_batch {
+    struct lm *lm;
     struct lm_reader *reader;
-    read->result = lm_read_begin(lm, &reader);
-    if (read->result)
+    unsigned pending; /* reads whose bodies are not all there */
+    bool failed;
+};
+
+static void batch_unref(struct read_batch *batch)
+{
+    if (--batch->pending > 0)
         return;
-    bool failed = false;
-    struct gather g;
-    g.fd = lm->blocks_fd;
-    g.n = 0;
+    lm_read_end(batch->lm, batch->reader, batch->failed);
+    free(batch);
+}
+
+static void read_posted(struct env_task *task)
+{
+    struct store_read *read = container_of(task, struct store_read, task);
+    read->done(read, read->result);
+}
+
+static void read_answer(struct store_read *read)
+{
+    if (read->result == ST_OK && read->digest)
+        read->digest(read);
+    read->task.run = read_posted;
+    env_post(read->env, &read->task);
+}
+
+void lm_read_body_ended(struct store_read *read)
+{
+    if (--read->bodies_pending > 0)
+        return;
+    batch_unref(read->batch);
+    read_answer(read);
+}
+
+static void read_start(struct store_read *read, struct read_batch *batch,
+                       struct lm_bodies *bodies)
+{
+    MDB_cursor *cursor = batch->reader->cursor;
     for (uint32_t i = 0; i < read->n_gets; i++)
-        get_one(read, reader->cursor, &g, &read->gets[i], &failed);
+        get_one(read, cursor, bodies, &read->gets[i], &batch->failed);
     for (uint32_t i = 0; i < read->n_ranges; i++) {
         struct store_range *range = &read->ranges[i];
         range->pairs = NULL;
         range->n_pairs = 0;
         range->more = false;
-        enum status st = range->reverse ? range_reverse(read, reader->cursor, range, &failed)
-                                        : range_forward(read, reader->cursor, range, &failed);
+        enum status st = range->reverse ? range_reverse(read, cursor, range, &batch->failed)
+                                        : range_forward(read, cursor, range, &batch->failed);
         if (st)
             read->result = st;
     }
-    if (g.n > 0)
-        gather_flush(&g);
-    lm_read_end(lm, reader, failed);
-    if (read->result == ST_OK && read->digest)
-        read->digest(read);
 }
 
-static void read_done(struct env_work *work)
+static void reads_run(struct lm *lm, struct lm_bodies *bodies, struct list *reads, unsigned n)
 {
-    struct store_read *read = container_of(work, struct store_read, work);
-    read->done(read, read->result);
+    struct lm_reader *reader;
+    enum status st = lm_read_begin(lm, &reader);
+    struct read_batch *batch = NULL;
+    if (!st) {
+        batch = mem_alloc(sizeof *batch);
+        *batch = (struct read_batch){.lm = lm, .reader = reader, .pending = n};
+    }
+    struct list *l;
+    while ((l = list_pop(reads))) {
+        struct store_read *read = container_of(l, struct store_read, link);
+        if (st) {
+            read->result = st;
+            read_answer(read);
+            continue;
+        }
+        read->batch = batch;
+        read->bodies_pending = 1; /* not answered while it is looked at */
+        read_start(read, batch, bodies);
+        lm_read_body_ended(read);
+    }
+    lm_bodies_start(bodies);
+}
+
+/* ---- threads ---- */
+
+/* Reads go to the first thread that is not busy, so that those that come together are started
+ * together, and others join in only where the first ones are held up. */
+struct lm_read_thread {
+    struct lm *lm;
+    pthread_t thread;
+    int wake_fd;
+    bool busy; /* it will look for reads before it waits */
+    struct lm_bodies *bodies;
+};
+
+static void wake(struct lm_read_thread *t)
+{
+    uint64_t one = 1;
+    CHECK(write(t->wake_fd, &one, sizeof one) == (ssize_t)sizeof one);
+}
+
+static struct lm_read_thread *idle_thread(struct lm *lm)
+{
+    for (unsigned i = 0; i < lm->n_read_threads; i++) {
+        struct lm_read_thread *t = lm->read_threads[i];
+        if (!t->busy) {
+            t->busy = true;
+            return t;
+        }
+    }
+    return NULL;
+}
+
+/* Takes some of the reads that wait; where others are left, another thread is to be woken. */
+static unsigned reads_take(struct lm_read_thread *t, struct list *reads,
+                           struct lm_read_thread **other)
+{
+    struct lm *lm = t->lm;
+    unsigned n = 0;
+    uint64_t bytes = 0;
+    *other = NULL;
+    pthread_mutex_lock(&lm->read_lock);
+    struct list *l;
+    while (n < READS_AT_ONCE && bytes < BYTES_AT_ONCE && (l = list_pop(&lm->reads))) {
+        const struct store_read *read = container_of(l, struct store_read, link);
+        for (uint32_t i = 0; i < read->n_gets; i++)
+            bytes += read->gets[i].body_cap;
+        list_add_tail(reads, l);
+        n++;
+    }
+    t->busy = n > 0;
+    if (!list_empty(&lm->reads))
+        *other = idle_thread(lm);
+    pthread_mutex_unlock(&lm->read_lock);
+    return n;
+}
+
+static void *read_thread(void *arg)
+{
+    struct lm_read_thread *t = arg;
+    for (;;) {
+        struct list reads = LIST_INIT(reads);
+        struct lm_read_thread *other;
+        unsigned n = reads_take(t, &reads, &other);
+        if (other)
+            wake(other);
+        if (n > 0) {
+            reads_run(t->lm, t->bodies, &reads, n);
+        } else {
+            if (atomic_load(&t->lm->read_threads_stop) && !lm_bodies_flying(t->bodies))
+                return NULL;
+            uint64_t count;
+            while (read(t->wake_fd, &count, sizeof count) < 0)
+                CHECK(errno == EINTR);
+        }
+        lm_bodies_reap(t->bodies);
+    }
+}
+
+static struct lm_read_thread *thread_new(struct lm *lm)
+{
+    struct lm_read_thread *t = mem_zalloc(sizeof *t);
+    t->lm = lm;
+    t->busy = true;
+    t->wake_fd = eventfd(0, EFD_CLOEXEC);
+    if (t->wake_fd >= 0) {
+        t->bodies = lm_bodies_new(lm->blocks_fd, lm->direct_fd, t->wake_fd);
+        if (pthread_create(&t->thread, NULL, read_thread, t) == 0)
+            return t;
+        lm_bodies_free(t->bodies);
+        close(t->wake_fd);
+    }
+    free(t);
+    return NULL;
+}
+
+/* Where they wait for the disk one by one, it takes many to keep it busy. */
+static unsigned threads_max(const struct lm *lm)
+{
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (lm->direct_fd < 0 || cores > (long)LM_READ_THREADS_MAX)
+        return LM_READ_THREADS_MAX;
+    return cores > (long)THREADS_MIN ? (unsigned)cores : THREADS_MIN;
 }
 
 void lm_read(struct store *store, struct env *env, struct store_read *read)
 {
+    struct lm *lm = lm_of(store);
     read->store = store;
+    read->env = env;
     read->arena = NULL;
     read->result = ST_OK;
-    read->work.work = read_work;
-    read->work.done = read_done;
-    read->work.env = env;
-    env_work(env, &read->work);
+    pthread_mutex_lock(&lm->read_lock);
+    list_add_tail(&lm->reads, &read->link);
+    struct lm_read_thread *t = idle_thread(lm);
+    if (lm->n_read_threads == 0)
+        lm->n_read_threads_max = threads_max(lm);
+    if (!t && lm->n_read_threads < lm->n_read_threads_max) {
+        struct lm_read_thread *fresh = thread_new(lm);
+        if (fresh)
+            lm->read_threads[lm->n_read_threads++] = fresh;
+        CHECK(lm->n_read_threads > 0);
+    }
+    pthread_mutex_unlock(&lm->read_lock);
+    if (t)
+        wake(t);
+}
+
+void lm_read_threads_stop(struct lm *lm)
+{
+    atomic_store(&lm->read_threads_stop, true);
+    for (unsigned i = 0; i < lm->n_read_threads; i++) {
+        struct lm_read_thread *t = lm->read_threads[i];
+        wake(t);
+        pthread_join(t->thread, NULL);
+        lm_bodies_free(t->bodies);
+        close(t->wake_fd);
+        free(t);
+    }
+    lm->n_read_threads = 0;
 }
 
 enum status lm_usage(struct store *store, struct slice begin, struct slice end, uint64_t *keys,
