@@ -72,7 +72,9 @@ struct member {
     uint8_t **born_depth; /* of blocks that were not touched since it was made; 0: not data */
     unsigned depth_max;
     bool unsure;    /* blocks that were touched may not have been: a death took the last effects */
-    bool flattened; /* in part: blocks that were not touched may be its own */
+    /* Bit n: the volume n up the chain, 0 being itself, was flattened in part: blocks that were not
+     * touched may be that one's own. */
+    uint64_t flattened;
     bool copied;    /* ... and may count as changed, though they are as they were */
     bool had_snapshots;
 };
@@ -262,7 +264,7 @@ static bool depth_fits(const struct member *m, bool unsure, uint64_t touched, ui
 {
     if (depth == (touched || !born ? 1 : born))
         return true;
-    return (unsure && depth > 0) || (m->flattened && depth == 1);
+    return depth > 0 && depth <= 64 && (unsure || m->flattened >> (depth - 1) & 1);
 }
 
 /* --- views --------------------------------------------------------------------------- */
@@ -591,9 +593,15 @@ static void choose_name(struct family *f, const char *what, char *out)
     snprintf(out, NAME_BYTES_MAX + 1, "%s%llu", what, (ull)++f->names);
 }
 
-static bool has_clones(const struct deed *deed)
+/* Whether it may have clones, and whether it has for certain. */
+static bool may_have_clones(const struct kept *k)
 {
-    return deed->had_clones || deed->k->n_clones || deed->k->late_clone;
+    return k->n_clones || k->late_clone;
+}
+
+static bool keeps_clones(const struct kept *k)
+{
+    return k->n_clones > k->n_leaving;
 }
 
 static void deed_free(struct deed *deed)
@@ -661,11 +669,11 @@ static void remove_done(struct deed *deed)
     enum status st = deed->op.io.st;
     trace(m, "snapshot %s of epoch %llu removed: %s", k->name, (ull)k->epoch, status_text(st));
     if (st == ST_OK) {
-        if (k->n_clones > k->n_leaving)
+        if (keeps_clones(k))
             drv_violation(m->d, "snapshot %s was removed and has clones", k->name);
         kept_gone(m->f, k);
         m->f->counts->removed++;
-    } else if ((st == ST_BUSY && (has_clones(deed) || deed->contended)) ||
+    } else if ((st == ST_BUSY && ((deed->had_clones || may_have_clones(k)) || deed->contended)) ||
                (st == ST_NOTFOUND && deed->contended)) {
         m->f->counts->refused++;
     } else {
@@ -697,7 +705,7 @@ static void flattened(struct member *m)
     for (unsigned i = 0; i < m->d->n_regions; i++)
         memset(m->born_depth[i], 0, n_blocks(m->f, i));
     m->depth_max = 1;
-    m->flattened = false;
+    m->flattened = 0;
     m->f->counts->flattened++;
     trace(m, "flattened");
 }
@@ -843,7 +851,8 @@ static void flatten(struct member *m)
 {
     if (!m->parent || has_deed(m, DEED_FLATTEN))
         return;
-    m->flattened = m->copied = true;
+    m->flattened |= 1;
+    m->copied = true;
     m->parent->refs++;
     m->parent->n_leaving++;
     struct deed *deed = deed_new(m, DEED_FLATTEN, m->parent);
@@ -977,7 +986,8 @@ static struct member *member_new(struct family *f, struct drv *d, struct kept *p
         deed->had_clones |= deed->k == parent;
     }
     m->unsure = parent->unsure;
-    m->flattened = m->copied = parent->of->flattened;
+    m->flattened = parent->of->flattened << 1;
+    m->copied = parent->of->flattened != 0;
     m->depth_max = parent->of->depth_max + 1;
     m->born_depth = bytes_new(f);
     for (unsigned i = 0; i < n_regions(f); i++)
@@ -1076,14 +1086,16 @@ static void delete_one(struct member *m)
     struct drv *d = m->d;
     struct catalog_entry entry;
     struct command c;
-    bool cloned = false;
+    bool cloned = false, may_be_cloned = false;
     if (f->n_members == 1 || d == f->d || !drv_drain(d))
         return;
     for (unsigned i = 0; i < f->n_viewers; i++)
         if (f->viewers[i]->k->of == m)
             return;
     list_for_each (l, &m->snapshots) {
-        cloned |= container_of(l, const struct kept, link)->n_clones > 0;
+        const struct kept *k = container_of(l, const struct kept, link);
+        cloned |= keeps_clones(k);
+        may_be_cloned |= may_have_clones(k);
     }
     if (!shut(m) || !command_begin(f, d, &c))
         return;
@@ -1100,7 +1112,7 @@ static void delete_one(struct member *m)
         return;
     bool died = c.died, refused = (m->n_snapshots && !with) || cloned;
     enum status st = c.op.st;
-    if (!died && (refused ? st != ST_EXISTS : st != ST_OK))
+    if (!died && (st == ST_EXISTS ? !refused && !may_be_cloned : refused || st != ST_OK))
         drv_violation(d, "removing volume %s with %zu snapshots%s: %s", d->name, m->n_snapshots,
                       cloned ? " and clones" : "", status_text(st));
     if (died)
@@ -1224,7 +1236,7 @@ static void settle(struct member *m)
             continue;
         if (!deed_of(m, DEED_REMOVE, k))
             drv_violation(d, "after a death snapshot %s is gone", k->name);
-        if (k->n_clones > k->n_leaving)
+        if (keeps_clones(k))
             drv_violation(d, "snapshot %s was removed and has clones", k->name);
         f->counts->happened++;
         kept_gone(f, k);
@@ -1325,7 +1337,7 @@ static void roll_back(struct member *m)
     struct drv *d = m->d;
     struct catalog_entry entry;
     struct command c;
-    bool newer = false, cloned = false;
+    bool newer = false, cloned = false, may_be_cloned = false;
     struct kept *to = drv_drain(d) ? any_snapshot(m) : NULL;
     if (!to)
         return;
@@ -1347,7 +1359,8 @@ static void roll_back(struct member *m)
     list_for_each (l, &m->snapshots) {
         const struct kept *k = container_of(l, const struct kept, link);
         newer |= k->epoch > to->epoch;
-        cloned |= k->epoch > to->epoch && k->n_clones;
+        cloned |= k->epoch > to->epoch && keeps_clones(k);
+        may_be_cloned |= k->epoch > to->epoch && may_have_clones(k);
     }
     if (d->violated || !command_begin(f, d, &c))
         return;
@@ -1363,7 +1376,8 @@ static void roll_back(struct member *m)
         return;
     bool died = c.died;
     enum status st = c.op.st;
-    if (!died && (refused ? st != ST_EXISTS : st != ST_OK && st != ST_NOSPC))
+    if (!died && (st == ST_EXISTS ? !refused && !may_be_cloned
+                                  : refused || (st != ST_OK && st != ST_NOSPC)))
         drv_violation(d, "rolling back to %s%s%s: %s (%s)", to->name,
                       newer ? " with newer ones" : "", cloned ? " and clones" : "",
                       status_text(st), c.op.err.text);
@@ -1387,7 +1401,7 @@ static void roll_back(struct member *m)
                       to->name, status_text(st), (ull)entry.header.epoch, (ull)epoch);
     if (happened && refused)
         drv_violation(d, "it was rolled back to %s over newer snapshots", to->name);
-    f->counts->refused += !died && refused;
+    f->counts->refused += !died && st == ST_EXISTS;
     if (happened) {
         f->counts->happened += died;
         rolled_back(m, to);
