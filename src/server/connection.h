@@ -13,7 +13,8 @@
  * together have more than their part of the cache waiting), CONN_REQUESTS_MAX
  * requests (more while all connections of the reactor together have less than
  * LANE_REQUESTS_MAX), and the block buffers the volume grants, for as long as the payload
- * keeps coming (receive_timeout_ms).
+ * keeps coming (receive_timeout_ms). And the kernel: what the socket takes of replies (over a
+ * Unix socket up to 1 MiB, see listener.c).
  *
  * A connection is paused (not read) while the volume grants no memory or the
  * client takes no replies. If it is paused for longer than pause_close_ms and

@@ -41,6 +41,8 @@
 #define KEEPALIVE_IDLE_S 15
 #define KEEPALIVE_INTERVAL_S 5
 #define KEEPALIVE_PROBES 3
+/* The kernel takes twice that, and less where net.core.wmem_max is smaller. */
+#define UNIX_SEND_BYTES (512 << 10)
 
 struct listen_socket {
     uv_poll_t poll; /* first: the handle is the socket's memory */
@@ -539,6 +541,14 @@ static void set_tcp_options(int fd)
     setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof timeout_ms);
 }
 
+/* A long reply leaves in a few large parts instead of many small ones, each with its own wake-ups.
+ * (TCP finds its own size.) */
+static void set_unix_options(int fd)
+{
+    int bytes = UNIX_SEND_BYTES;
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+}
+
 static bool is_loopback(const struct sockaddr *sa)
 {
     if (sa->sa_family == AF_INET) {
@@ -584,6 +594,8 @@ static void on_readable(uv_poll_t *handle, int status, int events)
             describe_peer(&a, (struct sockaddr *)&sa, len);
             if (a.is_tcp)
                 set_tcp_options(fd);
+            else
+                set_unix_options(fd);
             l->take(l->arg, &a);
             continue;
         }
