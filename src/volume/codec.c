@@ -33,6 +33,7 @@
 #define HEAD_BYTES 24u
 #define HASH_AT 16u
 #define FLAG_MASK 1u
+#define PROBE_BYTES_MIN 1024u
 
 _Static_assert(HEAD_BYTES <= BLOCK_HEAD_BYTES_MAX, "callers leave room for the fixed part");
 
@@ -126,6 +127,16 @@ static uint64_t block_hash(const struct block_place *place, const uint8_t *head,
     if (head_len > HEAD_BYTES)
         seed = hash64(head + HEAD_BYTES, head_len - HEAD_BYTES, seed);
     return hash64(body, body_len, seed);
+}
+
+bool block_may_shrink(const uint8_t *data, uint32_t len)
+{
+    struct codec_scratch *s = codec_scratch_get();
+    uint32_t probe = len / 8;
+    if (probe < PROBE_BYTES_MIN)
+        return true;
+    return LZ4_compress_fast_extState(s->lz4_state, (const char *)data + (len - probe) / 2,
+                                      (char *)s->body, (int)probe, (int)probe - 1, 1) > 0;
 }
 
 size_t block_encode(struct codec codec, const struct block_place *place, uint64_t generation,

@@ -40,6 +40,11 @@ struct codec_scratch *codec_scratch_get(void); /* the calling thread's own, free
 /* Whether all `len` bytes are zero; stops at the first that is not. */
 bool block_is_zero(const uint8_t *data, size_t len);
 
+/* A guess at whether `len` bytes compress, from an eighth of them in the middle. Bytes that do not
+ * come in long stretches (videos, archives, what is encrypted), so behind a block that did not
+ * shrink this saves most of the work of finding out again. */
+bool block_may_shrink(const uint8_t *data, uint32_t len);
+
 /* Encodes `len` bytes (the block size). Compressed bytes go to `out` (room for `len`
  * bytes), and *body is `out` or, where stored plain, `data` itself. `save_unit`: compress
  * only where it saves at least one of these (bytes, a power of two; the store's

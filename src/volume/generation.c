@@ -56,7 +56,7 @@ struct gen_encode {
     struct env_work work;
     struct gen *gen;
     size_t first, n;
-    uint8_t *out;   /* encoded bodies */
+    uint8_t *out;   /* encoded bodies, each on a border of BLOCK_SIZE_MIN; NULL: stored as they are */
     uint8_t *heads;
 };
 
@@ -631,6 +631,7 @@ static void encode_work(struct env_work *work)
     uint32_t size = vol->block_size;
     size_t out = 0;
     uint8_t *head = enc->heads;
+    bool shrinks = true; /* the block before did */
 
     for (size_t i = enc->first; i < enc->first + enc->n; i++) {
         struct gen_item *item = &g->items[i];
@@ -649,12 +650,16 @@ static void encode_work(struct env_work *work)
             mask.data = runs;
             item->head = mem_alloc(BLOCK_HEAD_BYTES_MAX + mask.len);
         }
-        item->head_len = (uint32_t)block_encode(vol->codec, &place, g->no, item->buf->data, size,
+        struct codec codec = vol->codec;
+        if (!enc->out || (!shrinks && !block_may_shrink(item->buf->data, size)))
+            codec.kind = CODEC_NONE;
+        item->head_len = (uint32_t)block_encode(codec, &place, g->no, item->buf->data, size,
                                                 BLOCK_SIZE_MIN, mask, enc->out + out, item->head,
                                                 &item->body);
         free(runs);
-        if (item->body.data == enc->out + out)
-            out += (item->body.len + 7) & ~(size_t)7;
+        shrinks = item->body.data != item->buf->data;
+        if (shrinks)
+            out += round_up_u64(item->body.len, BLOCK_SIZE_MIN);
         if (!item->bad_base)
             head += BLOCK_HEAD_BYTES_MAX;
     }
@@ -691,8 +696,8 @@ static void encode_start(struct gen *g)
         enc->first = i * ENCODE_BLOCKS;
         enc->n = min_u64(ENCODE_BLOCKS, g->n_items - enc->first);
         enc->heads = mem_alloc(enc->n * BLOCK_HEAD_BYTES_MAX);
-        if (vol->codec.kind != CODEC_NONE)
-            enc->out = mem_alloc(enc->n * vol->block_size);
+        if (vol->codec.kind != CODEC_NONE && vol->block_size > BLOCK_SIZE_MIN)
+            enc->out = mem_alloc_aligned(BLOCK_SIZE_MIN, enc->n * vol->block_size);
         enc->work.work = encode_work;
         enc->work.done = encode_done;
         g->inflight++;

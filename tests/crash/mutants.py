@@ -61,8 +61,8 @@ void volume_flush(""")],
      True, "tests/crash/kill"),
     Mutant("the payload sync is left out", [
         ("src/store/lmdb/commit.c",
-         "if (r->wrote && fdatasync(lm->blocks_fd) < 0)",
-         "if (r->wrote && lm->blocks_fd < 0)")],
+         "if (wrote && fdatasync(lm->blocks_fd) < 0)",
+         "if (wrote && lm->blocks_fd < 0)")],
      True, "tests/crash/powercut"),
     Mutant("a half-sent write is applied", [
         ("src/server/transmission.c",
