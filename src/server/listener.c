@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -578,6 +579,17 @@ static void describe_peer(struct accepted *a, const struct sockaddr *sa, socklen
 
 static void watch(struct listen_socket *s, bool on);
 
+static void tell_no_more(int why)
+{
+    struct rlimit limit;
+    if (why == EMFILE && getrlimit(RLIMIT_NOFILE, &limit) == 0)
+        log_warning("no new connections for a moment: this process may open %llu files, and has; to "
+                    "serve more clients raise the limit (systemd: LimitNOFILE=, shell: ulimit -Hn)",
+                    (unsigned long long)limit.rlim_cur);
+    else
+        log_warning("no new connections for a moment: %s", strerror(why));
+}
+
 static void on_readable(uv_poll_t *handle, int status, int events)
 {
     struct listen_socket *s = (struct listen_socket *)handle;
@@ -602,7 +614,7 @@ static void on_readable(uv_poll_t *handle, int status, int events)
         if (errno == EAGAIN)
             return;
         if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            log_warning("no new connections for a moment: %s", strerror(errno));
+            tell_no_more(errno);
             l->resting = true;
             for (size_t k = 0; k < l->n; k++)
                 watch(l->sockets[k], false);
