@@ -69,7 +69,11 @@ def run(options):
     except ValueError as e:
         sys.exit(f"peers.py: {e}")
     if options.servers:
-        profile = workloads.replace(profile, who=tuple(options.servers.split(",")))
+        who = tuple(options.servers.split(","))
+        if unknown := [n for n in who if n not in workloads.EVERYBODY]:
+            sys.exit(f"peers.py: no server {' '.join(unknown)}; there are "
+                     + ", ".join(workloads.EVERYBODY))
+        profile = workloads.replace(profile, who=who)
     bare_sync = Path(os.environ.get("BUILD", REPO / "build")) / "tests" / "bare_sync"
     needed = [bare_sync] if any(workloads.WORKLOADS[w].bare for w in profile.workloads) else []
     for program in [*needed, Path(clients.FdbNbd.program)]:

@@ -57,7 +57,7 @@ class Workload:
     connections: int = 1
     flush_every: int = 0
     client: str = "bench"
-    seconds: float = 1.3
+    seconds: float = 1.1
     # A bare loop on the disk that does the same takes part.
     bare: bool = False
 
