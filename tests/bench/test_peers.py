@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from compare import charts, limits, report, results, turns, workloads
+from compare import charts, limits, report, results, servers, turns, workloads
 from compare.servers import Failed
+from harness.waiting import wait_until
 
 PEERS = Path(__file__).resolve().parents[2] / "bench" / "peers.py"
 RUN_LIMIT_S = 120
@@ -146,6 +148,18 @@ def test_each_target_has_its_workload_in_the_full_run():
         assert name in full
     assert set(full) == {w.name for _, chosen in
                          workloads.stages_of(workloads.PROFILES["full"]) for w in chosen}
+
+
+def test_the_cpu_of_a_server_is_that_of_all_it_forked():
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    # The first has ended when the second begins, which lives on.
+    script = '"$0" -c "$1"; "$0" -c "$1time.sleep(60)"; true'
+    with subprocess.Popen(["sh", "-c", script, sys.executable, burn]) as parent:
+        try:
+            wait_until(lambda: servers.family_cpu_s(parent.pid) >= 0.55, 30, "both are counted")
+        finally:
+            for pid in reversed(servers.family(parent.pid)):
+                os.kill(pid, signal.SIGKILL)
 
 
 def left_in_cgroups():
