@@ -65,7 +65,8 @@ def panel(axis, result, workload, short, metric, names):
              if (s := spread(result, workload, name, metric))]
     most = max((s.high for _, _, s in found), default=1) / scale
     for at, name, s in found:
-        axis.barh(at, s.median / scale, height=0.7, clip_on=False, color=OUR_COLOURS.get(name, PEER_COLOUR))
+        axis.barh(at, s.median / scale, height=0.7, clip_on=False,
+                  color=OUR_COLOURS.get(name, PEER_COLOUR))
         if s.high > s.low:
             # From the least to the greatest of the rounds.
             axis.plot([s.low / scale, s.high / scale], [at, at], color="#404040", linewidth=0.8,

@@ -72,8 +72,8 @@ def by_fio(uri, workload, seconds, seed, size, folder):
     words = ["fio", "--name=load", "--thread", "--ioengine=nbd", f"--uri={uri}",
              f"--rw={workload.rw}", f"--bs={workload.block_size}", f"--iodepth={workload.depth}",
              f"--numjobs={workload.connections}", f"--size={size}", "--time_based",
-             f"--runtime={seconds * 1000:.0f}ms", f"--randseed={seed}", "--refill_buffers", "--end_fsync=1",
-             "--group_reporting", "--output-format=json"]
+             f"--runtime={seconds * 1000:.0f}ms", f"--randseed={seed}", "--refill_buffers",
+             "--end_fsync=1", "--group_reporting", "--output-format=json"]
     if workload.flush_every:
         words.append(f"--fsync={workload.flush_every}")
     if workload.rw == "randrw":

@@ -156,7 +156,8 @@ def text(result, charts=()):
             parts += [f"### {title}", body]
     if result.get("fdb"):
         parts += ["### On FoundationDB, beside the bare loop",
-                  "MB/s, in brackets ms of CPU for each MB: the loop or the server, fdbserver, the load.",
+                  "MB/s, in brackets ms of CPU for each MB: the loop or the server, fdbserver, "
+                  "the load.",
                   "\n".join(result["fdb"])]
     return "\n\n".join(parts)
 

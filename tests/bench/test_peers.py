@@ -1,4 +1,4 @@
-"""The comparison with other servers (bench/peers.py): what it makes of figures, and that it runs."""
+"""The comparison with other servers (bench/peers.py): what it makes of figures, that it runs."""
 
 import json
 import os
