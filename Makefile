@@ -60,7 +60,7 @@ bench:
 	@scripts/install-deps.sh build bench
 	@$(MAKE) --no-print-directory $(BUILD)/build.ninja
 	@meson configure $(BUILD) -Dtests=enabled
-	@ninja -C $(BUILD) fdb-nbd tests/bare_sync tests/fdb_bare tests/nbd_load
+	@ninja -C $(BUILD) fdb-nbd tests/bare_sync tests/fdb_bare
 	@/usr/bin/python3 bench/peers.py run $(BENCH)
 
 clean:
