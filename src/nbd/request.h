@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/bytes.h"
+
 /* What was agreed in the handshake, and what the export is. */
 struct nbd_session {
     bool structured; /* structured replies */
@@ -47,6 +49,17 @@ static inline size_t nbd_request_bytes(const struct nbd_session *s)
  * where there is nothing to answer it with but success (all commands but BLOCK_STATUS). */
 enum nbd_verdict nbd_request_parse(const struct nbd_session *s, const uint8_t *head,
                                    struct nbd_request *r);
+
+/* The command and the offset in the header at `head`, neither of them checked: for looks ahead. */
+static inline uint16_t nbd_request_command(const uint8_t *head)
+{
+    return get_be16(head + 6);
+}
+
+static inline uint64_t nbd_request_offset(const uint8_t *head)
+{
+    return get_be64(head + 16);
+}
 
 /* Whether the header at `head` is NBD_CMD_DISC; of a look ahead, so anything may lie there. */
 bool nbd_request_is_disconnect(const struct nbd_session *s, const uint8_t *head);

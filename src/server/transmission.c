@@ -874,10 +874,27 @@ static void carry_out(struct conn *c, const struct nbd_request *r)
     }
 }
 
+/* Several reads in a row are mostly of blocks that lie far apart in memory. Returns the bytes of
+ * those it has seen to. */
+static size_t warm_reads(const struct conn *c, const uint8_t *data, size_t len, size_t head_bytes)
+{
+    uint64_t offsets[VOLUME_WARM_MAX];
+    uint32_t n = 0;
+    size_t at = 0;
+    for (; n < VOLUME_WARM_MAX && len - at >= head_bytes; at += head_bytes) {
+        if (nbd_request_command(data + at) != NBD_CMD_READ)
+            break;
+        offsets[n++] = nbd_request_offset(data + at);
+    }
+    if (n > 1)
+        volume_warm(c->vol, offsets, n);
+    return at;
+}
+
 size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
 {
     const size_t head_bytes = nbd_request_bytes(&c->session);
-    size_t at = 0;
+    size_t at = 0, warm = 0;
     /* The volume may have been resized. */
     c->session.size = volume_size(c->vol);
     while (c->phase == CONN_SERVING && !c->at_end) {
@@ -900,6 +917,8 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
         if (len - at < head_bytes || !transmission_may_take(c))
             break;
 
+        if (at >= warm)
+            warm = at + warm_reads(c, data + at, len - at, head_bytes);
         struct nbd_request r;
         switch (nbd_request_parse(&c->session, data + at, &r)) {
         case NBD_REQUEST_OK:

@@ -161,6 +161,30 @@ static bool segs_from_cache(struct volume *vol, struct vol_io *io, bool committe
     return true;
 }
 
+void volume_warm(const struct volume *vol, const uint64_t *offsets, uint32_t n)
+{
+    const struct blocks *t = &vol->shard->blocks;
+    struct blk **slots[VOLUME_WARM_MAX], *e[VOLUME_WARM_MAX];
+    CHECK(n <= VOLUME_WARM_MAX);
+    for (uint32_t i = 0; i < n; i++) {
+        slots[i] = &t->table[blocks_hash(vol->tag, offsets[i] >> vol->block_shift) & t->table_mask];
+        __builtin_prefetch(slots[i]);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        e[i] = *slots[i];
+        if (e[i]) {
+            __builtin_prefetch(e[i]);
+            __builtin_prefetch(&e[i]->freq, 1);
+        }
+    }
+    for (uint32_t i = 0; i < n; i++)
+        if (e[i] && e[i]->buf)
+            __builtin_prefetch(e[i]->buf, 1);
+    for (uint32_t i = 0; i < n; i++)
+        if (e[i] && e[i]->buf) /* the copy into the socket begins there */
+            __builtin_prefetch(e[i]->buf->data + (offsets[i] & (vol->block_size - 1)));
+}
+
 static void read_begin(struct volume *vol, struct vol_io *io);
 
 bool volume_read(struct volume *vol, struct vol_io *io)
