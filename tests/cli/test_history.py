@@ -13,7 +13,7 @@ import pytest
 
 from harness import stores
 from harness.commands import (DONE, FAILED, NOTFOUND, USAGE, assert_one_sentence, connect,
-                              on_terminal)
+                              on_terminal, owner, wait_until_free)
 from harness.server import CLI_LIMIT_S, SLOW, program, wait_until
 
 MIB = 1 << 20
@@ -47,15 +47,6 @@ def refused(server, *words, status=FAILED):
     assert done.returncode == status, f"{words}: {done.stdout}{done.stderr}"
     assert_one_sentence(done.stderr)
     return done.stderr
-
-
-def owner(server, name):
-    return server.json("owner", "show", name)["owner"]
-
-
-def wait_until_free(server, name):
-    """A server whose last client has just left takes a moment to let go."""
-    wait_until(lambda: owner(server, name) is None, 30 * SLOW, f"nobody has {name}")
 
 
 @pytest.fixture(params=["free", "in use"])

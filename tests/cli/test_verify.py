@@ -12,7 +12,7 @@ import pytest
 
 from harness import stores, tuples
 from harness.commands import (DONE, FAILED, NOTFOUND, USAGE, assert_one_sentence, connect,  # noqa: F401
-                              run, store)
+                              run, store, wait_until_free)
 from harness.load import Background, Load, Shape
 from harness.server import CLI_LIMIT_S, SLOW, cli, program, wait_until
 
@@ -220,6 +220,8 @@ def test_usage_of_a_few(server, rng):
     theirs = connect(server, "w")
     theirs.pwrite(rng.randbytes(2 * BLOCK), 9 * BLOCK)
     theirs.shutdown()
+    wait_until_free(server, "v")
+    wait_until_free(server, "w")
     volume, snaps = usage(server)
     assert volume["complete"] and volume["stored_is"] == ("estimated" if stores.on_fdb() else "measured")
     assert blocks_of(volume, "used") == 9 and blocks_of(volume, "exclusive") == 3
@@ -257,6 +259,7 @@ def test_usage_says_what_removing_frees(server, rng):
                 client.pwrite(rng.randbytes(n * BLOCK), at)
         server.cli("snapshot", "create", f"v@s{i}")
     client.shutdown()
+    wait_until_free(server, "v")
     left = list(range(8))
     rng.shuffle(left)
     for i in left:

@@ -10,6 +10,7 @@ import pytest
 
 from . import stores
 from .server import CLI_LIMIT_S, cli
+from .waiting import SLOW, wait_until
 
 DONE, FAILED, USAGE, NOTFOUND, STORE = range(5)
 
@@ -68,3 +69,12 @@ def connect(server, name):
     client = nbd.NBD()
     client.connect_uri(server.uri(name))
     return client
+
+
+def owner(server, name):
+    return server.json("owner", "show", name)["owner"]
+
+
+def wait_until_free(server, name):
+    """A server whose last client has just left takes a moment to commit and let go."""
+    wait_until(lambda: owner(server, name) is None, 30 * SLOW, f"nobody has {name}")
