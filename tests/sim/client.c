@@ -432,7 +432,7 @@ static void op_succeeded(struct client *c, struct op *op)
     if (op->no)
         history_answered(all->history, now_ns(c), op->no, op->data);
     if (c->c.snapshot) {
-        if (op->data)
+        if (op->data && op->sent_ns >= *c->c.settled_ns)
             history_snapshot_shown(all->history, now_ns(c), c->c.snapshot, op->first, op->n,
                                    op->data);
         all->counts.snapshot_reads++;

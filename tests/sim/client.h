@@ -94,6 +94,9 @@ struct client_config {
     /* Reads a snapshot (its number in the history), under these names of it, whatever the volume's
      * is; what is read only is a view, else a clone or what was rolled back to it. 0: the volume. */
     uint32_t snapshot;
+    /* What it shows to a read that was sent before then (the world's clock) does not count: it may
+     * be taken back, and made again with what is newer. */
+    const uint64_t *settled_ns;
     const char *names[2];
     bool read_only;
     unsigned depth;         /* 1 .. CLIENT_DEPTH_MAX requests at once */

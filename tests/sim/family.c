@@ -1118,6 +1118,16 @@ static void delete_one(struct member *m)
     if (died)
         look_again(&c);
     bool there = !d->violated && find(&c, d->name, &entry) == ST_OK;
+    if (there && died && !refused) {
+        /* What the dead one has sent may still come, or has just come. */
+        command_again(&c);
+        catalog_remove(&c.op, c.store, c.env, &entry, with);
+        if (command_wait(&c) && c.op.st != ST_EXISTS) {
+            there = false;
+            if (c.op.st != ST_OK && c.op.st != ST_NOTFOUND)
+                drv_violation(d, "removing volume %s again: %s", d->name, status_text(c.op.st));
+        }
+    }
     command_end(&c);
     if (m->parent)
         m->parent->n_leaving--;

@@ -108,6 +108,9 @@ struct kept {
     uint32_t no, second_no; /* in the histories; second_no 0: not of that one */
     unsigned made_by, removed_by, cloned_by; /* commands, from 1; 0: none */
     bool noted, is_there;   /* that it was made: the command said so */
+    /* From here on it stays what it is: of several volumes, when the command is over, which removes
+     * what it has made where it can't make them all. */
+    uint64_t settled_ns;
     bool cloned, compared;
 };
 
@@ -289,6 +292,8 @@ static void look_at_snapshots(struct run *r)
         if (k->noted || !command_is_over(made_by))
             continue;
         k->noted = true;
+        if (k->second_no)
+            k->settled_ns = sim_now_ns(r->sim);
         if (command_status(made_by) != 0)
             continue;
         k->is_there = true;
@@ -637,6 +642,7 @@ static void begin_snapshot(struct run *r)
     words[2] = k->full[r->clients.name];
     if (r->second && percent(r, 60)) {
         k->second_no = history_snapshot(r->second_history, sim_now_ns(r->sim));
+        k->settled_ns = UINT64_MAX;
         words[3] = k->second;
     }
     run_command(r, words, 10);
@@ -675,6 +681,7 @@ static struct client *start_viewer(struct run *r, struct kept *k, const char *na
     config.host = HOST_VIEWERS;
     config.gateway = (unsigned)below(r, r->n_places);
     config.snapshot = k->no;
+    config.settled_ns = &k->settled_ns;
     config.names[0] = name ? name : k->full[r->clients.name];
     config.names[1] = name ? name : k->full[!r->clients.name];
     config.read_only = !name;
@@ -693,6 +700,7 @@ static struct client *start_second_viewer(struct run *r, struct kept *k)
     config.host = HOST_VIEWERS;
     config.gateway = (unsigned)below(r, r->n_places);
     config.snapshot = k->second_no;
+    config.settled_ns = &k->settled_ns;
     config.names[0] = config.names[1] = k->second;
     config.read_only = true;
     config.n_connections = 1;
