@@ -292,12 +292,11 @@ const struct cli_command usage_command = {
     .args = "[NAME]",
     .summary = "show what volumes and their snapshots take",
     .details =
-        "USED is what clients see as data; INHERITED, the part of it that is shared with what the\n"
-        "volume is a clone of; EXCLUSIVE, what only that snapshot or the volume itself has. STORED "
-        "is\n"
-        "what all of the volume's own blocks take in the store, compressed; FREED, about what "
-        "removing\n"
-        "the snapshot would give back of that. ~ marks what is estimated. No data is read.",
+        "USED is what clients see as data; INHERITED, the part of it that is shared with what\n"
+        "the volume is a clone of; EXCLUSIVE, what only that snapshot or the volume itself has.\n"
+        "STORED is what all of the volume's own blocks take in the store, compressed; FREED,\n"
+        "about what removing the snapshot would give back of that. ~ marks what is estimated.\n"
+        "No data is read; what was written in the last second or two may not be counted yet.",
     .args_min = 0,
     .args_max = 1,
     .run = run_usage,
