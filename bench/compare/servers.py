@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 
 from harness import rawnbd  # noqa: E402
-from harness.waiting import free_port, wait_until  # noqa: E402
+from harness.waiting import free_port, greets, wait_until  # noqa: E402
 
 START_LIMIT_S = 30
 STOP_LIMIT_S = 60
@@ -150,13 +149,7 @@ class Server:
 
     def answers(self):
         self.check_alive()
-        with socket.socket(socket.AF_INET if self.tcp else socket.AF_UNIX) as s:
-            s.settimeout(5)
-            try:
-                s.connect(self.address())
-                return s.recv(8) == b"NBDMAGIC"
-            except OSError:
-                return False
+        return greets(self.address())
 
     def alive(self):
         try:

@@ -18,7 +18,7 @@ import pytest
 
 from harness.commands import DONE, FAILED, NOTFOUND, USAGE, assert_one_sentence
 from harness.server import CLI_LIMIT_S, program
-from harness.waiting import SLOW, free_port, wait_until
+from harness.waiting import SLOW, free_port, greets, wait_until
 
 MIB = 1 << 20
 SHORT = ("--time", "0.3")
@@ -49,7 +49,7 @@ class Other:
             ["setpriv", "--pdeathsig", "KILL",
              *(str(w).replace("SOCKET", str(self.path)) for w in words)],
             stdin=subprocess.DEVNULL)
-        wait_until(lambda: self.path.exists() or self.process.poll() is not None, 20 * SLOW,
+        wait_until(lambda: greets(str(self.path)) or self.process.poll() is not None, 20 * SLOW,
                    "the other server listens")
         assert self.process.poll() is None
 

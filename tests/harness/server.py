@@ -14,14 +14,13 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.parse
 from pathlib import Path
 
 from . import stores
-from .waiting import SLOW, free_port, wait_until  # noqa: F401
+from .waiting import SLOW, free_port, greets, wait_until  # noqa: F401
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -149,7 +148,7 @@ class Server:
 
     def _ready(self):
         self.check_alive()
-        return all(self._accepts(a) for a in self.addresses())
+        return all(greets(a) for a in self.addresses())
 
     def addresses(self):
         out = []
@@ -158,22 +157,6 @@ class Server:
         if self._tcp and self._reachable:
             out.append((self.host, self.port))
         return out
-
-    @staticmethod
-    def _accepts(address):
-        family = socket.AF_UNIX if isinstance(address, str) else (
-            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        with socket.socket(family) as s:
-            s.settimeout(5)
-            try:
-                s.connect(address)
-            except OSError:
-                return False
-            # The greeting too: a listener may exist before anybody serves it.
-            try:
-                return s.recv(8) == b"NBDMAGIC"
-            except OSError:
-                return False
 
     @property
     def pid(self):

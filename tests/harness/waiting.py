@@ -26,3 +26,17 @@ def free_port(host="127.0.0.1"):
     with socket.socket(family) as s:
         s.bind((host, 0))
         return s.getsockname()[1]
+
+
+def greets(address):
+    """Whether an NBD server is at work there: (host, port), or the path of a socket."""
+    family = socket.AF_UNIX if isinstance(address, str) else (
+        socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    with socket.socket(family) as s:
+        s.settimeout(5)
+        try:
+            s.connect(address)
+            # The greeting too: a listener may exist before anybody serves it.
+            return s.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
