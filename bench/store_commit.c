@@ -4,16 +4,8 @@
  *
  *   store_commit DIRECTORY [BODY_BYTES [COMMIT_MIB [COMMITS [KEYS]]]]
  */
-#include <sys/resource.h>
-
 #include "../tests/unit/store_test.h"
-
-static double now_s(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + (double)ts.tv_nsec / 1e9;
-}
+#include "measure.h"
 
 int main(int argc, char **argv)
 {
@@ -28,7 +20,7 @@ int main(int argc, char **argv)
     uint64_t keys = argc > 5 ? strtoull(argv[5], NULL, 0) : (2ull << 30) / body;
     if (per == 0)
         per = 1;
-    struct test_store t;
+    struct test_store t = {0};
     test_store_begin(&t, argv[1]);
     uint8_t *data = mem_alloc(body * 64);
     struct chance state = {1};
@@ -36,9 +28,7 @@ int main(int argc, char **argv)
         put_le64(data + 8 * i, chance_u64(&state));
     struct store_mutation *m = mem_zalloc(per * sizeof *m);
     uint8_t *names = mem_alloc(per * 24), head[16] = {0};
-    struct rusage before, after;
-    double worst = 0, total = 0;
-    getrusage(RUSAGE_SELF, &before);
+    double worst = 0, total = 0, cpu = cpu_s();
     for (int c = 0; c < commits; c++) {
         uint64_t at = chance_u64(&state) % keys;
         for (size_t i = 0; i < per; i++) {
@@ -60,12 +50,7 @@ int main(int argc, char **argv)
         total += took;
         worst = took > worst ? took : worst;
     }
-    getrusage(RUSAGE_SELF, &after);
-    double cpu = (double)(after.ru_utime.tv_sec + after.ru_stime.tv_sec - before.ru_utime.tv_sec -
-                          before.ru_stime.tv_sec) +
-                 (double)(after.ru_utime.tv_usec + after.ru_stime.tv_usec -
-                          before.ru_utime.tv_usec - before.ru_stime.tv_usec) /
-                     1e6;
+    cpu = cpu_s() - cpu;
     double mib = (double)per * (double)body * commits / (1 << 20);
     printf("%zu B bodies, %zu per commit: %.0f MiB/s, %.1f ms per commit (worst %.1f), %.2f CPU s "
            "per GiB\n",

@@ -9,13 +9,11 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/bytes.h"
+#include "bench/clock.h"
 
-#define NS_PER_S 1000000000ull
-#define NS_PER_MS 1000000ull
 /* An answer to GO that is longer, and more answers than so many, are no NBD server's. */
 #define REPLY_BYTES_MAX 8192u
 #define REPLIES_MAX 100u
@@ -30,13 +28,6 @@ struct hello {
     int fd;
     bool no_zeroes;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * NS_PER_S + (uint64_t)ts.tv_nsec;
-}
 
 /* Waits until the socket is ready for `events`. */
 static enum status wait_ready(const struct hello *h, short events, struct err *e)

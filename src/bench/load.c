@@ -16,18 +16,16 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/time.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/bytes.h"
 #include "base/check.h"
 #include "base/mem.h"
+#include "bench/clock.h"
 #include "bench/payload.h"
 #include "bench/random.h"
 #include "nbd/proto.h"
 
-#define NS_PER_S 1000000000ull
-#define NS_PER_MS 1000000ull
 /* Stays in the processor's cache, and takes the replies of a socket's buffer at once. */
 #define SCRATCH_BYTES (256u << 10)
 #define SEND_IOVECS 512u
@@ -85,13 +83,6 @@ struct load {
     bool ending;        /* nothing new is asked for */
     struct err *e;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (uint64_t)ts.tv_sec * NS_PER_S + (uint64_t)ts.tv_nsec;
-}
 
 /* --- asking -------------------------------------------------------------------------------- */
 
@@ -518,7 +509,7 @@ static bool process_cpu_ns(uint32_t pid, uint64_t *ns)
     struct timespec ts;
     if (clock_getcpuclockid((pid_t)pid, &clock) != 0 || clock_gettime(clock, &ts) != 0)
         return false;
-    *ns = (uint64_t)ts.tv_sec * NS_PER_S + (uint64_t)ts.tv_nsec;
+    *ns = timespec_ns(ts);
     return true;
 }
 

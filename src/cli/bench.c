@@ -7,16 +7,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/hash.h"
 #include "base/mem.h"
+#include "bench/clock.h"
 #include "bench/load.h"
 #include "cli/cli.h"
 #include "cli/describe.h"
 #include "cli/progress.h"
 
-#define NS_PER_S 1000000000ull
 #define SECONDS_MAX 1e6
 #define PID_MAX (1u << 22) /* the kernel's limit on a machine of 64 bits */
 
