@@ -7,10 +7,10 @@
  * that reaches at least as far as the answers did (G1, G2, G3), and the log all
  * records that a sync was answered for.
  */
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/uio.h>
 
+#include "../unit/double.h"
 #include "../unit/store_test.h"
 
 #define COMMITS 60
@@ -75,15 +75,6 @@ static void record_answer(enum kind kind, uint64_t number)
 }
 
 /* ---- the doubles ---- */
-
-/* The real call `name` into the function pointer at `out`. The labels below keep a double apart
- * from what the headers make of its name where file offsets have 64 bits. */
-static void real(const char *name, void *out)
-{
-    void *f = dlsym(RTLD_NEXT, name);
-    CHECK(f);
-    memcpy(out, &f, sizeof f);
-}
 
 static void record_write(int fd, const struct iovec *iov, int n_iov, off_t at, ssize_t written)
 {
@@ -447,7 +438,7 @@ static void fill_up(struct test_store *t)
 /* Records a run and lets the machine die `cuts` times; returns how often that did harm. */
 static int power_cuts(int cuts, bool ignore_blocks_sync, struct chance *chance)
 {
-    struct test_store t;
+    struct test_store t = {0};
     struct err e = {0};
     struct store_log *log;
     test_store_begin(&t, access("/dev/shm", W_OK) == 0 ? "/dev/shm" : NULL);

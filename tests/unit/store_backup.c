@@ -258,7 +258,7 @@ static void test_contents(void **state)
     for (int i = 0; i < 400; i++)
         change_some(t, ++version, model);
     expect_backup(t);
-    struct test_store copy;
+    struct test_store copy = {0};
     copy_open(t, &copy);
     expect_model(&copy, model);
     assert_int_equal(number_at(&copy, "version"), version);
@@ -322,7 +322,7 @@ static void test_while_written(void **state)
         pthread_join(b.thread, NULL);
         if (b.st)
             fail_msg("store_backup: %s", b.err.text);
-        struct test_store copy;
+        struct test_store copy = {0};
         copy_open(t, &copy);
         uint64_t found = number_at(&copy, "version");
         assert_in_range(found, asked, until - 1);
@@ -465,7 +465,7 @@ static void test_log_in_use(void **state)
         if (b.st)
             fail_msg("store_backup: %s", b.err.text);
         assert_int_equal(b.backup.n_damaged, 0);
-        struct test_store copy;
+        struct test_store copy = {0};
         copy_open(t, &copy);
         assert_int_equal(store_session_probe(copy.store, session), STORE_SESSION_DEAD);
         uint64_t applied = number_at(&copy, "applied");
@@ -522,7 +522,7 @@ static void test_damaged_log(void **state)
     struct backing b = {0};
     assert_int_equal(backup(t, &b), ST_OK);
     assert_true(b.backup.n_damaged > 0);
-    struct test_store copy;
+    struct test_store copy = {0};
     copy_open(t, &copy);
     struct taken taken = {.next = 1};
     assert_int_equal(store_log_replay(copy.store, id, 5, 0, take, &taken, &e), ST_IO);
@@ -592,7 +592,7 @@ static void test_folders(void **state)
     assert_false(is_there(file));
     snprintf(file, sizeof file, "%s/backup", t->to);
     assert_false(is_there(file));
-    struct test_store copy;
+    struct test_store copy = {0};
     copy_open(t, &copy);
     test_expect(&copy, "key", "value");
     test_store_end(&copy);
@@ -614,7 +614,7 @@ static void test_two_at_once(void **state)
     struct backing b = {.pause = second_at_once, .arg = &st};
     assert_int_equal(backup(t, &b), ST_OK);
     assert_int_equal(st, ST_BUSY);
-    struct test_store copy;
+    struct test_store copy = {0};
     copy_open(t, &copy);
     test_expect(&copy, "key", "value");
     test_store_end(&copy);

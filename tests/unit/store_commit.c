@@ -4,22 +4,23 @@
 
 #include "store_test.h"
 
-static int begin(void **state)
+static int begin_with(void **state, bool own_cache)
 {
     struct test_store *t = mem_zalloc(sizeof *t);
+    t->own_cache = own_cache;
     test_store_begin(t, NULL);
     *state = t;
     return 0;
 }
 
+static int begin(void **state)
+{
+    return begin_with(state, false);
+}
+
 static int begin_own_cache(void **state)
 {
-    begin(state);
-    struct test_store *t = *state;
-    store_close(t->store);
-    t->own_cache = true;
-    test_store_reopen(t);
-    return 0;
+    return begin_with(state, true);
 }
 
 static int end(void **state)
@@ -192,7 +193,7 @@ static void test_bodies_model(void **state)
     struct chance chance = chance_begin("bodies");
     uint8_t *bodies[KEYS] = {0};
     uint32_t lens[KEYS] = {0};
-    uint8_t *got = aligned_alloc(4096, 1u << 20);
+    uint8_t *got = mem_alloc_aligned(4096, 1u << 20);
     for (int step = 0; step < STEPS; step++) {
         struct store_mutation m[8];
         char keys[8][8];
@@ -257,7 +258,7 @@ static void test_many_gets_at_once(void **state)
     static struct store_mutation m[N];
     static struct store_get gets[N];
     static char names[N][8];
-    uint8_t *bodies = mem_alloc(N * 5000), *got = aligned_alloc(4096, N * ROOM);
+    uint8_t *bodies = mem_alloc(N * 5000), *got = mem_alloc_aligned(4096, N * ROOM);
     struct chance chance = chance_begin("gets");
     chance_fill(&chance, bodies, N * 5000);
     for (size_t i = 0; i < N; i++) {

@@ -3,7 +3,6 @@
  * this program's own pwritev and syscall: they refuse what goes to descriptors with O_DIRECT, and
  * asynchronous reads.
  */
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -11,6 +10,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
+#include "double.h"
 #include "store_test.h"
 
 #define N 40u
@@ -22,13 +22,6 @@ static _Atomic int fault;      /* enum direct_fault */
 static _Atomic int fault_times;
 static _Atomic long refused_call; /* SYS_io_...; 0: none */
 static _Atomic unsigned n_direct, n_refused;
-
-static void real(const char *name, void *out)
-{
-    void *f = dlsym(RTLD_NEXT, name);
-    CHECK(f);
-    memcpy(out, &f, sizeof f);
-}
 
 ssize_t double_pwritev(int fd, const struct iovec *iov, int n, off_t at) __asm__("pwritev");
 ssize_t double_pwritev64(int fd, const struct iovec *iov, int n, off_t at) __asm__("pwritev64");
@@ -131,8 +124,7 @@ static void expect_all(struct test_store *t, unsigned version)
     enum { ROOM = 53248 };
     static struct store_get gets[N];
     static char names[N][8];
-    uint8_t *got = aligned_alloc(4096, (size_t)N * ROOM), *want = mem_alloc(BODY_BYTES);
-    CHECK(got);
+    uint8_t *got = mem_alloc_aligned(4096, (size_t)N * ROOM), *want = mem_alloc(BODY_BYTES);
     for (unsigned i = 0; i < N; i++) {
         snprintf(names[i], sizeof names[i], "k%02u", i);
         gets[i] = (struct store_get){
