@@ -1413,6 +1413,8 @@ struct model_txn {
     struct cell cells[MODEL_KEYS]; /* as it sees them */
     enum cell_state states[MODEL_KEYS];
     bool read[MODEL_KEYS], written[MODEL_KEYS];
+    /* The same of what lies between a key and the next, which ranges reach and keys don't. */
+    bool gap_read[MODEL_KEYS], gap_written[MODEL_KEYS];
     uint16_t added[MODEL_KEYS]; /* CELL_ATOMIC: to whatever is there when it commits */
     int64_t begun_at;
 };
@@ -1421,6 +1423,7 @@ struct model {
     struct chance chance;
     struct cell cells[MODEL_KEYS];
     int64_t changed_at[MODEL_KEYS]; /* the number of the commit */
+    int64_t gap_changed_at[MODEL_KEYS];
     int64_t commits;
     struct model_txn txns[2];
 };
@@ -1438,6 +1441,12 @@ static void model_see(struct model_txn *m, int i, bool snapshot)
 {
     if (!snapshot && m->states[i] != CELL_KNOWN)
         m->read[i] = true;
+}
+
+static void model_see_gap(struct model_txn *m, int i, bool snapshot)
+{
+    if (!snapshot && !m->gap_written[i])
+        m->gap_read[i] = true;
 }
 
 static void model_write(struct model_txn *m, int i, bool present, uint16_t value)
@@ -1491,8 +1500,15 @@ static void model_range(struct model *all, struct model_txn *m)
     assert_int_equal(p.more, expected == limit);
     if (expected < limit)
         last = reverse ? first : to - 1;
-    for (int i = reverse ? last : first; i < to && i <= (reverse ? to - 1 : last); i++)
+    bool whole = expected < limit;
+    int begin = reverse ? last : first, end = reverse ? to - 1 : last;
+    for (int i = begin; i < to && i <= end; i++) {
         model_see(m, i, snapshot);
+        if (whole || reverse || i < end)
+            model_see_gap(m, i, snapshot);
+    }
+    if (after && from < to && (whole || !reverse))
+        model_see_gap(m, from, snapshot);
     f.fdb_future_destroy(x);
 }
 
@@ -1509,13 +1525,16 @@ static void model_commit(struct model *all, struct model_txn *m)
 {
     bool conflict = false;
     for (int i = 0; i < MODEL_KEYS; i++)
-        conflict |= m->read[i] && all->changed_at[i] > m->begun_at;
+        conflict |= (m->read[i] && all->changed_at[i] > m->begun_at) ||
+                    (m->gap_read[i] && all->gap_changed_at[i] > m->begun_at);
     assert_int_equal(commit(m->t), m->wrote && conflict ? 1020 : 0);
     m->begun = false;
     if (!m->wrote || conflict)
         return;
     all->commits++;
     for (int i = 0; i < MODEL_KEYS; i++) {
+        if (m->gap_written[i])
+            all->gap_changed_at[i] = all->commits;
         if (!m->written[i])
             continue;
         /* What adds to a value adds to the one that is there by then. */
@@ -1550,8 +1569,10 @@ static void model_step(struct model *all, struct model_txn *m)
         if (i >= k || k - i > 5)
             break;
         clear(m->t, model_key(i), model_key(k));
-        for (int j = i; j < k; j++)
+        for (int j = i; j < k; j++) {
             model_write(m, j, false, 0);
+            m->gap_written[j] = true;
+        }
         break;
     case 4: {
         bool known = m->states[i] == CELL_KNOWN;
