@@ -55,6 +55,7 @@ struct round {
     size_t run;                /* the one in use, and units used of it */
     uint64_t run_used;
     struct lm_payload *payload;
+    struct lm_warm *warm;
     bool applied; /* some commit took effect */
     int64_t unreserved_units;
     uint8_t *value; /* LM_VALUE_BYTES_MAX */
@@ -644,7 +645,12 @@ static void round_run(struct round *r, struct list *waits, bool idle)
         st = attempt_begin(r);
         if (!st) {
             lm_index_ahead(lm);
+            uint64_t n_keys = 0;
+            for (size_t i = 0; i < r->n_commits; i++)
+                n_keys += r->commits[i]->n_mutations;
+            lm_warm_begin(r->warm, r->commits, r->n_commits);
             st = attempt_commits(r, &culprit);
+            lm_warm_end(r->warm, n_keys);
         }
         if (!st)
             st = waits_try(r, waits);
@@ -764,6 +770,7 @@ static void *commit_thread(void *arg)
     r->lm = lm;
     r->value = mem_alloc(LM_VALUE_BYTES_MAX);
     r->payload = lm_payload_new(lm);
+    r->warm = lm_warm_new(lm);
     struct list commits = LIST_INIT(commits), waits = LIST_INIT(waits), jobs = LIST_INIT(jobs);
     for (;;) {
         unsigned pause_ms = !list_empty(&waits)                      ? WAIT_AGAIN_MS
@@ -786,6 +793,7 @@ static void *commit_thread(void *arg)
     }
     space_extents_free(&r->runs);
     lm_payload_free(r->payload);
+    lm_warm_free(r->warm);
     free(r->value);
     free(r);
     return NULL;

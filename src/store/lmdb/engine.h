@@ -8,7 +8,7 @@
  * by which they wake each other. docs/format-lmdb.md states all of it to the byte.
  *
  * Threads: one commit thread per open store does every write transaction, and has a few
- * to write bodies; a few others do the reads; one minder thread watches over a stuck writer
+ * to write bodies and a few to bring pages of the index into memory; a few others do the reads; one minder thread watches over a stuck writer
  * lock and over keys; each open log has a thread for its syncs.
  */
 #ifndef STORE_LMDB_ENGINE_H
@@ -352,6 +352,22 @@ enum status lm_payload_finish(struct lm_payload *payload, bool *wrote);
 
 /* Waits until nothing is under way any more; what was added may be written or not. */
 void lm_payload_cancel(struct lm_payload *payload);
+
+/* ---- warm.c ---- */
+
+/* Looks keys up ahead of the commit thread, so that it need not wait for their pages one by one.
+ * Commit thread. */
+struct lm_warm;
+
+struct lm_warm *lm_warm_new(struct lm *lm);
+void lm_warm_free(struct lm_warm *warm); /* not between a begin and its end */
+
+/* Begins with the keys of a transaction, if the last one had to wait for pages. `commits` and what
+ * they refer to must stay until lm_warm_end(). */
+void lm_warm_begin(struct lm_warm *warm, struct store_commit *const *commits, size_t n);
+
+/* The transaction, of `n_keys` mutations, needs no more of them. */
+void lm_warm_end(struct lm_warm *warm, uint64_t n_keys);
 
 /* ---- watch.c ---- */
 
