@@ -757,7 +757,7 @@ static uint8_t hole_kind(const struct volume *vol, uint8_t kind)
     return kind == SOURCE_HOLE && !vol->header.parent_branch ? SOURCE_ABSENT : kind;
 }
 
-int built_range_over(const struct volume *vol, uint64_t row2)
+int built_range_over(const struct volume *vol, uint64_t row2, uint64_t *epoch)
 {
     uint64_t first = row2 << (2 * INDEX_SHIFT), end = (row2 + 1) << (2 * INDEX_SHIFT);
     if (!vol->n_ranges_uncommitted)
@@ -767,8 +767,10 @@ int built_range_over(const struct volume *vol, uint64_t row2)
         if (g->stage < GEN_BUILT)
             continue;
         for (size_t i = g->n_ranges; i > 0; i--)
-            if (g->ranges[i - 1].first <= first && end <= g->ranges[i - 1].end)
+            if (g->ranges[i - 1].first <= first && end <= g->ranges[i - 1].end) {
+                *epoch = g->epoch;
                 return hole_kind(vol, g->ranges[i - 1].kind);
+            }
     }
     return -1;
 }
@@ -918,7 +920,7 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     }
     if (scan)
         scan->fixed = true;
-    index_fix_row2(vol, row2, kind);
+    index_fix_row2(vol, row2, kind, vol->header.epoch);
     index_fix_rows1(vol, row2 << INDEX_SHIFT, (row2 + 1) << INDEX_SHIFT, kind);
     key_row(&key, vol->branch, 2, row2, vol->header.epoch);
     if (r2) {
@@ -1297,6 +1299,7 @@ static void build(struct gen *g, const struct state_record *before)
     struct volume *vol = g->vol;
     uint8_t *bytes = mem_alloc(ROW_BYTES_MAX);
     g->state_after = *before;
+    g->epoch = vol->header.epoch;
     for (size_t i = 0; i < g->n_pinned; i++)
         CHECK(!g->pinned[i]->loading);
     for (size_t i = 0; i < g->n_ranges; i++)

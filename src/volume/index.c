@@ -255,6 +255,12 @@ static void load_done(struct store_read *read, enum status st)
     if (r->overridden) {
         r->overridden = false;
         fix_slot(r, r->override);
+        if (r->level == 2) {
+            /* Not where it was found: that may be a version which only a removed snapshot names,
+             * the cleaner's, not to be let go of with the next change. */
+            r->branch = vol->branch;
+            r->epoch = r->override_epoch;
+        }
     }
     index_recount(r);
     if (r->level == 1) {
@@ -294,7 +300,7 @@ static void load_row2(struct row_slot *r)
     load->slot = r;
     r->loading = true;
     /* What is stored may be older than a trim that is on its way. */
-    int kind = built_range_over(vol, r->no);
+    int kind = built_range_over(vol, r->no, &r->override_epoch);
     if (kind >= 0) {
         r->overridden = true;
         r->override = (uint8_t)kind;
@@ -482,9 +488,11 @@ void index_fix_rows1(struct volume *vol, uint64_t first_row1, uint64_t end_row1,
                 fix_slot(r, kind);
 }
 
-void index_fix_row2(struct volume *vol, uint64_t row2, uint8_t kind)
+void index_fix_row2(struct volume *vol, uint64_t row2, uint8_t kind, uint64_t epoch)
 {
     struct row_slot *r = slot_find(vol, 2, row2);
-    if (r)
-        fix_slot(r, kind);
+    if (!r)
+        return;
+    fix_slot(r, kind);
+    r->override_epoch = epoch;
 }

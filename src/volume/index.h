@@ -29,6 +29,7 @@ struct row_slot {
     bool loading;
     bool overridden;  /* while loading: what arrives is outdated, all entries are `override` */
     uint8_t override;
+    uint64_t override_epoch; /* ... and, of level 2, stored under this epoch, if at all */
     uint64_t bytes; /* counted in rows_lru.bytes */
     unsigned pins;
     bool changed; /* by the generation that is being built */
@@ -103,7 +104,8 @@ static inline void row_unpin(struct row_slot *r)
 /* Level-1 rows [first, end) have one fixed source for all their blocks now, as their level-2
  * entries say: makes rows in memory or on their way say so too. */
 void index_fix_rows1(struct volume *vol, uint64_t first_row1, uint64_t end_row1, uint8_t kind);
-/* The same for a level-2 row that may be loading just now or not be in memory at all. */
-void index_fix_row2(struct volume *vol, uint64_t row2, uint8_t kind);
+/* The same for a level-2 row that may be loading just now or not be in memory at all. `epoch`:
+ * under which it is stored from now on, if at all. */
+void index_fix_row2(struct volume *vol, uint64_t row2, uint8_t kind, uint64_t epoch);
 
 #endif

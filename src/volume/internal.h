@@ -184,6 +184,7 @@ struct gen {
     enum gen_stage stage;
     struct list dirty; /* blk.dirty while open */
     uint64_t n_dirty, dirty_bytes;
+    uint64_t epoch;  /* what it stores is of; known when it is built */
     uint64_t weight; /* the most bytes its commit can have; see weight.c */
     uint32_t n_rows1; /* level-1 rows that blocks in it belong to; some counted more than once */
     uint64_t rows_counted[GENERATION_ROWS_COUNTED]; /* rows in the weight; not all of them */
@@ -512,8 +513,9 @@ void gen_touch(struct volume *vol, struct blk *e, struct vol_io *io);
 /* Takes it out again (a range covers it now). */
 void gen_untouch(struct volume *vol, struct blk *e);
 /* What the newest range that was built and is not committed makes of all blocks of a level-2
- * row (a source), or -1. Only for a row that is not in memory: no other change is pending. */
-int built_range_over(const struct volume *vol, uint64_t row2);
+ * row (a source), and *epoch under which the row is then stored, if at all; or -1. Only for a row
+ * that is not in memory: no other change is pending. */
+int built_range_over(const struct volume *vol, uint64_t row2, uint64_t *epoch);
 /* Whether nothing will come back to any generation; then, the volume being lost, they go. */
 bool gen_all_quiet(const struct volume *vol);
 void gen_free_all(struct volume *vol);
