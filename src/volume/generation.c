@@ -897,8 +897,19 @@ static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind, u
         add_trash(g, row << INDEX_SHIFT, end << INDEX_SHIFT, trim_first);
 }
 
-static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan *scan,
-                     uint64_t trim_first)
+/* Whether zeros before this range, in the same generation, have stored a level-2 row that was not
+ * there before. */
+static bool zeroed_before(const struct gen *g, const struct gen_range *range, uint64_t row2)
+{
+    uint64_t first = row2 << (2 * INDEX_SHIFT), end = (row2 + 1) << (2 * INDEX_SHIFT);
+    for (const struct gen_range *r = g->ranges; r < range; r++)
+        if (r->kind == SOURCE_ZERO && r->first <= first && end <= r->end)
+            return true;
+    return false;
+}
+
+static void fix_row2(struct gen *g, const struct gen_range *range, uint64_t row2, uint8_t kind,
+                     struct gen_scan *scan)
 {
     struct volume *vol = g->vol;
     struct row_slot *r2 = index_row2(vol, row2);
@@ -926,7 +937,9 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
     if (r2) {
         row_changed(g, r2); /* build_rows2() stores it */
     } else if (!scan && kind != SOURCE_ZERO) {
-        CHECK(!trash); /* nothing is stored: that says it already */
+        CHECK(!trash); /* nothing was stored: that says it already */
+        if (zeroed_before(g, range, row2))
+            clear_key(g, &key);
     } else if (kind == SOURCE_ABSENT && scan->epoch == vol->header.epoch && !scan->versions) {
         clear_key(g, &key);
     } else {
@@ -942,7 +955,7 @@ static void fix_row2(struct gen *g, uint64_t row2, uint8_t kind, struct gen_scan
         free(row);
     }
     if (trash)
-        add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT), trim_first);
+        add_trash(g, row2 << (2 * INDEX_SHIFT), (row2 + 1) << (2 * INDEX_SHIFT), range->first);
 }
 
 static void build_range(struct gen *g, const struct gen_range *range)
@@ -968,12 +981,12 @@ static void build_range(struct gen *g, const struct gen_range *range)
                 /* Rows that are neither stored nor in memory say ABSENT already, which is as good. */
                 for (; row2 < end_row2; row2++) {
                     struct gen_scan *scan = find_scan(g, row2);
-                    if (scan || index_knows_row2(vol, row2))
-                        fix_row2(g, row2, kind, scan, range->first);
+                    if (scan || index_knows_row2(vol, row2) || zeroed_before(g, range, row2))
+                        fix_row2(g, range, row2, kind, scan);
                 }
             } else {
                 for (; row2 < end_row2; row2++)
-                    fix_row2(g, row2, kind, find_scan(g, row2), range->first);
+                    fix_row2(g, range, row2, kind, find_scan(g, row2));
             }
             no = end_row2 * unit2;
         }

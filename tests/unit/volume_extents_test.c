@@ -11,6 +11,7 @@
 #include "../sim/driver.h"
 #include "../sim/seeds.h"
 #include "base/mem.h"
+#include "volume/internal.h"
 #include "volume/rows.h"
 
 #define BS 4096u
@@ -447,12 +448,64 @@ static void damaged_rows(void **state)
     end(&b);
 }
 
+static void expect_all(struct drv *d, uint64_t off, uint64_t len, uint32_t flags)
+{
+    struct vol_extent x;
+    struct asked a = drv_asked("");
+    a.op.io.offset = off;
+    a.op.io.length = len;
+    a.op.io.extents = &x;
+    a.op.io.extents_cap = 1;
+    volume_status(d->p->vol, &a.op.io);
+    assert_int_equal(drv_answer(d, &a), ST_OK);
+    assert_int_equal(a.op.io.n_extents, 1);
+    assert_int_equal(x.length, len);
+    assert_int_equal(x.flags, flags);
+}
+
+/* Of zeroes and trims that reach the store together the last one counts, also in level-2 rows that
+ * are neither stored nor in memory: a trim takes back the zeros before it, and zeros a trim. */
+static void zeros_and_trims_together(void **state)
+{
+    (void)state;
+    const uint64_t row2 = (uint64_t)BS << (2 * INDEX_SHIFT);
+    const uint32_t zero = VOL_EXTENT_ZERO, hole = VOL_EXTENT_ZERO | VOL_EXTENT_HOLE;
+    struct drv_config config = {
+        .seed = 1,
+        .size = 10 * row2,
+        .block_size = BS,
+        .n_regions = 2,
+        .region_bytes = BS,
+        .store = {.has_log = true},
+    };
+    struct drv *d = drv_new(&config);
+    drv_open(d);
+    drv_request_ownership(d);
+    drv_drain(d);
+    /* The rows at the borders are loaded, those between are not: zeros in 1 to 7, holes in 2 to 6, zeros
+     * in 3. */
+    assert_int_equal(drv_zero(d, row2 / 2, 8 * row2, false, VOL_NO_HOLE), ST_OK);
+    assert_int_equal(drv_zero(d, row2 + row2 / 2, 6 * row2, true, 0), ST_OK);
+    assert_int_equal(drv_zero(d, 2 * row2 + row2 / 2, 2 * row2, false, VOL_NO_HOLE), ST_OK);
+    assert_int_equal(d->p->vol->open->n_ranges, 3);
+    assert_int_equal(drv_sync(d), ST_OK);
+    for (unsigned again = 0; again < 2; again++) {
+        expect_all(d, row2, row2 / 2, zero);
+        expect_all(d, 3 * row2, row2, zero);
+        expect_all(d, 5 * row2, 2 * row2, hole);
+        drv_reopen(d, true);
+    }
+    drv_close(d);
+    assert_true(drv_free(d));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(histories_and_clones),
         cmocka_unit_test(other_sizes),
         cmocka_unit_test(damaged_rows),
+        cmocka_unit_test(zeros_and_trims_together),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
