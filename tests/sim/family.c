@@ -60,6 +60,7 @@ struct deed {
     size_t frozen_at; /* with a token: from here on in the journal there is nothing ... */
     uint64_t frozen_id; /* ... of a request that began after this one */
     bool contended;   /* others were about the same snapshot at the same time */
+    bool name_went;   /* create, rename: its new name was another snapshot's for a while */
 };
 
 struct member {
@@ -196,9 +197,22 @@ static void kept_add(struct kept *k)
     k->refs++;
 }
 
+/* A snapshot no longer has this name. Who is just giving it to another one may be told that it is
+ * taken: that was looked at before. */
+static void name_goes(struct member *m, const char *name)
+{
+    list_for_each (l, &m->deeds) {
+        struct deed *deed = container_of(l, struct deed, link);
+        const char *wanted = deed->kind == DEED_RENAME ? deed->op.to : deed->op.name;
+        if (deed->kind == DEED_CREATE || deed->kind == DEED_RENAME)
+            deed->name_went |= !strcmp(wanted, name);
+    }
+}
+
 /* The snapshot is no more. */
 static void kept_gone(struct family *f, struct kept *k)
 {
+    name_goes(k->of, k->name);
     k->gone = true;
     k->of->n_snapshots--;
     list_remove(&k->link);
@@ -647,7 +661,8 @@ static void create_done(struct deed *deed)
     bool taken = kept_named(deed->of, k->name) != NULL;
     if (op->io.st != ST_OK) {
         deed->of->f->counts->refused++;
-        if (!(op->io.st == ST_EXISTS && taken) && !(op->io.st == ST_BUSY && op->token))
+        if (!(op->io.st == ST_EXISTS && (taken || deed->name_went)) &&
+            !(op->io.st == ST_BUSY && op->token))
             drv_violation(d, "snapshot %s can't be made: %s", k->name, op->err.text);
         return;
     }
@@ -688,9 +703,10 @@ static void rename_done(struct deed *deed)
     if (st == ST_OK) {
         if (kept_named(m, deed->op.to))
             drv_violation(m->d, "two snapshots have the name %s now", deed->op.to);
+        name_goes(m, deed->k->name);
         memcpy(deed->k->name, deed->op.to, sizeof deed->k->name);
         m->f->counts->renamed++;
-    } else if ((st == ST_EXISTS && kept_named(m, deed->op.to)) ||
+    } else if ((st == ST_EXISTS && (kept_named(m, deed->op.to) || deed->name_went)) ||
                ((st == ST_NOTFOUND || st == ST_BUSY) && deed->contended)) {
         m->f->counts->refused++;
     } else {
