@@ -1224,11 +1224,22 @@ void process_stop(struct drv *d, struct process *p)
     process_free(d, p);
 }
 
-/* Or some that were granted now and must be withdrawn. */
+struct remains {
+    struct drv *d;
+    struct process *p;
+};
+
+/* A generation of the replay waits for the store, which answers the dead nothing: for ever. */
+static bool replay_hangs(const struct process *p)
+{
+    return p->vol && !p->vol->lost && p->vol->replaying && p->vol->gens_queued;
+}
+
+/* Or some that were granted now and must be withdrawn, or what they wait for never comes. */
 static bool no_zombies(void *arg)
 {
-    const struct drv *d = arg;
-    return nothing_flies(d) || !list_empty(&d->ready);
+    const struct remains *r = arg;
+    return nothing_flies(r->d) || !list_empty(&r->d->ready) || replay_hangs(r->p);
 }
 
 /* The process is dead. What is left of it in memory is taken apart (where time is simulated, in
@@ -1261,10 +1272,7 @@ static void bury(struct drv *d, struct process *p)
     shard_submit(p->shard);
     /* Else it would try what the store refuses the dead for ever. */
     volume_lose_all(p->shard);
-    /* (One that is just being taken would be taken under another session.) Where a generation of the
-     * replay waits for the store, it would wait for ever. */
-    if (p->vol && p->vol->replaying && p->vol->gens_queued)
-        volume_lose(p->vol, "its process died");
+    /* (One that is just being taken would be taken under another session; see replay_hangs.) */
     for (size_t i = 0; i < d->n_inline; i++)
         free(d->inline_data[i]);
     d->n_inline = 0;
@@ -1275,7 +1283,9 @@ static void bury(struct drv *d, struct process *p)
             volume_write_abort(p->vol, &r->io);
             request_finish(r);
         }
-        world_run_until(d->world, p->env, no_zombies, d);
+        if (replay_hangs(p))
+            volume_lose(p->vol, "its process died");
+        world_run_until(d->world, p->env, no_zombies, &(struct remains){d, p});
     }
     if (d->n_others)
         drv_violation(d, "after the volume was lost a request of the test's is never answered");
