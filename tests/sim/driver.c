@@ -1666,6 +1666,8 @@ void drv_recover(struct drv *d, bool power)
 void drv_crash(struct drv *d, bool power)
 {
     struct process *p = d->p;
+    /* (It went on while others that die with it were buried.) */
+    drv_look(d);
     p->dead = true;
     world_crash(d->world, p->store);
     if (power)
