@@ -8,7 +8,7 @@ from pathlib import Path
 from .results import spread
 from .servers import ALL, OURS
 
-OUR_COLOURS = {"fdb-nbd": "#1f6fb4", "fdb-nbd-plain": "#7fb2dd"}
+OUR_COLOURS = {"fdb-nbd": "#1f6fb4", "fdb-nbd-plain": "#7fb2dd", "fdb-nbd-4k": "#b4d2ec"}
 PEER_COLOUR = "#b8b8b8"
 # (file, title, metric, (workload, short title), ...)
 CHARTS = (

@@ -57,8 +57,8 @@ def targets(result):
             row += [f"{ranged(found)}, {title}",
                     ("yes" if good else "**no**") + (f": {note}" if note else "")]
         rows.append(row)
-    return table(["target", "must be", "fdb-nbd / best peer", "reached",
-                  "no compression / best peer", "reached"], rows)
+    heads = [h for n in OURS for h in (f"{ALL[n].title} / best peer", "reached")]
+    return table(["target", "must be", *heads], rows)
 
 
 def rates(result, stage):

@@ -222,14 +222,14 @@ class FdbNbd(Server):
     disk_factor = 1.6
     # What was written last is in the log, and is committed when it is a second old.
     defers_s = 1.2
-    compression = "lz4"
+    create_words = ("--compression", "lz4")
 
     def store(self):
         return ["--store", f"lmdb:{self.folder / 'store'}"]
 
     def prepare(self):
         done = subprocess.run([self.program, *self.store(), "create", "v", str(self.size),
-                               "--compression", self.compression], capture_output=True, text=True,
+                               *self.create_words], capture_output=True, text=True,
                               timeout=TOOL_LIMIT_S, check=False)
         if done.returncode:
             raise Failed(f"create: {done.stderr.strip()}")
@@ -243,7 +243,14 @@ class FdbNbd(Server):
 class FdbNbdPlain(FdbNbd):
     """Without compression. Hashing cannot be switched off: what is read is always checked."""
     name, title = "fdb-nbd-plain", "fdb-nbd, no compression"
-    compression = "none"
+    create_words = ("--compression", "none")
+
+
+class FdbNbdSmall(FdbNbd):
+    """Blocks as large as the requests of the random workloads: nothing is written around them, but
+    the index is four times as large, and compression saves nothing."""
+    name, title = "fdb-nbd-4k", "fdb-nbd, 4 KiB blocks"
+    create_words = ("--block-size", "4K")
 
 
 class NbdkitMemory(Server):
@@ -323,8 +330,8 @@ class NbdServer(Server):
         self.pid = int(pid)
 
 
-ALL = {s.name: s for s in (FdbNbd, FdbNbdPlain, NbdkitMemory, NbdkitFile, QemuRaw, QemuQcow2,
-                           NbdServer)}
-OURS = ("fdb-nbd", "fdb-nbd-plain")
+ALL = {s.name: s for s in (FdbNbd, FdbNbdPlain, FdbNbdSmall, NbdkitMemory, NbdkitFile, QemuRaw,
+                           QemuQcow2, NbdServer)}
+OURS = ("fdb-nbd", "fdb-nbd-plain", "fdb-nbd-4k")
 # Peers that keep a volume as a plain file.
 RAW = ("nbdkit-file", "qemu-nbd-raw", "nbd-server")

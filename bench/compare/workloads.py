@@ -25,7 +25,7 @@ class Stage:
     transport: str = "unix"
     who: tuple = EVERYBODY
     # One server after the other instead of all beside each other: for volumes of which the disk
-    # holds no seven.
+    # holds no eight.
     alone: bool = False
     # Read once before anything is measured, so that what fits is in memory.
     read_once: bool = True
