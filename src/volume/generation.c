@@ -212,10 +212,12 @@ void gen_seal(struct volume *vol, bool force)
 
 /* --- prepare: rows, then bases ------------------------------------------------------- */
 
+/* Once more does no harm but to memory; who comes again comes soon. */
 static void pin_row(struct gen *g, struct row_slot *r)
 {
-    if (g->n_pinned && g->pinned[g->n_pinned - 1] == r)
-        return;
+    for (size_t i = g->n_pinned; i > 0 && i + 8 > g->n_pinned; i--)
+        if (g->pinned[i - 1] == r)
+            return;
     mem_grow(&g->pinned, &g->cap_pinned, g->n_pinned + 1, sizeof *g->pinned);
     g->pinned[g->n_pinned++] = r;
     row_pin(r);
@@ -777,14 +779,7 @@ int built_range_over(const struct volume *vol, uint64_t row2, uint64_t *epoch)
 
 static void row_changed(struct gen *g, struct row_slot *r)
 {
-    for (size_t i = g->n_pinned; i > 0 && i + 8 > g->n_pinned; i--)
-        if (g->pinned[i - 1] == r) {
-            r->changed = true;
-            return;
-        }
-    mem_grow(&g->pinned, &g->cap_pinned, g->n_pinned + 1, sizeof *g->pinned);
-    g->pinned[g->n_pinned++] = r;
-    row_pin(r);
+    pin_row(g, r);
     r->changed = true;
 }
 
@@ -902,7 +897,7 @@ static void fix_rows1(struct gen *g, uint64_t row, uint64_t end, uint8_t kind, u
 static bool zeroed_before(const struct gen *g, const struct gen_range *range, uint64_t row2)
 {
     uint64_t first = row2 << (2 * INDEX_SHIFT), end = (row2 + 1) << (2 * INDEX_SHIFT);
-    for (const struct gen_range *r = g->ranges; r < range; r++)
+    for (const struct gen_range *r = g->ranges; g->zeros_built && r < range; r++)
         if (r->kind == SOURCE_ZERO && r->first <= first && end <= r->end)
             return true;
     return false;
@@ -985,6 +980,7 @@ static void build_range(struct gen *g, const struct gen_range *range)
                         fix_row2(g, range, row2, kind, scan);
                 }
             } else {
+                g->zeros_built = true;
                 for (; row2 < end_row2; row2++)
                     fix_row2(g, range, row2, kind, find_scan(g, row2));
             }

@@ -230,6 +230,7 @@ struct gen {
     size_t n_scan, cap_scan;
     size_t scan_range;
     bool scan_waits; /* for the generations before it to be committed */
+    bool zeros_built; /* zeros have stored a level-2 row */
     uint64_t scan_next, scan_epoch; /* where to go on in the place that is looked through ... */
     uint32_t scan_place;            /* ... the branch itself (0), or a segment of its ancestry */
     struct gen_encode *encodes;
