@@ -1498,9 +1498,9 @@ static void model_range(struct model *all, struct model_txn *m)
     }
     assert_int_equal(p.n, expected);
     assert_int_equal(p.more, expected == limit);
-    if (expected < limit)
-        last = reverse ? first : to - 1;
     bool whole = expected < limit;
+    if (whole)
+        last = reverse ? first : to - 1;
     int begin = reverse ? last : first, end = reverse ? to - 1 : last;
     for (int i = begin; i < to && i <= end; i++) {
         model_see(m, i, snapshot);

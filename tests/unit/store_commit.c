@@ -4,30 +4,14 @@
 
 #include "store_test.h"
 
-static int begin_with(void **state, bool own_cache)
-{
-    struct test_store *t = mem_zalloc(sizeof *t);
-    t->own_cache = own_cache;
-    test_store_begin(t, NULL);
-    *state = t;
-    return 0;
-}
-
 static int begin(void **state)
 {
-    return begin_with(state, false);
+    return test_begin(state, false);
 }
 
 static int begin_own_cache(void **state)
 {
-    return begin_with(state, true);
-}
-
-static int end(void **state)
-{
-    test_store_end(*state);
-    free(*state);
-    return 0;
+    return test_begin(state, true);
 }
 
 static void test_set_get_clear(void **state)
@@ -398,22 +382,23 @@ static void test_sessions(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_set_get_clear, begin, end),
-        cmocka_unit_test_setup_teardown(test_survives_reopening, begin, end),
-        cmocka_unit_test_setup_teardown(test_mutations_in_order, begin, end),
-        cmocka_unit_test_setup_teardown(test_checks, begin, end),
-        cmocka_unit_test_setup_teardown(test_group_order_and_isolation, begin, end),
-        cmocka_unit_test_setup_teardown(test_limits_are_refused, begin, end),
-        cmocka_unit_test_setup_teardown(test_ranges, begin, end),
-        cmocka_unit_test_setup_teardown(test_bodies_model, begin, end),
-        cmocka_unit_test_setup_teardown(test_many_gets_at_once, begin, end),
-        {"test_bodies_model past the page cache", test_bodies_model, begin_own_cache, end, NULL},
+        cmocka_unit_test_setup_teardown(test_set_get_clear, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_survives_reopening, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_mutations_in_order, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_checks, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_group_order_and_isolation, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_limits_are_refused, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_ranges, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_bodies_model, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_many_gets_at_once, begin, test_end),
+        {"test_bodies_model past the page cache", test_bodies_model, begin_own_cache,
+         test_end, NULL},
         {"test_many_gets_at_once past the page cache", test_many_gets_at_once, begin_own_cache,
-         end, NULL},
-        cmocka_unit_test_setup_teardown(test_reservations, begin, end),
-        cmocka_unit_test_setup_teardown(test_opening, begin, end),
-        cmocka_unit_test_setup_teardown(test_watch_own_commits, begin, end),
-        cmocka_unit_test_setup_teardown(test_sessions, begin, end),
+         test_end, NULL},
+        cmocka_unit_test_setup_teardown(test_reservations, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_opening, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_watch_own_commits, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_sessions, begin, test_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

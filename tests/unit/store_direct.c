@@ -71,18 +71,7 @@ static int begin(void **state)
     fault_times = INT32_MAX;
     refused_call = 0;
     n_direct = n_refused = 0;
-    struct test_store *t = mem_zalloc(sizeof *t);
-    t->own_cache = true;
-    test_store_begin(t, NULL);
-    *state = t;
-    return 0;
-}
-
-static int end(void **state)
-{
-    test_store_end(*state);
-    free(*state);
-    return 0;
+    return test_begin(state, true);
 }
 
 /* Some file systems have no O_DIRECT; then there is nothing to see here. */
@@ -222,11 +211,11 @@ static void test_reads_without_asynchronous_io(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_bodies_go_past_the_page_cache, begin, end),
-        cmocka_unit_test_setup_teardown(test_refused_writes_go_through_it, begin, end),
-        cmocka_unit_test_setup_teardown(test_failed_write_fails_the_commit, begin, end),
-        cmocka_unit_test_setup_teardown(test_short_writes_are_completed, begin, end),
-        cmocka_unit_test_setup_teardown(test_reads_without_asynchronous_io, begin, end),
+        cmocka_unit_test_setup_teardown(test_bodies_go_past_the_page_cache, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_refused_writes_go_through_it, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_failed_write_fails_the_commit, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_short_writes_are_completed, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_reads_without_asynchronous_io, begin, test_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -69,18 +69,13 @@ ssize_t double_pwrite64(int fd, const void *data, size_t len, off_t at)
 static int begin(void **state)
 {
     fail_sync_of = fail_sync_write_of = NULL;
-    struct test_store *t = mem_zalloc(sizeof *t);
-    test_store_begin(t, NULL);
-    *state = t;
-    return 0;
+    return test_begin(state, false);
 }
 
 static int end(void **state)
 {
     fail_times = 0;
-    test_store_end(*state);
-    free(*state);
-    return 0;
+    return test_end(state);
 }
 
 static enum status set_body(struct test_store *t, const char *key, uint8_t fill)

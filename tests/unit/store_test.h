@@ -77,6 +77,23 @@ static inline void test_store_end(struct test_store *t)
     test_folder_remove(t->dir);
 }
 
+/* For tests whose state is a store in a new folder. */
+static inline int test_begin(void **state, bool own_cache)
+{
+    struct test_store *t = mem_zalloc(sizeof *t);
+    t->own_cache = own_cache;
+    test_store_begin(t, NULL);
+    *state = t;
+    return 0;
+}
+
+static inline int test_end(void **state)
+{
+    test_store_end(*state);
+    free(*state);
+    return 0;
+}
+
 struct test_commit {
     struct store_commit commit;
     bool done;

@@ -37,17 +37,7 @@ static int begin(void **state)
     faults_each_time = 0;
     known = false;
     n_by_others = 0;
-    struct test_store *t = mem_zalloc(sizeof *t);
-    test_store_begin(t, NULL);
-    *state = t;
-    return 0;
-}
-
-static int end(void **state)
-{
-    test_store_end(*state);
-    free(*state);
-    return 0;
+    return test_begin(state, false);
 }
 
 static void set_all(struct test_store *t, const char *head)
@@ -111,8 +101,8 @@ static void test_small_transactions_do_not_count(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_transactions_that_wait_are_helped, begin, end),
-        cmocka_unit_test_setup_teardown(test_small_transactions_do_not_count, begin, end),
+        cmocka_unit_test_setup_teardown(test_transactions_that_wait_are_helped, begin, test_end),
+        cmocka_unit_test_setup_teardown(test_small_transactions_do_not_count, begin, test_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
