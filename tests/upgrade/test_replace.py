@@ -74,6 +74,7 @@ def test_server_that_ends_while_it_waits_for_a_volume(servers):
     first = servers.start({"v": "16M"})
     second = servers.start(store=first.store)
     a = rawnbd.connect(first, "v")
+    a.write(0, b"a" * 512)  # the volume is the first server's from here on
     stop = threading.Event()
 
     def busy():
