@@ -8,8 +8,10 @@
  * records that a sync was answered for.
  */
 #include <fcntl.h>
+#include <stdarg.h>
 #include <sys/uio.h>
 
+#include "../unit/aio_double.h"
 #include "../unit/double.h"
 #include "../unit/store_test.h"
 
@@ -37,6 +39,7 @@ struct op {
 static struct {
     pthread_mutex_t lock;
     bool on, ignore_blocks_sync;
+    _Atomic unsigned n_at_once;
     char dir[200];
     char names[FILES][300];
     struct op *ops;
@@ -119,6 +122,23 @@ ssize_t double_pwritev(int fd, const struct iovec *iov, int n, off_t at)
 ssize_t double_pwritev64(int fd, const struct iovec *iov, int n, off_t at)
 {
     return double_pwritev(fd, iov, n, at);
+}
+
+long syscall(long number, ...)
+{
+    long (*real_syscall)(long, ...);
+    real("syscall", &real_syscall);
+    long a[6], result;
+    va_list args;
+    va_start(args, number);
+    for (size_t i = 0; i < 6; i++)
+        a[i] = va_arg(args, long);
+    va_end(args);
+    if (aio_double_call(number, a, double_pwritev, &result)) {
+        trace.n_at_once += number == SYS_io_getevents;
+        return result;
+    }
+    return real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
 ssize_t double_pwrite(int fd, const void *data, size_t len, off_t at)

@@ -13,8 +13,10 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -26,6 +28,7 @@
 #define BATCH_UNITS 128u
 #define WRITERS 4u
 #define BATCHES (WRITERS + 2u)
+#define PIECES_HERE_MAX 2u
 
 /* Writeback is started behind what went to the page cache, so that the sync finds it under way. */
 #define WRITE_BEHIND_BYTES (512u << 10)
@@ -65,23 +68,23 @@ struct lm_payload {
     struct batch batches[BATCHES];
 };
 
-static enum status piece_write(struct lm_payload *p, struct iovec *iov, const struct piece *piece)
+static bool goes_direct(struct lm_payload *p)
+{
+    return p->direct_fd >= 0 && !atomic_load(&p->direct_refused);
+}
+
+/* What a write past the page cache gave: `n` bytes, or less than none, with `error`. */
+static enum status piece_written(struct lm_payload *p, struct iovec *iov, const struct piece *piece,
+                                 ssize_t n, int error)
 {
     struct lm *lm = p->lm;
-    bool direct = p->direct_fd >= 0 && !atomic_load(&p->direct_refused);
-    if (direct) {
-        ssize_t n;
-        do
-            n = pwritev(p->direct_fd, iov, (int)piece->n_iov, (off_t)piece->offset);
-        while (n < 0 && errno == EINTR);
-        if (n == (ssize_t)piece->bytes)
-            return ST_OK;
-        if (n < 0 && errno != EINVAL)
-            return errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_IO;
-        /* A short one is written again: what remains may not begin on a border. */
-        if (n < 0)
-            atomic_store(&p->direct_refused, true);
-    }
+    if (n == (ssize_t)piece->bytes)
+        return ST_OK;
+    if (n < 0 && error != EINVAL)
+        return error == ENOSPC || error == EDQUOT ? ST_NOSPC : ST_IO;
+    /* A short one is written again: what remains may not begin on a border. */
+    if (n < 0)
+        atomic_store(&p->direct_refused, true);
     enum status st = lm_write_all(lm->blocks_fd, iov, (int)piece->n_iov, piece->offset);
     if (!st && piece->bytes >= WRITE_BEHIND_BYTES)
         (void)sync_file_range(lm->blocks_fd, (off_t)piece->offset, piece->bytes,
@@ -89,8 +92,72 @@ static enum status piece_write(struct lm_payload *p, struct iovec *iov, const st
     return st;
 }
 
-static enum status batch_write(struct batch *b)
+static enum status piece_write(struct lm_payload *p, struct iovec *iov, const struct piece *piece)
 {
+    ssize_t n = -1;
+    int error = EINVAL;
+    if (goes_direct(p)) {
+        do
+            n = pwritev(p->direct_fd, iov, (int)piece->n_iov, (off_t)piece->offset);
+        while (n < 0 && errno == EINTR);
+        error = errno;
+    }
+    return piece_written(p, iov, piece, n, error);
+}
+
+/* Has all pieces of a batch under way at once. */
+static enum status batch_write_at_once(struct batch *b, aio_context_t aio)
+{
+    struct lm_payload *p = b->payload;
+    struct iocb iocbs[BATCH_UNITS], *list[BATCH_UNITS];
+    struct iovec *iovs[BATCH_UNITS], *iov = b->iov;
+    for (uint32_t i = 0; i < b->n_pieces; i++) {
+        const struct piece *piece = &b->pieces[i];
+        list[i] = &iocbs[i];
+        iovs[i] = iov;
+        iocbs[i] = (struct iocb){.aio_data = i,
+                                 .aio_lio_opcode = IOCB_CMD_PWRITEV,
+                                 .aio_fildes = (uint32_t)p->direct_fd,
+                                 .aio_buf = (uintptr_t)iov,
+                                 .aio_nbytes = piece->n_iov,
+                                 .aio_offset = (int64_t)piece->offset};
+        iov += piece->n_iov;
+    }
+    uint32_t n_taken = 0;
+    while (n_taken < b->n_pieces) {
+        long rc = syscall(SYS_io_submit, aio, (long)(b->n_pieces - n_taken), list + n_taken);
+        if (rc < 0 && errno == EINTR)
+            continue;
+        if (rc <= 0)
+            break;
+        n_taken += (uint32_t)rc;
+    }
+    enum status st = ST_OK;
+    for (uint32_t n_ended = 0; n_ended < n_taken;) {
+        struct io_event events[BATCH_UNITS];
+        long n = syscall(SYS_io_getevents, aio, 1L, (long)(n_taken - n_ended), events, NULL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        CHECK(n > 0);
+        for (long e = 0; e < n; e++) {
+            uint32_t i = (uint32_t)events[e].data;
+            ssize_t res = (ssize_t)events[e].res;
+            enum status of = piece_written(p, iovs[i], &b->pieces[i], res < 0 ? -1 : res,
+                                           res < 0 ? (int)-res : 0);
+            st = st ? st : of;
+        }
+        n_ended += (uint32_t)n;
+    }
+    for (uint32_t i = n_taken; i < b->n_pieces && !st; i++)
+        st = piece_write(p, iovs[i], &b->pieces[i]);
+    return st;
+}
+
+/* `aio`: of the calling thread; 0 where there is none. */
+static enum status batch_write(struct batch *b, aio_context_t aio)
+{
+    if (aio && b->n_pieces > 1 && goes_direct(b->payload))
+        return batch_write_at_once(b, aio);
     enum status st = ST_OK;
     struct iovec *iov = b->iov;
     for (uint32_t i = 0; i < b->n_pieces && !st; i++) {
@@ -113,6 +180,9 @@ static void batch_done(struct lm_payload *p, struct batch *b, enum status st)
 static void *writer_thread(void *arg)
 {
     struct lm_payload *p = arg;
+    aio_context_t aio = 0;
+    if (p->direct_fd >= 0)
+        (void)syscall(SYS_io_setup, BATCH_UNITS, &aio);
     pthread_mutex_lock(&p->lock);
     for (;;) {
         while (list_empty(&p->queue) && !p->stopping)
@@ -122,11 +192,13 @@ static void *writer_thread(void *arg)
             break;
         struct batch *b = container_of(l, struct batch, link);
         pthread_mutex_unlock(&p->lock);
-        enum status st = batch_write(b);
+        enum status st = batch_write(b, aio);
         pthread_mutex_lock(&p->lock);
         batch_done(p, b, st);
     }
     pthread_mutex_unlock(&p->lock);
+    if (aio)
+        syscall(SYS_io_destroy, aio);
     return NULL;
 }
 
@@ -148,8 +220,9 @@ static void batch_send(struct lm_payload *p, bool here)
 {
     struct batch *b = p->filling;
     p->filling = NULL;
-    here = here || !threads_start(p);
-    enum status st = here ? batch_write(b) : ST_OK;
+    /* One that has many pieces is quicker there, all at once. */
+    here = (here && b->n_pieces <= PIECES_HERE_MAX) || !threads_start(p);
+    enum status st = here ? batch_write(b, 0) : ST_OK;
     pthread_mutex_lock(&p->lock);
     p->n_running++;
     if (here) {
