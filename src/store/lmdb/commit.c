@@ -29,6 +29,15 @@
 #define RECLAIM_EXTENTS_MAX 65536u
 #define PROGRESS_EVERY 256u
 
+#define BODY_PIECES_MAX 256u
+#define STRETCH_MAX 4096u
+#define STRETCH_PIECES (STRETCH_MAX + BODY_PIECES_MAX)
+/* Below that many keys nothing is won. Of STRETCH_OF keys STRETCH_FIRST are set first: a page
+ * with half of its entries then has room for the others that belong there, and some more. */
+#define STRETCH_MIN 64u
+#define STRETCH_FIRST 11u
+#define STRETCH_OF 20u
+
 #define IDLE_MS 1000u
 #define WAIT_AGAIN_MS 20u
 #define WAIT_GIVE_UP_NS 2000000000u
@@ -39,6 +48,12 @@
 #define PUNCH_UNITS_MAX ((1ull << 30) / SPACE_UNIT_BYTES)
 #define PUNCH_SLACK_BYTES (256ull << 20)
 #define PUNCH_LOOKS 65536u
+
+/* Keys that are set together (mutate_stretch), and the pieces of their bodies. */
+struct stretch {
+    uint32_t first[STRETCH_MAX + 1]; /* of `pieces` */
+    uint64_t pieces[STRETCH_PIECES];
+};
 
 /* One transaction in the making. */
 struct round {
@@ -59,6 +74,7 @@ struct round {
     bool applied; /* some commit took effect */
     int64_t unreserved_units;
     uint8_t *value; /* LM_VALUE_BYTES_MAX */
+    struct stretch stretch;
 };
 
 static MDB_val to_val(struct slice s)
@@ -74,7 +90,7 @@ static void body_place(struct round *r, struct slice body, uint64_t *pieces, uin
     const uint8_t *data = body.data;
     size_t left = body.len;
     while (left > 0) {
-        CHECK(r->run < r->runs.n && *n_pieces < 256);
+        CHECK(r->run < r->runs.n && *n_pieces < BODY_PIECES_MAX);
         const struct space_extent *run = &r->runs.v[r->run];
         uint64_t start = run->start + r->run_used;
         uint64_t units =
@@ -191,11 +207,9 @@ static void pieces_free(struct round *r, const MDB_val *key, const MDB_val *old)
     }
 }
 
-static int mutate_set(struct round *r, const struct store_mutation *m)
+static int set_put(struct round *r, const struct store_mutation *m, const uint64_t *pieces,
+                   uint32_t n_pieces)
 {
-    uint64_t pieces[256];
-    uint32_t n_pieces = 0;
-    body_place(r, m->body, pieces, &n_pieces);
     MDB_val k = to_val(m->key), old;
     int rc = mdb_cursor_get(r->keys, &k, &old, MDB_SET);
     if (rc == 0)
@@ -206,6 +220,57 @@ static int mutate_set(struct round *r, const struct store_mutation *m)
     v.mv_size = lm_value_build(r->value, &k, mdb_txn_id(r->txn), m->head, (uint32_t)m->body.len,
                                pieces, n_pieces);
     return mdb_cursor_put(r->keys, &k, &v, 0);
+}
+
+/* How many of the `n` mutations at `m` set keys that ascend. */
+static size_t stretch_length(const struct store_mutation *m, size_t n)
+{
+    size_t i = 0;
+    while (i < n && i < STRETCH_MAX && m[i].kind == STORE_SET) {
+        MDB_val k = to_val(m[i].key);
+        if (i > 0 && slice_compare(&k, m[i - 1].key) <= 0)
+            break;
+        i++;
+    }
+    return i;
+}
+
+/* Sets keys that ascend; *n at most, afterwards as many as it did.
+ *
+ * LMDB splits a full page in the middle. Keys that are new and come in their order would leave
+ * every page half empty behind them: an index of twice the size, in memory and to be written. So
+ * somewhat more than half of them are set first, spread evenly, and the rest into the room that is
+ * left in the pages then. The bodies lie in the order of the keys all the same. */
+static int mutate_stretch(struct round *r, const struct store_mutation *m, size_t *n)
+{
+    struct stretch *s = &r->stretch;
+    size_t used = 0, i;
+    for (i = 0; i < *n && used + BODY_PIECES_MAX <= STRETCH_PIECES; i++) {
+        uint32_t n_pieces = 0;
+        body_place(r, m[i].body, s->pieces + used, &n_pieces);
+        s->first[i] = (uint32_t)used;
+        used += n_pieces;
+    }
+    s->first[i] = (uint32_t)used;
+    *n = i;
+    MDB_val k = to_val(m->key), old;
+    int rc = i < STRETCH_MIN ? 0 : mdb_cursor_get(r->keys, &k, &old, MDB_SET);
+    bool twice = rc == MDB_NOTFOUND;
+    if (rc && !twice)
+        return rc;
+    for (unsigned pass = 0; pass <= twice; pass++) {
+        for (i = 0; i < *n; i++) {
+            bool first = i * STRETCH_FIRST % STRETCH_OF < STRETCH_FIRST;
+            if (twice && first != (pass == 0))
+                continue;
+            rc = set_put(r, &m[i], s->pieces + s->first[i], s->first[i + 1] - s->first[i]);
+            if (rc)
+                return rc;
+            if (i % PROGRESS_EVERY == PROGRESS_EVERY - 1)
+                lm_lock_progress(r->lm);
+        }
+    }
+    return 0;
 }
 
 static int mutate_clear(struct round *r, struct slice key)
@@ -238,12 +303,14 @@ static int mutate_clear_range(struct round *r, struct slice begin, struct slice 
 /* All mutations of a commit. Failure leaves a transaction that must be undone. */
 static enum status commit_mutate(struct round *r, const struct store_commit *c)
 {
-    for (size_t i = 0; i < c->n_mutations; i++) {
+    for (size_t i = 0, n; i < c->n_mutations; i += n) {
         const struct store_mutation *m = &c->mutations[i];
         int rc = 0;
+        n = 1;
         switch (m->kind) {
         case STORE_SET:
-            rc = mutate_set(r, m);
+            n = stretch_length(m, c->n_mutations - i);
+            rc = mutate_stretch(r, m, &n);
             break;
         case STORE_CLEAR:
             rc = mutate_clear(r, m->key);
@@ -256,7 +323,7 @@ static enum status commit_mutate(struct round *r, const struct store_commit *c)
             log_error("store %s: a commit failed in LMDB: %s", r->lm->dir, mdb_strerror(rc));
             return lm_status(rc) == ST_NOSPC ? ST_NOSPC : ST_IO;
         }
-        if (i % PROGRESS_EVERY == PROGRESS_EVERY - 1)
+        if (i / PROGRESS_EVERY != (i + n) / PROGRESS_EVERY)
             lm_lock_progress(r->lm);
     }
     return c->log ? lm_log_commit_apply(r->lm, r->txn, c) : ST_OK;
