@@ -28,6 +28,14 @@ uint64_t lane_now_ms(const struct lane *lane)
     return env_now_ns(lane->env) / 1000000;
 }
 
+/* The same, at a moment from which on requests are taken, or at which all that was answered is sent. */
+static uint64_t mark_ms(struct lane *lane)
+{
+    uint64_t now_ns = env_now_ns(lane->env);
+    metrics_mark(&lane->metrics, now_ns);
+    return now_ns / 1000000;
+}
+
 static void settle(struct conn *c);
 
 /* --- the end ------------------------------------------------------------------------------ */
@@ -110,6 +118,8 @@ void conn_try_free(struct conn *c)
         return;
     }
     lane_remove_conn(lane, c);
+    counter_add(&lane->metrics.closed, 1);
+    metrics_client_leave(&lane->metrics);
     if (c->handshake) {
         handshake_free(c->handshake);
         free(c->handshake);
@@ -140,6 +150,8 @@ void conn_die(struct conn *c, const char *why)
         return;
     bool serving = c->phase == CONN_SERVING;
     CHECK(c->phase != CONN_MOVING);
+    if (c->phase == CONN_HANDSHAKE)
+        counter_add(&c->lane->metrics.handshakes[c->left ? METRICS_LEFT : METRICS_FAILED], 1);
     c->phase = CONN_DEAD;
     log_debug("client %s: connection closed: %s", c->address, why);
     list_remove(&c->ready_link);
@@ -363,6 +375,7 @@ static void open_next(struct lookup *l)
         .branch = e->branch,
         .epoch = is_bitmap ? l->since_epochs[l->opening] : e->snapshot.epoch,
         .read_only = l->conn->lane->server->config->read_only,
+        .closed = &metrics_volume(&l->target->metrics, e->name)->closed,
         .done = open_done};
     if (is_bitmap)
         snprintf(l->open.name, sizeof l->open.name, "%s@%s", e->name,
@@ -530,6 +543,8 @@ static void arrive(struct env_task *task)
     c->writer.name = c->address;
     export_join(&lane->exports, volume_branch(c->vol), volume_epoch(c->vol), volume_name(c->vol),
                 lane->server->config->shared, &c->client);
+    metrics_client_enter(&lane->metrics, &c->metrics, c->address, c->client.export->name,
+                         volume_epoch(c->vol) != 0, volume_size(c->vol));
     c->watcher.lost = on_lost;
     if (c->lost) {
         conn_die(c, "its volume was lost");
@@ -579,6 +594,7 @@ static void enter_transmission(struct conn *c)
         CHECK(!c->contexts[i].since == (c->contexts[i].kind != CONTEXT_BITMAP));
     }
     s->context_ids = c->context_ids;
+    counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
     log_info("client %s entered export %s%s", c->address, r->name,
              s->read_only ? " (read-only)" : "");
     handshake_free(c->handshake);
@@ -608,6 +624,7 @@ static bool handshake_flush(struct conn *c)
             handshake_sent(c->handshake, (size_t)n);
         } else {
             /* Whoever is told to go need not hear it. */
+            c->left = c->handshake->option == NBD_OPT_ABORT;
             if (errno != EAGAIN || c->handshake->want == HANDSHAKE_CLOSE)
                 conn_die(c, "its handshake could not be answered");
             return false;
@@ -639,6 +656,7 @@ static void handshake_pump(struct conn *c)
         } else if (h->want == HANDSHAKE_READY) {
             enter_transmission(c);
         } else {
+            c->left = h->option == NBD_OPT_ABORT;
             conn_die(c, "the handshake ended without an export");
         }
     }
@@ -655,6 +673,7 @@ static void handshake_read(struct conn *c)
     if (n < 0 && errno == EAGAIN)
         return;
     if (n <= 0) {
+        c->left = n == 0;
         conn_die(c, n ? strerror(errno) : "the client closed it during the handshake");
         return;
     }
@@ -681,9 +700,9 @@ static void take_no_more(struct conn *c)
 
 /* The lane did not turn for so long that clients may have gone elsewhere meanwhile: a process
  * that was stopped, a machine that was paused. */
-static bool stood_still(const struct lane *lane)
+static bool stood_still(struct lane *lane)
 {
-    return lane_now_ms(lane) - lane->turned_ms >= lane->server->limits.pause_close_ms;
+    return mark_ms(lane) - lane->turned_ms >= lane->server->limits.pause_close_ms;
 }
 
 /* To be asked before anything is read, and before a turn is taken for one like others: it may have
@@ -691,7 +710,7 @@ static bool stood_still(const struct lane *lane)
 static void notice_standstill(struct lane *lane)
 {
     if (stood_still(lane)) {
-        lane->turned_ms = lane_now_ms(lane);
+        lane->turned_ms = lane->metrics.mark_ns / 1000000;
         leftover_stood_still(lane);
     }
 }
@@ -869,10 +888,12 @@ static void on_wire(void *arg, int events)
         return;
     }
     if (c->phase == CONN_HANDSHAKE) {
-        if (events & WIRE_READABLE)
+        if (events & WIRE_READABLE) {
             handshake_read(c);
-        else if (events & WIRE_HANG_UP && !(events & WIRE_WRITABLE))
+        } else if (events & WIRE_HANG_UP && !(events & WIRE_WRITABLE)) {
+            c->left = true;
             conn_die(c, "the client closed it during the handshake");
+        }
         if (c->phase == CONN_HANDSHAKE)
             handshake_pump(c);
         return;
@@ -929,7 +950,7 @@ static void lane_turn(struct reactor_hook *hook)
         }
         list_splice_tail(&lane->flush, &kept);
     } while (!list_empty(&lane->ready) || (may && !list_empty(&lane->flush)));
-    lane->turned_ms = lane_now_ms(lane);
+    lane->turned_ms = mark_ms(lane);
     /* A single request, answered at once: its client waited for that. */
     if (lane->n_taken)
         reactor_expects(lane->reactor, lane->n_taken == 1 && lane->n_requests == 0);
@@ -990,6 +1011,7 @@ static void lane_tick(struct env_timer *timer)
                 conn_die(c, stale ? "paused for too long" : "the server stopped waiting for it");
         }
     }
+    metrics_tick(&lane->metrics, env_now_ns(lane->env));
     if (lane->no == 0 && lane->server->tick)
         lane->server->tick(lane->server);
     if (!lane->stopped)
@@ -999,6 +1021,7 @@ static void lane_tick(struct env_timer *timer)
 void lane_init(struct lane *lane)
 {
     lane->env = reactor_env(lane->reactor);
+    metrics_lane_init(&lane->metrics, &lane->server->metrics, lane->env);
     lane->receive = mem_alloc(LANE_RECEIVE_BYTES);
     lane->reply_bytes_max =
         lane->server->config->cache_bytes / lane->server->n_lanes / REPLY_CACHE_PART;
@@ -1049,6 +1072,7 @@ void lane_destroy(struct lane *lane)
           lane->ahead_bytes == 0);
     env_timer_stop(lane->env, &lane->tick);
     reactor_hook_remove(&lane->hook);
+    metrics_lane_free(&lane->metrics);
     transmission_free_kept(lane);
     out_free_kept(lane);
     free(lane->receive);
@@ -1079,12 +1103,16 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     if (server->stopping || n >= server->limits.connections_max) {
         if (!server->stopping)
             log_warning("client %s turned away: there are %u connections already", a->address, n);
+        counter_add(&lane->metrics.turned_away, 1);
         wire_close(wire_new(a->fd));
         return;
     }
     make_room_for_handshake(lane);
 
     struct conn *c = mem_zalloc(sizeof *c);
+    counter_add(&lane->metrics.accepted, 1);
+    c->id = ++server->conns_ever;
+    c->begun_ns = env_realtime_ns(lane->env);
     c->lane = lane;
     c->wire = wire_new(a->fd);
     c->is_tcp = a->is_tcp;
@@ -1112,6 +1140,7 @@ void lane_stop_handshakes(struct lane *lane)
         if (c->phase != CONN_HANDSHAKE)
             continue;
         handshake_shutdown(c->handshake);
+        c->left = true;
         handshake_flush(c);
         conn_die(c, "the server is stopping");
     }

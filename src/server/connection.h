@@ -41,6 +41,7 @@
 #include "nbd/request.h"
 #include "server/exports.h"
 #include "server/listener.h"
+#include "server/metrics.h"
 #include "server/reactor.h"
 #include "server/server.h"
 #include "server/wire.h"
@@ -93,6 +94,8 @@ struct request {
     uint32_t n_pieces;     /* unanswered */
     bool more;             /* WRITE: not all pieces have begun */
     bool head_sent;        /* READ: part of the reply is out already */
+    bool answered, failed; /* for the metrics: wholly; with an error */
+    uint64_t begun_ns;     /* lane->metrics.mark_ns when it was taken */
     struct list stalled;   /* conn->stalled: READ that goes on when replies were sent */
     uint64_t next, end;    /* READ, WRITE: what no piece was made for yet */
     enum status st;        /* first failure */
@@ -152,10 +155,13 @@ struct conn {
     bool at_end;   /* nothing more comes: end of the stream, or DISC */
     bool withdraws; /* inside transmission_withdraw() */
     bool stopping; /* finish what is under way, then close */
+    bool left;     /* the client ended the handshake in good order */
     bool blocked;  /* the socket takes no more */
     bool drained;  /* the socket had no more when it was read last */
     enum conn_phase phase;
     char host[64], address[96];
+    uint64_t id;         /* counts connections */
+    uint64_t begun_ns;   /* accepted then, since 1970 */
     uint64_t since_ms; /* begin of the handshake, or of the pause (0: not paused) */
 
     /* Handshake. */
@@ -175,6 +181,7 @@ struct conn {
     struct export_client client; /* client.export NULL: not there yet */
     struct vol_writer writer;
     struct leftover leftover;
+    struct metrics_client metrics;
     /* A request that changes the volume waits for the writing role (exports.h); nothing of the
      * connection is taken meanwhile. */
     bool claim_waits, claim_over, claim_told;
@@ -235,6 +242,7 @@ struct lane {
     unsigned n_free_outs;
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
     uint64_t turned_ms; /* when the last turn was over */
+    struct metrics_lane metrics;
     uint64_t ahead_bytes; /* held by leftover.c */
     /* Replies unsent and reads under way of all its connections. */
     uint64_t reply_bytes, reply_bytes_max;
@@ -257,6 +265,7 @@ struct server {
     struct session *session;
     struct lane *lanes;
     unsigned n_lanes;
+    struct metrics metrics;
     /* What the process has to know of, on lane 0's thread: now and then (may be NULL); every
      * lane has closed everything; the store does not take the last commits in time. */
     void (*tick)(struct server *s);
@@ -266,6 +275,7 @@ struct server {
     struct env_timer end_timer;
     unsigned n_handshakes; /* lane 0 only */
     atomic_uint n_conns;   /* all lanes */
+    uint64_t conns_ever;   /* lane 0 only */
     unsigned n_lanes_stopped;
     bool stopping, lanes_told;
     atomic_bool drain_now; /* stop waiting for requests under way */

@@ -144,6 +144,7 @@ void server_fill_limits(struct server *s)
     s->limits.pause_close_ms = or_default(s->config->pause_close_ms, 10000);
     s->limits.receive_timeout_ms = or_default(s->config->receive_timeout_ms, 30000);
     s->limits.drain_ms = or_default(s->config->drain_ms, 10000);
+    s->metrics.slow_ns = (uint64_t)s->config->slow_ms * 1000000;
 }
 
 enum status lanes_open(struct server *s, struct err *e)

@@ -42,6 +42,7 @@ struct server_config {
     unsigned pause_close_ms;       /* 0: 10000; see connection.h */
     unsigned receive_timeout_ms;   /* 0: 30000; see connection.h */
     unsigned drain_ms;             /* 0: 10000; how long a stop waits for requests under way */
+    unsigned slow_ms;              /* requests that take longer are logged; 0: none */
     /* Called once when clients can connect, with the addresses listened on ("127.0.0.1:10809",
      * "unix:/run/nbd.sock"), n of them. May be NULL. */
     void (*ready)(void *arg, const char *const *addresses, size_t n);

@@ -46,6 +46,8 @@ static struct request *request_new(struct conn *c, const struct nbd_request *r)
     q->wanted = 0;
     q->n_pieces = 0;
     q->more = q->head_sent = false;
+    q->answered = q->failed = false;
+    q->begun_ns = lane->metrics.mark_ns;
     list_init(&q->stalled);
     q->next = r->offset;
     q->end = r->offset + r->length;
@@ -60,6 +62,9 @@ static void request_free(struct request *q)
     struct conn *c = q->conn;
     struct lane *lane = c->lane;
     CHECK(q->n_pieces == 0 && c->n_requests > 0);
+    if (q->answered)
+        metrics_answered(&lane->metrics, &c->metrics, q->command, q->begun_ns, q->to.offset,
+                         q->end - q->to.offset, q->failed);
     list_remove(&q->stalled);
     if (c->alone == q)
         c->alone = NULL;
@@ -157,6 +162,13 @@ static void set_late_why(struct conn *c, const char *why)
     c->late_why = *why ? mem_strdup(why) : NULL;
 }
 
+/* A request that no struct request was made for is answered, or as good as. */
+static void count_now(struct conn *c, const struct nbd_request *r, bool failed)
+{
+    struct metrics_lane *ml = &c->lane->metrics;
+    metrics_answered(ml, &c->metrics, r->command, ml->mark_ns, r->offset, r->length, failed);
+}
+
 /* Refuses a request that no struct request was made for; `payload` bytes of it are still to
  * come, `why` may be empty. The reply waits for them: clients (libnbd) do not expect an answer to a
  * request that they have not sent whole. */
@@ -167,6 +179,7 @@ static void refuse(struct conn *c, const struct nbd_request *r, uint32_t error, 
                               .offset = r->offset,
                               .structured = c->session.structured,
                               .extended = c->session.extended};
+    count_now(c, r, true);
     if (!payload) {
         reply_error_to(c, &to, error, why);
         return;
@@ -184,6 +197,7 @@ static void succeed(struct conn *c, const struct nbd_request *r)
                               .structured = c->session.structured,
                               .extended = c->session.extended};
     out_head_done(c, nbd_put_success(out_head(c), &to, r->command == NBD_CMD_READ));
+    count_now(c, r, false);
 }
 
 /* Whether what became of a request is told. */
@@ -197,6 +211,8 @@ static void reply_outcome(struct request *q)
 {
     struct conn *c = q->conn;
     if (tells(c)) {
+        q->answered = true;
+        q->failed = q->st != ST_OK;
         if (c->client.export->mixed)
             export_answered(&c->client, q->st == ST_OK, lane_now_ms(c->lane));
         if (q->st == ST_OK)
@@ -280,11 +296,11 @@ static bool read_answered(struct request *q)
     if (!tells(c)) {
         volume_release_segs(&p->io);
     } else if (st != ST_OK) {
-        reply_read_error(q, st);
+        q->answered = q->failed = reply_read_error(q, st);
     } else {
         reply_piece(q, &p->io);
         q->next += p->io.length;
-        over = q->next == q->end;
+        over = q->answered = q->next == q->end;
     }
     piece_over(p);
     return over;
@@ -459,6 +475,8 @@ static void status_done(struct vol_io *io)
     else
         reply_failure_to(c, &q->to, io->st);
     bool more = q->wanted && io->st == ST_OK;
+    q->answered = !more && tells(c);
+    q->failed = io->st != ST_OK;
     piece_over(p);
     if (more)
         ask_status(q);
@@ -896,7 +914,10 @@ size_t transmission_take(struct conn *c, uint8_t *data, size_t len)
     const size_t head_bytes = nbd_request_bytes(&c->session);
     size_t at = 0, warm = 0;
     /* The volume may have been resized. */
-    c->session.size = volume_size(c->vol);
+    if (c->session.size != volume_size(c->vol)) {
+        c->session.size = volume_size(c->vol);
+        metrics_client_resized(&c->metrics, c->session.size);
+    }
     while (c->phase == CONN_SERVING && !c->at_end) {
         if (c->discard) {
             size_t n = min_u64(c->discard, len - at);

@@ -23,6 +23,7 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
+#include "base/counter.h"
 #include "base/env.h"
 #include "base/list.h"
 #include "base/status.h"
@@ -238,10 +239,16 @@ struct store_ops {
     const struct store_log_ops *log; /* NULL where limits.has_log is false */
 };
 
+/* What an engine counts; any thread reads them (base/counter.h). */
+struct store_counters {
+    uint64_t retries;   /* attempts that failed and were made again */
+};
+
 /* Engines embed this as their first member. */
 struct store {
     const struct store_ops *ops;
     struct store_limits limits;
+    struct store_counters counters;
 };
 
 enum store_open_flags {

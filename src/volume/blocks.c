@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "base/mem.h"
+#include "volume/internal.h"
 
 #define FREE_MAX 1024u
 #define SCAN_MAX 256u /* entries looked at for one eviction before giving up */
@@ -77,8 +78,10 @@ void blocks_drop(struct blocks *t, struct blk *e)
     while (*p != e)
         p = &(*p)->chain;
     *p = e->chain;
-    if (e->buf)
+    if (e->buf) {
         buf_unref(e->buf);
+        e->vol->cached_blocks--;
+    }
     mask_free(&e->mask);
     t->count--;
     if (t->free_count < FREE_MAX) {

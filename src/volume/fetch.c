@@ -65,6 +65,7 @@ void blk_complete(struct volume *vol, struct blk *e, struct buf *base)
             buf_unref(base);
     } else if (base) {
         e->buf = base;
+        vol->cached_blocks++;
     } else {
         e->zero = true;
     }
@@ -317,6 +318,7 @@ static void base_damaged(struct volume *vol, struct blk *e, struct fetch_block *
         buf_unref(b->buf);
     } else {
         e->buf = b->buf;
+        vol->cached_blocks++;
         e->mask = had;
     }
     if (mask_full(&e->mask, vol->block_size))

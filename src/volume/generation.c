@@ -1452,6 +1452,7 @@ static void commit_done(struct store_commit *commit, enum status st)
         return;
     }
     if (st == ST_CONFLICT) {
+        vol->stats.conflicts++;
         volume_lose(vol, "another server owns it now");
         volume_progress(vol);
         return;
@@ -1461,6 +1462,7 @@ static void commit_done(struct store_commit *commit, enum status st)
         return;
     }
     vol->stats.commits++;
+    histogram_add(&vol->stats.commit_time, env_now_ns(s->env) - g->commit_sent_ns, 1);
     vol->state = g->state_after;
     vol->committed_gen = g->no;
     uint64_t snapshot_epoch = g->snapshot ? g->snapshot_epoch : 0;
@@ -1517,6 +1519,7 @@ static void commit_start(struct gen *g)
         g->commit.log_keep_from = shard_log_keep(s, g);
     }
     g->inflight++;
+    g->commit_sent_ns = env_now_ns(s->env);
     store_commit(s->store, s->env, &g->commit);
 }
 

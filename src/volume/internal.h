@@ -240,6 +240,7 @@ struct gen {
     struct chunk *arena;
     struct store_check check;
     struct store_commit commit;
+    uint64_t commit_sent_ns;
     struct env_timer retry;
     unsigned tries;
     struct state_record state_after;
@@ -345,6 +346,8 @@ struct volume {
     } streams[4];
     unsigned stream_victim;
     struct volume_stats stats;
+    struct volume_stats *closed; /* see struct volume_open */
+    uint64_t cached_blocks;      /* entries with a buffer */
 };
 
 /* A read by the owner of the volume, for which what its own last commit left is new enough:

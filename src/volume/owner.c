@@ -501,10 +501,12 @@ static void acquire_committed(struct store_commit *commit, enum status st)
         acquire_later(a, ADRIFT_MS);
         return;
     }
-    if (a->fence)
+    if (a->fence) {
+        vol->stats.fencings++;
         log_warning("volume %s: taken from process %u on %s, which gave no sign of life and is "
                     "fenced: all its volumes are free",
                     vol->name, a->entry.owner.pid, a->entry.owner.host);
+    }
     st = volume_set_header(vol, &a->new_header, &e);
     if (st != ST_OK) {
         acquire_fail(a, st, e.text);

@@ -307,3 +307,16 @@ void shard_wake_readers(struct shard *s)
             return;
     }
 }
+
+void shard_look(const struct shard *s, void (*look)(void *arg, const struct volume *vol), void *arg)
+{
+    list_for_each(l, &s->volumes)
+        look(arg, container_of(l, struct volume, link));
+}
+
+void shard_get_memory(const struct shard *s, struct shard_memory *memory)
+{
+    *memory = (struct shard_memory){.used_bytes = buf_pool_used(s->pool),
+                                    .dirty_bytes = s->write_bytes,
+                                    .limit_bytes = buf_pool_budget(s->pool)};
+}

@@ -110,6 +110,7 @@ static void open_read(struct store_read *read, enum status st)
         vol->view_epoch = op->epoch;
         vol->served_read_only = op->read_only;
         vol->importing = op->importing;
+        vol->closed = op->closed;
         memcpy(vol->name, op->name, sizeof vol->name);
         st = volume_set_header(vol, &header, &op->err);
         if (st == ST_OK && op->epoch)
@@ -374,6 +375,8 @@ static void volume_free(struct volume *vol)
     volume_drop_cache(vol);
     free(vol->index.table);
     history_forget_all(&vol->history);
+    if (vol->closed)
+        volume_stats_add(vol->closed, &vol->stats);
     list_splice_tail(&reopen, &vol->reopen);
     list_remove(&vol->link);
     free(vol);
@@ -498,11 +501,26 @@ void volume_get_stats(const struct volume *vol, struct volume_stats *stats)
     *stats = vol->stats;
     stats->generation = vol->committed_gen;
     stats->data_blocks = vol->data_blocks;
-    stats->dirty_bytes = 0;
+    stats->dirty_bytes = stats->dirty_since_ns = 0;
     list_for_each(l, &vol->gens)
-        stats->dirty_bytes += container_of(l, struct gen, link)->dirty_bytes;
-    stats->cached_bytes = 0;
-    for (unsigned i = 0; i < ENTRY_LISTS; i++)
-        list_for_each(l, &vol->entries[i])
-            stats->cached_bytes += container_of(l, struct blk, in_vol)->buf ? vol->block_size : 0;
+    {
+        const struct gen *g = container_of(l, struct gen, link);
+        stats->dirty_bytes += g->dirty_bytes;
+        if (!stats->dirty_since_ns)
+            stats->dirty_since_ns = g->opened_ns;
+    }
+    stats->cached_bytes = vol->cached_blocks * vol->block_size;
+}
+
+void volume_stats_add(struct volume_stats *to, const struct volume_stats *from)
+{
+    to->cache_hits += from->cache_hits;
+    to->cache_misses += from->cache_misses;
+    to->hash_errors += from->hash_errors;
+    to->commits += from->commits;
+    to->commit_retries += from->commit_retries;
+    to->timeouts += from->timeouts;
+    to->conflicts += from->conflicts;
+    to->fencings += from->fencings;
+    histogram_gather(&to->commit_time, &from->commit_time);
 }

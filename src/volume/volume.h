@@ -18,6 +18,7 @@
 #include <stdint.h>
 
 #include "base/buf.h"
+#include "base/counter.h"
 #include "base/env.h"
 #include "base/status.h"
 #include "store/log.h"
@@ -174,6 +175,9 @@ struct volume_open {
     char name[FULL_NAME_BYTES]; /* in: for messages */
     bool read_only;            /* in: clients may not change it */
     bool importing;            /* in: it may be one with an import that is not complete */
+    /* In: where what it has counted is added when it is freed; NULL: nowhere. Stays until then. Of the
+     * first who opens it. */
+    struct volume_stats *closed;
     void (*done)(struct volume_open *op);
     struct volume *vol;        /* out: one reference, see volume_close */
     enum status st;            /* out */
@@ -346,8 +350,24 @@ void volume_history(struct volume *vol, struct vol_history_op *op, const struct 
 
 struct volume_stats {
     uint64_t dirty_bytes, cached_bytes, generation, data_blocks;
+    uint64_t dirty_since_ns; /* begin of the oldest change that is not committed; 0: there is none */
+    /* These count; see volume_open.closed. */
     uint64_t cache_hits, cache_misses, hash_errors, commits, commit_retries, timeouts;
+    uint64_t conflicts; /* commits refused because another server owned it by then */
+    uint64_t fencings;  /* sessions of others that were fenced to take it */
+    struct histogram commit_time;
 };
 void volume_get_stats(const struct volume *vol, struct volume_stats *stats);
+/* Adds what counts in `from` to `to`. */
+void volume_stats_add(struct volume_stats *to, const struct volume_stats *from);
+
+/* Calls `look` for each volume and view that is open. It must open and close none. */
+void shard_look(const struct shard *shard, void (*look)(void *arg, const struct volume *vol),
+                void *arg);
+/* What its cache holds, dirty blocks among it, and the most it may, in bytes. */
+struct shard_memory {
+    uint64_t used_bytes, dirty_bytes, limit_bytes;
+};
+void shard_get_memory(const struct shard *shard, struct shard_memory *memory);
 
 #endif

@@ -329,6 +329,8 @@ static void apply_bytes(struct volume *vol, struct vol_io *io, uint64_t no, uint
         }
         if (old)
             buf_unref(old);
+        else
+            vol->cached_blocks++;
         e->buf = b;
     }
     e->zero = e->hole = false;
@@ -356,6 +358,7 @@ static void zero_entry(struct blk *e, bool hole)
     if (e->buf) {
         buf_unref(e->buf);
         e->buf = NULL;
+        e->vol->cached_blocks--;
     }
     e->zero = true;
     e->hole = hole;

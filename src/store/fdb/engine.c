@@ -189,6 +189,7 @@ void fd_retry(struct fr *fr, struct fd_retry *retry, FDBTransaction *tr, int cod
 {
     retry->env = fr->env;
     retry->again = again;
+    counter_add_shared(&fr->fd->base.counters.retries, 1);
     retry->future = fdb.transaction_on_error(tr, code);
     fd_wait_one(fr, &retry->wait, retry->future, backed_off);
 }
