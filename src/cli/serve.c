@@ -28,6 +28,7 @@
  * source is busy. */
 #define OWNER_WAIT_MS_DEFAULT 3000u
 #define VOLUMES_SHOWN_MAX 10u
+#define SLOW_MS_DEFAULT 1000u
 /* Shorter, and a commit on a busy disk or a change of the cluster's leader would be an error; nor
  * does any owner answer sooner. */
 #define TIME_MS_MIN 100u
@@ -46,6 +47,9 @@ enum {
     STORE_TIMEOUT,
     QUOTA,
     REPLACE,
+    HTTP,
+    CONTROL,
+    SLOW_MS,
 };
 
 static const struct cli_option options[] = {
@@ -70,6 +74,12 @@ static const struct cli_option options[] = {
      "30 (seconds) or 500ms; longer waits for the store are EIO; 0: never (default: 0)"},
     {QUOTA, "quota", "SIZE",
      "bytes the store may use; writes beyond get ENOSPC; not on lmdb (default: no limit)"},
+    {HTTP, "http", "ADDRESS",
+     "metrics, health and JSON over HTTP there; as --listen; repeatable (default: off)"},
+    {CONTROL, "control", "PATH",
+     "control socket for commands on this machine, or off (default: see docs/http.md)"},
+    {SLOW_MS, "slow-ms", "N",
+     "log requests that take longer than N milliseconds; 0: none (default: 1000)"},
     {0, NULL, NULL, NULL},
 };
 
@@ -81,6 +91,10 @@ struct serve_options {
     const char *default_export;
     bool read_only, shared, replace;
     uint64_t cache_bytes, threads, lease_ms, owner_wait_ms, store_timeout_ms, quota_bytes;
+    const char *http[SERVER_LISTEN_MAX];
+    size_t n_http;
+    const char *control;
+    uint64_t slow_ms;
 };
 
 static enum status take_create(struct serve_options *o, const char *value, struct err *e)
@@ -172,6 +186,16 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
     case REPLACE:
         o->replace = true;
         return ST_OK;
+    case HTTP:
+        if (o->n_http == SERVER_LISTEN_MAX)
+            return fail(e, ST_INVAL, "at most %u times", SERVER_LISTEN_MAX);
+        o->http[o->n_http++] = value;
+        return check_address(value, e);
+    case CONTROL:
+        o->control = value;
+        return *value ? ST_OK : fail(e, ST_INVAL, "a path, or off");
+    case SLOW_MS:
+        return cli_parse_number(value, 0, TIME_MS_MAX, &o->slow_ms, e);
     default:
         o->shared = true;
         return ST_OK;
@@ -323,6 +347,11 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .lease_ms = (unsigned)o->lease_ms,
                                    .store_timeout_ms = (unsigned)o->store_timeout_ms,
                                    .owner_wait_ms = (unsigned)o->owner_wait_ms,
+                                   .slow_ms = (unsigned)o->slow_ms,
+                                   .store_uri = run->cli->store_uri,
+                                   .http = o->http,
+                                   .n_http = o->n_http,
+                                   .control = o->control,
                                    .ready = print_ready,
                                    .arg = run};
     struct err e = {0};
@@ -340,7 +369,8 @@ static int run_serve(struct cli *cli, int argc, char **argv)
     struct serve_options o = {.cache_bytes = CACHE_BYTES_DEFAULT,
                               .threads = 1,
                               .lease_ms = CLI_LEASE_MS,
-                              .owner_wait_ms = OWNER_WAIT_MS_DEFAULT};
+                              .owner_wait_ms = OWNER_WAIT_MS_DEFAULT,
+                              .slow_ms = SLOW_MS_DEFAULT};
     int status;
     if (cli_parse(cli, argc, argv, take, &o) < 0) {
         free(o.creates);

@@ -550,7 +550,7 @@ static void arrive(struct env_task *task)
         conn_die(c, "its volume was lost");
         return;
     }
-    if (lane->stopping)
+    if (lane->stopping || atomic_load(&lane->server->draining))
         c->stopping = true;
     conn_wake(c);
 }
@@ -638,7 +638,11 @@ static void handshake_pump(struct conn *c)
     while (c->phase == CONN_HANDSHAKE) {
         if (!handshake_flush(c))
             break;
-        if (h->want == HANDSHAKE_BYTES) {
+        if (atomic_load(&c->lane->server->draining) && !c->lookup &&
+            (h->want == HANDSHAKE_LIST || h->want == HANDSHAKE_EXPORT)) {
+            c->left = true;
+            handshake_shutdown(h);
+        } else if (h->want == HANDSHAKE_BYTES) {
             if (!c->stash_len)
                 break;
             size_t used = handshake_feed(h, c->stash, c->stash_len);
@@ -1047,14 +1051,10 @@ static void die_waiting(struct lane *lane)
     }
 }
 
-void lane_stop(struct lane *lane)
+void lane_drain(struct lane *lane)
 {
-    if (!lane->stopping) {
-        lane->stopping = true;
-        die_waiting(lane);
-        shard_wait_no_more(lane->shard);
-        lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
-    }
+    die_waiting(lane);
+    shard_wait_no_more(lane->shard);
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         if (c->phase == CONN_SERVING) {
@@ -1062,6 +1062,15 @@ void lane_stop(struct lane *lane)
             conn_wake(c);
         }
     }
+}
+
+void lane_stop(struct lane *lane)
+{
+    if (!lane->stopping) {
+        lane->stopping = true;
+        lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
+    }
+    lane_drain(lane);
     env_timer_start(lane->env, &lane->tick, TICK_STOPPING_MS);
     lane_check_stopped(lane);
 }

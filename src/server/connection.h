@@ -234,7 +234,7 @@ struct lane {
     unsigned n_works; /* volumes being closed, and other work that has to end first */
     bool stopping, stopped;
     uint64_t drain_until_ms;
-    struct env_task task;
+    struct env_task task, drain_task;
     struct request *free_requests;
     unsigned n_free_requests, n_requests; /* kept; under way */
     unsigned n_taken; /* requests, since the last turn was over */
@@ -279,6 +279,8 @@ struct server {
     unsigned n_lanes_stopped;
     bool stopping, lanes_told;
     atomic_bool drain_now; /* stop waiting for requests under way */
+    atomic_bool draining;  /* all volumes are given back, and no clients taken any more */
+    struct env_task drain_task;
 };
 
 /* --- connection.c ----------------------------------------------------------------------- */
@@ -288,6 +290,9 @@ void lane_init(struct lane *lane);
 
 /* Ends the handshakes under way, all of which are on lane 0. */
 void lane_stop_handshakes(struct lane *lane);
+
+/* Begins to close all connections and volumes of the lane, and no more. Reactor thread. */
+void lane_drain(struct lane *lane);
 
 /* Begins to close all connections and volumes of the lane; it tells by `lane->stopped` and
  * server_lane_stopped() when all are gone. Reactor thread. */
@@ -445,6 +450,9 @@ void lanes_stop(struct server *s);
 /* Frees the lanes that are open, stopped or never run; no reactor runs any more. s->end_timer goes
  * on: the session's end has to be in time, too. */
 void lanes_close(struct server *s);
+
+/* Begins to give all volumes back and to refuse new clients; the process goes on. Any thread. */
+void server_drain(struct server *s);
 
 /* A connection has left the lane. Its reactor thread. */
 void server_conn_gone(struct lane *lane);

@@ -110,6 +110,32 @@ void server_lane_stopped(struct lane *lane)
     env_post(lane->server->lanes[0].env, &lane->task);
 }
 
+static void lane_drain_task(struct env_task *task)
+{
+    lane_drain(container_of(task, struct lane, drain_task));
+}
+
+static void drain(struct env_task *task)
+{
+    struct server *s = container_of(task, struct server, drain_task);
+    if (s->stopping)
+        return;
+    log_info("draining: all volumes are given back, and no clients are taken any more");
+    lane_stop_handshakes(&s->lanes[0]);
+    for (unsigned i = 0; i < s->n_lanes; i++) {
+        s->lanes[i].drain_task.run = lane_drain_task;
+        env_post(s->lanes[i].env, &s->lanes[i].drain_task);
+    }
+}
+
+void server_drain(struct server *s)
+{
+    if (atomic_exchange(&s->draining, true))
+        return;
+    s->drain_task.run = drain;
+    env_post(s->lanes[0].env, &s->drain_task);
+}
+
 static void overdue(struct env_timer *timer)
 {
     struct server *s = container_of(timer, struct server, end_timer);

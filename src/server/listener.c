@@ -686,3 +686,16 @@ const char *const *listeners_addresses(const struct listeners *l, size_t *n)
     *n = l->n;
     return l->addresses;
 }
+
+int listeners_descriptor(const struct listeners *l, size_t i)
+{
+    return l->sockets[i]->fd;
+}
+
+bool listeners_is_local(const struct listeners *l, size_t i)
+{
+    struct sockaddr_storage sa = {0};
+    socklen_t len = sizeof sa;
+    return getsockname(l->sockets[i]->fd, (struct sockaddr *)&sa, &len) == 0 &&
+           is_loopback((const struct sockaddr *)&sa);
+}

@@ -167,6 +167,7 @@ void metrics_book(struct metrics_lane *ml, uint64_t now_ns)
             unsigned command = (unsigned)__builtin_ctz(mv->fresh_mask);
             mv->fresh_mask &= mv->fresh_mask - 1;
             histogram_add(&mv->commands[command].latency, took_ns, mv->fresh[command]);
+            counter_add(&mv->booked, mv->fresh[command]);
             if (is_slow(ml, took_ns))
                 tell_slow_batch(ml, mv, command, took_ns, now_ns);
             mv->fresh[command] = 0;
@@ -175,6 +176,7 @@ void metrics_book(struct metrics_lane *ml, uint64_t now_ns)
     for (unsigned i = 0; i < ml->n_ended; i++) {
         const struct metrics_ended *r = &ml->ended[i];
         histogram_add(&r->client->vol->commands[r->command].latency, now_ns - r->begun_ns, 1);
+        counter_add(&r->client->vol->booked, 1);
         if (is_slow(ml, now_ns - r->begun_ns))
             tell_slow(ml, r, now_ns);
     }

@@ -43,12 +43,16 @@ struct metrics_volume {
     struct metrics_volume *next; /* metrics_next() */
     char name[NAME_BYTES_MAX + 1];
     struct metrics_command commands[METRICS_COMMANDS];
+    uint64_t booked; /* requests, ever: tells who looks on whether anything has happened */
     /* Requests that touched each 2^heat_shift bytes: reads; changes. They wrap around. */
     uint32_t heat_shift;
     uint32_t heat[2][METRICS_HEAT_CELLS];
 
+    struct series_part *series; /* of series.c and its thread */
+
     /* The lane's. */
     struct volume_stats closed; /* counted by volumes of this name that are closed */
+    size_t report_no;           /* of report.c */
     uint64_t heat_bytes;        /* the size heat_shift was chosen for */
     struct metrics_volume *next_touched;
     bool touched;

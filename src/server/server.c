@@ -21,6 +21,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "server/connection.h"
+#include "server/http.h"
 #include "server/replace.h"
 #include "volume/session.h"
 
@@ -30,6 +31,7 @@
 struct running {
     struct server server; /* first */
     struct listeners *listeners;
+    struct http *http;
     uv_signal_t signals[2];
     unsigned n_signals;
     struct rivals rivals;
@@ -72,6 +74,7 @@ static void on_signal(uv_signal_t *handle, int signum)
         if (r->names_taken && !r->told)
             rivals_tell(&r->rivals);
         env_timer_stop(r->server.lanes[0].env, &r->replace_timer);
+        http_stopping(r->http);
         listeners_close(r->listeners);
         r->listeners = NULL;
         lanes_stop(&r->server);
@@ -149,6 +152,7 @@ static void run_lanes(struct running *r)
     reactor_run(s->lanes[0].reactor);
     for (unsigned i = 1; i < s->n_lanes; i++)
         reactor_join(s->lanes[i].reactor);
+    http_stop(r->http);
     for (int i = 0; i < 2; i++)
         uv_close((uv_handle_t *)&r->signals[i], NULL);
     /* What is left takes moments, and must not be cut off by one who asks once more. */
@@ -214,9 +218,12 @@ static enum status serve(struct running *r, struct err *e)
     enum status st = open_listeners(r, e);
     if (st != ST_OK)
         return st;
-    const char *address = listeners_addresses(r->listeners, &n)[0];
+    const char *const *addresses = listeners_addresses(r->listeners, &n);
+    const char *address = addresses[0];
     struct env *env = reactor_env(s->lanes[0].reactor);
     st = s->config->replace ? find_rivals(r, e) : ST_OK;
+    if (st == ST_OK)
+        st = http_open(&r->http, s, e);
     if (st == ST_OK)
         st = session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address,
                            e);
@@ -227,9 +234,12 @@ static enum status serve(struct running *r, struct err *e)
     if (st == ST_OK && s->config->replace)
         st = take_addresses(r, e);
     if (st == ST_OK)
+        st = http_start(r->http, addresses, n, e);
+    if (st == ST_OK)
         st = start_threads(s, e);
     if (st == ST_OK)
         run_lanes(r);
+    http_stop(r->http);
     lanes_close(s);
     session_end(&session, env, reactor_run_once);
     env_timer_stop(env, &s->end_timer);
@@ -265,6 +275,7 @@ enum status server_run(const struct server_config *config, struct err *e)
     }
     if (st == ST_OK)
         st = serve(r, e);
+    http_stop(r->http);
     listeners_close(r->listeners);
     rivals_free(&r->rivals);
     for (unsigned i = 0; i < s->n_lanes; i++)
@@ -273,6 +284,7 @@ enum status server_run(const struct server_config *config, struct err *e)
     store_close(config->store);
     for (unsigned i = 0; i < s->n_lanes; i++)
         reactor_free(s->lanes[i].reactor);
+    http_free(r->http);
     free(s->lanes);
     free(r);
     return st;

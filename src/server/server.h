@@ -19,6 +19,8 @@
 #define SERVER_LISTEN_DEFAULT "localhost:10809"
 #define SERVER_THREADS_MAX 64u
 
+struct http_file;
+
 struct server_config {
     struct store *store;       /* open; server_run closes it */
     const char *const *listen; /* "HOST:PORT", "[V6]:PORT", ":PORT" (any address), "unix:PATH" */
@@ -43,6 +45,12 @@ struct server_config {
     unsigned receive_timeout_ms;   /* 0: 30000; see connection.h */
     unsigned drain_ms;             /* 0: 10000; how long a stop waits for requests under way */
     unsigned slow_ms;              /* requests that take longer are logged; 0: none */
+    const char *store_uri;         /* for people */
+    const char *const *http; /* where HTTP is served; as `listen`, up to SERVER_LISTEN_MAX */
+    size_t n_http;
+    const char *control;           /* path of the control socket; NULL: the usual one; "off": none */
+    const struct http_file *files; /* served over HTTP as they are; see http.h */
+    size_t n_files;
     /* Called once when clients can connect, with the addresses listened on ("127.0.0.1:10809",
      * "unix:/run/nbd.sock"), n of them. May be NULL. */
     void (*ready)(void *arg, const char *const *addresses, size_t n);

@@ -512,6 +512,11 @@ void volume_get_stats(const struct volume *vol, struct volume_stats *stats)
     stats->cached_bytes = vol->cached_blocks * vol->block_size;
 }
 
+struct volume_stats *volume_counts_into(const struct volume *vol)
+{
+    return vol->closed;
+}
+
 void volume_stats_add(struct volume_stats *to, const struct volume_stats *from)
 {
     to->cache_hits += from->cache_hits;

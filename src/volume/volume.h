@@ -358,6 +358,8 @@ struct volume_stats {
     struct histogram commit_time;
 };
 void volume_get_stats(const struct volume *vol, struct volume_stats *stats);
+/* What volume_open() was told as `closed` when it was opened first. */
+struct volume_stats *volume_counts_into(const struct volume *vol);
 /* Adds what counts in `from` to `to`. */
 void volume_stats_add(struct volume_stats *to, const struct volume_stats *from);
 
