@@ -153,7 +153,7 @@ void conn_die(struct conn *c, const char *why)
     if (c->phase == CONN_HANDSHAKE)
         counter_add(&c->lane->metrics.handshakes[c->left ? METRICS_LEFT : METRICS_FAILED], 1);
     c->phase = CONN_DEAD;
-    log_debug("client %s: connection closed: %s", c->address, why);
+    log_debug("client %s: connection closed: %s", c->peer.address, why);
     list_remove(&c->ready_link);
     list_remove(&c->flush_link);
     if (serving) {
@@ -302,7 +302,7 @@ static void answer_export(struct conn *c)
         .n_contexts = l->n_contexts};
     enum status st = l->search.st;
     if (st != ST_OK)
-        log_info("client %s: no export for it: %s", c->address, l->search.err.text);
+        log_info("client %s: no export for it: %s", c->peer.address, l->search.err.text);
     handshake_export(c->handshake, st, &x, l->search.err.text);
     lookup_free(c);
     handshake_pump(c);
@@ -538,12 +538,12 @@ static void arrive(struct env_task *task)
     c->phase = CONN_SERVING;
     c->since_ms = 0;
     attach(c);
-    c->client.host = c->host;
+    c->client.host = c->peer.host;
     c->client.is_busy = transmission_is_busy;
-    c->writer.name = c->address;
+    c->writer.name = c->peer.address;
     export_join(&lane->exports, volume_branch(c->vol), volume_epoch(c->vol), volume_name(c->vol),
                 lane->server->config->shared, &c->client);
-    metrics_client_enter(&lane->metrics, &c->metrics, c->address, c->client.export->name,
+    metrics_client_enter(&lane->metrics, &c->metrics, c->peer.address, c->client.export->name,
                          volume_epoch(c->vol) != 0, volume_size(c->vol));
     c->watcher.lost = on_lost;
     if (c->lost) {
@@ -595,7 +595,7 @@ static void enter_transmission(struct conn *c)
     }
     s->context_ids = c->context_ids;
     counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
-    log_info("client %s entered export %s%s", c->address, r->name,
+    log_info("client %s entered export %s%s", c->peer.address, r->name,
              s->read_only ? " (read-only)" : "");
     handshake_free(c->handshake);
     free(c->handshake);
@@ -982,8 +982,8 @@ static bool has_stalled(struct conn *c, unsigned timeout_ms)
  * become ours does not count, and waiting for the writing role has its own end. */
 static bool is_stale(const struct conn *c, uint64_t now_ms, unsigned pause_close_ms)
 {
-    if (!c->is_tcp || c->claim_waits || !c->since_ms || now_ms - c->since_ms < pause_close_ms ||
-        volume_epoch(c->vol) || !volume_is_owned(c->vol))
+    if (c->peer.way != PEER_TCP || c->claim_waits || !c->since_ms ||
+        now_ms - c->since_ms < pause_close_ms || volume_epoch(c->vol) || !volume_is_owned(c->vol))
         return false;
     return export_has_several(c->client.export);
 }
@@ -1005,10 +1005,10 @@ static void lane_tick(struct env_timer *timer)
             if (stale)
                 log_warning("client %s: closed after it had to wait for %u ms: its volume has "
                             "another connection, where it may have sent the same again",
-                            c->address, limits->pause_close_ms);
+                            c->peer.address, limits->pause_close_ms);
             if (has_stalled(c, limits->receive_timeout_ms)) {
                 log_warning("client %s: closed: the rest of a write did not come for %u ms",
-                            c->address, limits->receive_timeout_ms);
+                            c->peer.address, limits->receive_timeout_ms);
                 conn_die(c, "half a write");
             }
             if (stale || give_up)
@@ -1111,7 +1111,8 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     unsigned n = atomic_load(&server->n_conns);
     if (server->stopping || n >= server->limits.connections_max) {
         if (!server->stopping)
-            log_warning("client %s turned away: there are %u connections already", a->address, n);
+            log_warning("client %s turned away: there are %u connections already",
+                        a->peer.address, n);
         counter_add(&lane->metrics.turned_away, 1);
         wire_close(wire_new(a->fd));
         return;
@@ -1124,9 +1125,7 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     c->begun_ns = env_realtime_ns(lane->env);
     c->lane = lane;
     c->wire = wire_new(a->fd);
-    c->is_tcp = a->is_tcp;
-    memcpy(c->host, a->host, sizeof c->host);
-    memcpy(c->address, a->address, sizeof c->address);
+    c->peer = a->peer;
     c->phase = CONN_HANDSHAKE;
     c->since_ms = lane_now_ms(lane);
     list_init(&c->ready_link);

@@ -42,6 +42,7 @@
 #include "server/exports.h"
 #include "server/listener.h"
 #include "server/metrics.h"
+#include "server/peer.h"
 #include "server/reactor.h"
 #include "server/server.h"
 #include "server/wire.h"
@@ -150,7 +151,6 @@ struct conn {
     struct lane *lane;
     struct wire *wire;
     bool attached; /* the wire is, to the lane's reactor */
-    bool is_tcp;
     bool hung_up;  /* the peer closed its side: seen by the wire */
     bool at_end;   /* nothing more comes: end of the stream, or DISC */
     bool withdraws; /* inside transmission_withdraw() */
@@ -159,9 +159,9 @@ struct conn {
     bool blocked;  /* the socket takes no more */
     bool drained;  /* the socket had no more when it was read last */
     enum conn_phase phase;
-    char host[64], address[96];
     uint64_t id;         /* counts connections */
     uint64_t begun_ns;   /* accepted then, since 1970 */
+    struct peer peer;
     uint64_t since_ms; /* begin of the handshake, or of the pause (0: not paused) */
 
     /* Handshake. */

@@ -45,8 +45,8 @@ struct port {
 };
 
 /* A connection. */
-struct peer {
-    struct list link; /* http->peers */
+struct caller {
+    struct list link; /* http->callers */
     int fd;
     uint64_t since_s; /* its last answer was sent, or it was accepted */
 };
@@ -68,7 +68,7 @@ struct http {
     int epoll, wake, clock;
     pthread_t thread;
     bool runs;
-    struct list peers;
+    struct list callers;
     uint64_t seconds;
     uint64_t held_bytes; /* in answers that are not sent */
 };
@@ -309,17 +309,17 @@ static void on_connection(void *arg, struct MHD_Connection *connection, void **s
     if (code == MHD_CONNECTION_NOTIFY_STARTED) {
         const union MHD_ConnectionInfo *info =
             MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD);
-        struct peer *peer = mem_zalloc(sizeof *peer);
-        peer->fd = info ? info->connect_fd : -1;
-        peer->since_s = port->http->seconds;
-        list_add_tail(&port->http->peers, &peer->link);
-        *state = peer;
+        struct caller *caller = mem_zalloc(sizeof *caller);
+        caller->fd = info ? info->connect_fd : -1;
+        caller->since_s = port->http->seconds;
+        list_add_tail(&port->http->callers, &caller->link);
+        *state = caller;
         return;
     }
-    struct peer *peer = *state;
-    if (peer)
-        list_remove(&peer->link);
-    free(peer);
+    struct caller *caller = *state;
+    if (caller)
+        list_remove(&caller->link);
+    free(caller);
     *state = NULL;
 }
 
@@ -331,18 +331,18 @@ static void on_answered(void *arg, struct MHD_Connection *connection, void **sta
         MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
     (void)code;
     if (info && info->socket_context)
-        ((struct peer *)info->socket_context)->since_s = port->http->seconds;
+        ((struct caller *)info->socket_context)->since_s = port->http->seconds;
     free(*state);
     *state = NULL;
 }
 
 /* Clients that do something now and then, but never finish. */
-static void end_slow_peers(struct http *h)
+static void end_slow_callers(struct http *h)
 {
-    list_for_each (l, &h->peers) {
-        const struct peer *peer = container_of(l, struct peer, link);
-        if (h->seconds - peer->since_s > HTTP_REQUEST_S && peer->fd >= 0)
-            shutdown(peer->fd, SHUT_RDWR);
+    list_for_each (l, &h->callers) {
+        const struct caller *caller = container_of(l, struct caller, link);
+        if (h->seconds - caller->since_s > HTTP_REQUEST_S && caller->fd >= 0)
+            shutdown(caller->fd, SHUT_RDWR);
     }
 }
 
@@ -389,7 +389,7 @@ static void *thread_main(void *arg)
                 read(h->clock, &seconds, sizeof seconds) == sizeof seconds) {
                 h->seconds += seconds;
                 series_tick(&h->source.series, h->source.server);
-                end_slow_peers(h);
+                end_slow_callers(h);
             }
         }
         for (size_t i = 0; i < h->n_ports; i++)
@@ -470,7 +470,7 @@ enum status http_open(struct http **out, struct server *s, struct err *e)
     enum status st = ST_OK;
     h->source.server = s;
     h->control_fd = h->epoll = h->wake = h->clock = -1;
-    list_init(&h->peers);
+    list_init(&h->callers);
     h->listeners = listeners_new();
     *out = h;
     for (size_t i = 0; i < config->n_http && st == ST_OK; i++)

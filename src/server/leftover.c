@@ -129,14 +129,14 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
                    (l->lineage && l->lineage != volume_lineage(c->vol)) || l->in_doubt ||
                    (long_ago && l->lineage_then != volume_lineage(c->vol));
     /* (A Unix socket's end is always seen.) */
-    if (c->is_tcp && changed) {
+    if (c->peer.way == PEER_TCP && changed) {
         bool first = l->looked != taken;
         enum ahead ahead = look_ahead(c);
         l->looked = taken;
         if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {
             log_warning("client %s: closed: it waited while others changed its volume at another "
                         "server, and can't be told from one that went there itself",
-                        c->address);
+                        c->peer.address);
             conn_die(c, "it waited for its volume too long");
             return LEFTOVER_WAIT;
         }
@@ -157,12 +157,13 @@ void leftover_stood_still(struct lane *lane)
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         uint8_t byte;
-        if (c->phase != CONN_SERVING || !c->is_tcp || wire_peek(c->wire, &byte, 1) <= 0 ||
+        if (c->phase != CONN_SERVING || c->peer.way != PEER_TCP ||
+            wire_peek(c->wire, &byte, 1) <= 0 ||
             (volume_is_owned(c->vol) && !export_has_several(c->client.export)))
             continue;
         log_warning("client %s: closed: this server stood still, and the client may have sent "
                     "elsewhere what lies here",
-                    c->address);
+                    c->peer.address);
         conn_die(c, "the server stood still");
     }
 }

@@ -185,14 +185,6 @@ static enum status open_unix(struct listeners *l, const char *path, bool replace
 
 /* --- TCP ------------------------------------------------------------------------------- */
 
-static void format_address(const struct sockaddr *sa, socklen_t len, char *out, size_t size)
-{
-    char host[64] = "?", port[16] = "?";
-    getnameinfo(sa, len, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
-    bool v6 = sa->sa_family == AF_INET6;
-    snprintf(out, size, v6 ? "[%s]:%s" : "%s:%s", host, port);
-}
-
 static void share_port(int fd)
 {
     int on = 1;
@@ -270,7 +262,7 @@ static enum status open_tcp(struct listeners *l, const char *text, bool replace,
             struct sockaddr_storage sa = {0};
             socklen_t sa_len = sizeof sa;
             getsockname(fd, (struct sockaddr *)&sa, &sa_len);
-            format_address((struct sockaddr *)&sa, sa_len, s->address, sizeof s->address);
+            peer_format_address((struct sockaddr *)&sa, sa_len, s->address, sizeof s->address);
             continue;
         }
         why = errno;
@@ -328,7 +320,7 @@ static enum status inherit(struct listeners *l, int fd, struct err *e)
     if (s->is_unix)
         name_unix(s, (const struct sockaddr_un *)(const void *)&sa, len);
     else
-        format_address((const struct sockaddr *)&sa, len, s->address, sizeof s->address);
+        peer_format_address((const struct sockaddr *)&sa, len, s->address, sizeof s->address);
     return ST_OK;
 }
 
@@ -550,33 +542,6 @@ static void set_unix_options(int fd)
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
 }
 
-static bool is_loopback(const struct sockaddr *sa)
-{
-    if (sa->sa_family == AF_INET) {
-        const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)sa;
-        return ntohl(in->sin_addr.s_addr) >> 24 == 127;
-    }
-    if (sa->sa_family == AF_INET6) {
-        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)sa;
-        return IN6_IS_ADDR_LOOPBACK(&in6->sin6_addr);
-    }
-    return true;
-}
-
-static void describe_peer(struct accepted *a, const struct sockaddr *sa, socklen_t len)
-{
-    if (!a->is_tcp) {
-        snprintf(a->host, sizeof a->host, "local");
-        snprintf(a->address, sizeof a->address, "unix socket");
-        return;
-    }
-    format_address(sa, len, a->address, sizeof a->address);
-    if (is_loopback(sa))
-        snprintf(a->host, sizeof a->host, "local");
-    else
-        getnameinfo(sa, len, a->host, sizeof a->host, NULL, 0, NI_NUMERICHOST);
-}
-
 static void watch(struct listen_socket *s, bool on);
 
 static void tell_no_more(int why)
@@ -602,9 +567,9 @@ static void on_readable(uv_poll_t *handle, int status, int events)
         socklen_t len = sizeof sa;
         int fd = accept4(s->fd, (struct sockaddr *)&sa, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd >= 0) {
-            struct accepted a = {.fd = fd, .is_tcp = !s->is_unix};
-            describe_peer(&a, (struct sockaddr *)&sa, len);
-            if (a.is_tcp)
+            struct accepted a = {.fd = fd};
+            peer_fill(&a.peer, fd, (struct sockaddr *)&sa, len);
+            if (a.peer.way == PEER_TCP)
                 set_tcp_options(fd);
             else
                 set_unix_options(fd);
@@ -697,5 +662,5 @@ bool listeners_is_local(const struct listeners *l, size_t i)
     struct sockaddr_storage sa = {0};
     socklen_t len = sizeof sa;
     return getsockname(l->sockets[i]->fd, (struct sockaddr *)&sa, &len) == 0 &&
-           is_loopback((const struct sockaddr *)&sa);
+           peer_is_loopback((const struct sockaddr *)&sa);
 }

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "server/peer.h"
 
 #define LISTENER_SOCKETS_MAX 64u
 #define LISTENER_ADDRESS_MAX 160u
@@ -16,9 +17,7 @@
 /* A connection that was accepted; the socket is non-blocking and the callee's. */
 struct accepted {
     int fd;
-    bool is_tcp;
-    char host[64];     /* the client's numeric address; "local" for this machine itself */
-    char address[96];  /* host and port, for log lines */
+    struct peer peer;
 };
 
 struct listeners;

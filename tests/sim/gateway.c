@@ -247,12 +247,12 @@ static enum status come_up(struct gateway *g, struct err *e)
 static void take_connection(void *arg, int fd, unsigned from_host)
 {
     struct gateway *g = arg;
-    struct accepted a = {.fd = fd, .is_tcp = true};
+    struct accepted a = {.fd = fd, .peer.way = PEER_TCP};
     if (from_host == g->config.host)
-        snprintf(a.host, sizeof a.host, "local");
+        snprintf(a.peer.host, sizeof a.peer.host, "local");
     else
-        snprintf(a.host, sizeof a.host, "10.0.0.%u", from_host);
-    snprintf(a.address, sizeof a.address, "10.0.0.%u:%d", from_host, fd);
+        snprintf(a.peer.host, sizeof a.peer.host, "10.0.0.%u", from_host);
+    snprintf(a.peer.address, sizeof a.peer.address, "10.0.0.%u:%d", from_host, fd);
     conn_accept(&g->server.lanes[0], &a);
 }
 
