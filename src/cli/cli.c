@@ -1,7 +1,7 @@
 /*
- * The command line: global options, the settings file, help.
+ * The command line: global options, what the configuration file says, help.
  *
- * Options are described once, in tables; help, parsing and the keys of the settings file
+ * Options are described once, in tables; help, parsing and the keys of the configuration file
  * all come from them, so that they can't say different things.
  */
 #include "cli/cli.h"
@@ -15,14 +15,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/size.h"
 #include "volume/records.h"
 
-#define OPTIONS_MAX 32
-#define SETTINGS_MAX 10000u
-#define SETTING_BYTES_MAX 4096
 #define ANSWER_BYTES_MAX 64
 
 enum {
@@ -37,7 +35,7 @@ enum {
 static const struct cli_option global_options[] = {
     {GLOBAL_STORE, "store", "URI",
      "lmdb:DIRECTORY or fdb:[CLUSTER_FILE][?prefix=TEXT] (default: see below)"},
-    {GLOBAL_CONFIG, "config", "FILE", "read settings from FILE (default: none)"},
+    {GLOBAL_CONFIG, "config", "FILE", "read the configuration FILE (default: none)"},
     {GLOBAL_JSON, "json", NULL,
      "answers for programs: list, info, snapshot list, diff, usage, verify, owner show, "
      "store info, bench"},
@@ -214,7 +212,7 @@ static void print_help(void)
     }
     puts("\noptions:");
     print_options(global_options);
-    puts("\nThe store is what --store says, else the setting \"store\" of the file, else the\n"
+    puts("\nThe store is what --store says, else \"store\" in the configuration file, else the\n"
          "environment variable FDB_NBD_STORE, else lmdb:/var/lib/fdb-nbd for root and\n"
          "lmdb:~/.local/share/fdb-nbd (or below $XDG_DATA_HOME) for everybody else.\n"
          "The log level may also stand in FDB_NBD_LOG.\n\n"
@@ -280,11 +278,25 @@ static void take_global(struct cli *cli, int code, const char *value)
 
 static size_t add_long_options(struct option *to, size_t n, const struct cli_option *from)
 {
-    for (; from && from->name && n < OPTIONS_MAX; from++)
+    for (; from && from->name; from++) {
+        CHECK(n < 2 * CLI_OPTIONS_MAX && from->code % GLOBAL_STORE < (int)CLI_OPTIONS_MAX);
         to[n++] = (struct option){.name = from->name,
                                   .has_arg = from->arg ? required_argument : no_argument,
                                   .val = from->code};
+    }
     return n;
+}
+
+static enum status parse_log_level(const char *name, enum log_level *level, struct err *e)
+{
+    static const char *const names[] = {"debug", "info", "warning", "error"};
+    for (int i = 0; i < 4; i++) {
+        if (strcasecmp(name, names[i]) == 0) {
+            *level = (enum log_level)i;
+            return ST_OK;
+        }
+    }
+    return fail(e, ST_INVAL, "\"%.64s\" is not a log level (debug, info, warning, error)", name);
 }
 
 static const char *option_name(const struct cli_option *options, int code)
@@ -294,13 +306,12 @@ static const char *option_name(const struct cli_option *options, int code)
     return options->name;
 }
 
-/* Takes options off argv: the global ones, and the command's where `take` is given. Marks
- * the command's that were seen in `given`, by code. */
+/* Takes options off argv: the global ones, and the command's where `take` is given. */
 static void parse_options(struct cli *cli, int argc, char **argv, const char *how,
                           enum status (*take)(void *, int, const char *, struct err *),
-                          void *options, bool given[OPTIONS_MAX])
+                          void *options)
 {
-    struct option table[OPTIONS_MAX + 1] = {{0}};
+    struct option table[2 * CLI_OPTIONS_MAX + 1] = {{0}};
     size_t n = add_long_options(table, 0, global_options);
     if (take)
         n = add_long_options(table, n, cli->command->options);
@@ -319,9 +330,10 @@ static void parse_options(struct cli *cli, int argc, char **argv, const char *ho
             over(cli, cli_usage_error(cli, "\"%s\" is not an option here, or not a complete one",
                                       argv[optind - 1]));
         } else if (code >= GLOBAL_STORE) {
+            cli->given_globals[code - GLOBAL_STORE] = true;
             take_global(cli, code, optarg);
         } else {
-            given[code] = true;
+            cli->given[code] = true;
             if (take(options, code, optarg, &e) != ST_OK)
                 over(cli, cli_usage_error(cli, "--%s: %s", option_name(cli->command->options, code),
                                           e.text));
@@ -329,18 +341,7 @@ static void parse_options(struct cli *cli, int argc, char **argv, const char *ho
     }
 }
 
-/* --- the settings file --------------------------------------------------------------- */
-
-static char *trim(char *text)
-{
-    while (*text == ' ' || *text == '\t')
-        text++;
-    size_t len = strlen(text);
-    while (len > 0 && strchr(" \t\r\n", text[len - 1]))
-        len--;
-    text[len] = '\0';
-    return text;
-}
+/* --- the configuration file ----------------------------------------------------------- */
 
 static const struct cli_option *find_option(const struct cli_option *options, const char *name)
 {
@@ -348,62 +349,6 @@ static const struct cli_option *find_option(const struct cli_option *options, co
         if (strcmp(options->name, name) == 0)
             return options;
     return NULL;
-}
-
-static bool is_global_setting(const char *key)
-{
-    return strcmp(key, "store") == 0 || strcmp(key, "log-level") == 0;
-}
-
-/* Reads the file into cli->settings. False, with a sentence, at the first bad line. */
-static bool read_settings(struct cli *cli, struct err *e)
-{
-    FILE *file = fopen(cli->config_path, "re");
-    if (!file) {
-        fail(e, ST_INVAL, "cannot open the settings %s: %s", cli->config_path, strerror(errno));
-        return false;
-    }
-    char line[SETTING_BYTES_MAX];
-    bool good = true;
-    for (unsigned n = 1; good && fgets(line, sizeof line, file); n++) {
-        good = false;
-        if (n > SETTINGS_MAX || (!strchr(line, '\n') && strlen(line) == sizeof line - 1)) {
-            fail(e, ST_INVAL, "%s:%u: the %s is too long", cli->config_path, n,
-                 n > SETTINGS_MAX ? "file" : "line");
-            break;
-        }
-        char *key = trim(line);
-        if (key[0] == '\0' || key[0] == '#') {
-            good = true;
-            continue;
-        }
-        char *equals = strchr(key, '=');
-        if (!equals) {
-            fail(e, ST_INVAL, "%s:%u: not of the form \"key = value\"", cli->config_path, n);
-            break;
-        }
-        *equals = '\0';
-        char *value = trim(equals + 1);
-        key = trim(key);
-        if (!is_global_setting(key) && !find_option(serve_command.options, key)) {
-            fail(e, ST_INVAL, "%s:%u: there is no setting \"%s\"", cli->config_path, n, key);
-            break;
-        }
-        if (value[0] == '\0') {
-            fail(e, ST_INVAL, "%s:%u: \"%s\" has no value", cli->config_path, n, key);
-            break;
-        }
-        mem_grow(&cli->settings, &cli->cap_settings, cli->n_settings + 1, sizeof *cli->settings);
-        cli->settings[cli->n_settings++] =
-            (struct cli_setting){mem_strdup(key), mem_strdup(value), n};
-        good = true;
-    }
-    if (good && ferror(file)) {
-        fail(e, ST_INVAL, "cannot read the settings %s: %s", cli->config_path, strerror(errno));
-        good = false;
-    }
-    fclose(file);
-    return good;
 }
 
 /* 1, 0, or -1 where the text is neither. */
@@ -417,36 +362,84 @@ static int parse_truth(const char *text)
     return -1;
 }
 
-static bool apply_settings(struct cli *cli,
-                           enum status (*take)(void *, int, const char *, struct err *),
-                           void *options, const bool given[OPTIONS_MAX], struct err *e)
+/* Global options that may stand in the file: those with a value, but that of the file itself. */
+static bool is_setting(const struct cli_option *global)
 {
-    bool store_given = cli->store_uri, level_given = cli->log_level;
-    for (size_t i = 0; i < cli->n_settings; i++) {
-        const struct cli_setting *s = &cli->settings[i];
-        struct err why = {0};
-        if (is_global_setting(s->key)) {
-            if (strcmp(s->key, "store") == 0 && !store_given)
-                set_text(&cli->store_uri, s->value);
-            else if (strcmp(s->key, "log-level") == 0 && !level_given)
-                set_text(&cli->log_level, s->value);
-            continue;
-        }
-        const struct cli_option *option = find_option(serve_command.options, s->key);
-        int truth = parse_truth(s->value);
-        if (!option->arg && truth < 0) {
-            fail(e, ST_INVAL, "%s:%u: \"%s\" is yes or no, not \"%s\"", cli->config_path, s->line,
-                 s->key, s->value);
-            return false;
-        }
-        if (cli->command != &serve_command || given[option->code] || (!option->arg && truth == 0))
-            continue;
-        if (take(options, option->code, option->arg ? s->value : NULL, &why) != ST_OK) {
-            fail(e, ST_INVAL, "%s:%u: %s: %s", cli->config_path, s->line, s->key, why.text);
-            return false;
-        }
+    return global->arg && global->code != GLOBAL_CONFIG;
+}
+
+static bool is_repeatable(const struct cli_option *option)
+{
+    for (const int *code = serve_command.repeatable; code && *code; code++)
+        if (option->code == *code)
+            return true;
+    return false;
+}
+
+static const struct cli_option *find_setting(const struct cli_option *options, const char *key)
+{
+    const struct cli_option *option = find_option(options, key);
+    return option && (options != global_options || is_setting(option)) ? option : NULL;
+}
+
+static enum status apply_own(struct cli *cli, const struct config_setting *s,
+                             const struct cli_option *option,
+                             enum status (*take)(void *, int, const char *, struct err *),
+                             void *options, struct err *e)
+{
+    const char *file = cli->config_path;
+    struct err why = {0};
+    int truth = option->arg ? 1 : parse_truth(s->value);
+    if (truth < 0)
+        return fail(e, ST_INVAL, "%s:%u: \"%s\" is yes or no, not \"%.64s\"", file, s->line, s->key,
+                    s->value);
+    if (cli->command != &serve_command || cli->given[option->code] || truth == 0)
+        return ST_OK;
+    if (take(options, option->code, option->arg ? s->value : NULL, &why) != ST_OK)
+        return fail(e, ST_INVAL, "%s:%u: %s: %s", file, s->line, s->key, why.text);
+    return ST_OK;
+}
+
+static enum status apply_global(struct cli *cli, const struct config_setting *s,
+                                const struct cli_option *option, struct err *e)
+{
+    enum log_level level = LOG_LEVEL_INFO;
+    struct err why = {0};
+    if (option->code == GLOBAL_LOG_LEVEL && parse_log_level(s->value, &level, &why) != ST_OK)
+        return fail(e, ST_INVAL, "%s:%u: %s: %s", cli->config_path, s->line, s->key, why.text);
+    if (!cli->given_globals[option->code - GLOBAL_STORE])
+        take_global(cli, option->code, s->value);
+    return ST_OK;
+}
+
+/* Gives what stands in the file, and the command line did not say, to `take` (of `serve`) and
+ * take_global(). */
+static enum status apply_settings(struct cli *cli,
+                                  enum status (*take)(void *, int, const char *, struct err *),
+                                  void *options, struct err *e)
+{
+    unsigned own_lines[CLI_OPTIONS_MAX] = {0}, global_lines[CLI_OPTIONS_MAX] = {0};
+    const struct config *config = &cli->config;
+    for (size_t i = 0; i < config->n; i++) {
+        const struct config_setting *s = &config->settings[i];
+        const struct cli_option *own = find_setting(serve_command.options, s->key);
+        const struct cli_option *global = find_setting(global_options, s->key);
+        if (!own && !global)
+            return fail(e, ST_INVAL, "%s:%u: there is no setting \"%.64s\"; the settings are the "
+                        "options of \"fdb-nbd serve\", and --store and --log-level",
+                        config->file, s->line, s->key);
+        unsigned *line =
+            own ? &own_lines[own->code] : &global_lines[global->code - GLOBAL_STORE];
+        if (*line && !(own && is_repeatable(own)))
+            return fail(e, ST_INVAL, "%s:%u: \"%s\" stands in line %u already", config->file,
+                        s->line, s->key, *line);
+        *line = s->line;
+        enum status st = own ? apply_own(cli, s, own, take, options, e)
+                             : apply_global(cli, s, global, e);
+        if (st != ST_OK)
+            return st;
     }
-    return true;
+    return ST_OK;
 }
 
 static void find_store(struct cli *cli)
@@ -478,29 +471,26 @@ static void find_store(struct cli *cli)
 
 static bool set_log_level(const struct cli *cli)
 {
-    static const char *const names[] = {"debug", "info", "warning", "error"};
     const char *name = cli->log_level ? cli->log_level : getenv("FDB_NBD_LOG");
     if (!name || !name[0]) {
         log_set_level(cli->command == &serve_command ? LOG_LEVEL_INFO : LOG_LEVEL_WARNING);
         return true;
     }
-    for (int i = 0; i < 4; i++) {
-        if (strcasecmp(name, names[i]) == 0) {
-            log_set_level((enum log_level)i);
-            return true;
-        }
-    }
-    cli_usage_error(cli, "\"%s\" is not a log level (debug, info, warning, error)", name);
-    return false;
+    struct err e = {0};
+    enum log_level level = LOG_LEVEL_INFO;
+    if (parse_log_level(name, &level, &e) == ST_OK)
+        log_set_level(level);
+    else
+        cli_usage_error(cli, "%s", e.text);
+    return e.st == ST_OK;
 }
 
 int cli_parse(struct cli *cli, int argc, char **argv,
               enum status (*take)(void *options, int code, const char *value, struct err *e),
               void *options)
 {
-    bool given[OPTIONS_MAX] = {false};
     struct err e = {0};
-    parse_options(cli, argc, argv, ":h", take, options, given);
+    parse_options(cli, argc, argv, ":h", take, options);
     if (cli->over)
         return -1;
     int n = argc - optind;
@@ -511,7 +501,8 @@ int cli_parse(struct cli *cli, int argc, char **argv,
                                     cli->command->args[0] ? " " : "", cli->command->args));
     int first = optind;
     if (cli->config_path &&
-        (!read_settings(cli, &e) || !apply_settings(cli, take, options, given, &e)))
+        (config_load(&cli->config, cli->config_path, &e) != ST_OK ||
+         apply_settings(cli, take, options, &e) != ST_OK))
         return over(cli, cli_failed(&e));
     if (!set_log_level(cli))
         return over(cli, CLI_USAGE);
@@ -521,11 +512,7 @@ int cli_parse(struct cli *cli, int argc, char **argv,
 
 static void cli_free(struct cli *cli)
 {
-    for (size_t i = 0; i < cli->n_settings; i++) {
-        free(cli->settings[i].key);
-        free(cli->settings[i].value);
-    }
-    free(cli->settings);
+    config_free(&cli->config);
     free(cli->store_uri);
     free(cli->config_path);
     free(cli->log_level);
@@ -533,9 +520,8 @@ static void cli_free(struct cli *cli)
 
 static int run_command(struct cli *cli, int argc, char **argv)
 {
-    bool given[OPTIONS_MAX] = {false};
     /* "+": what stands behind the command's name is the command's. */
-    parse_options(cli, argc, argv, "+:h", NULL, NULL, given);
+    parse_options(cli, argc, argv, "+:h", NULL, NULL);
     if (cli->over)
         return cli->status;
     if (optind == argc)

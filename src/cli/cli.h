@@ -1,5 +1,5 @@
 /*
- * What the commands share: options and help from one table, the settings file,
+ * What the commands share: options and help from one table, the configuration file,
  * error sentences, exit statuses.
  *
  * A command is a table entry (what it takes, with its defaults, for --help and
@@ -14,8 +14,10 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "cli/config.h"
 
 #define CLI_LEASE_MS 10000u
+#define CLI_OPTIONS_MAX 64u /* of a command */
 
 enum cli_exit {
     CLI_DONE = 0,
@@ -40,14 +42,10 @@ struct cli_command {
     const char *summary;              /* one line */
     const char *details;              /* more lines for its own --help, or NULL */
     const struct cli_option *options; /* ends with a NULL name; NULL: none */
+    const int *repeatable;            /* serve: codes of those that may come again; ends with 0 */
     int args_min, args_max;
     /* argv[0] is the command's name. Returns an enum cli_exit. */
     int (*run)(struct cli *cli, int argc, char **argv);
-};
-
-struct cli_setting {
-    char *key, *value;
-    unsigned line;
 };
 
 struct cli {
@@ -56,13 +54,14 @@ struct cli {
     char *config_path;
     char *log_level;
     bool json;
-    uint32_t lease_ms;            /* of the command's session, and of the store's patience */
-    uint32_t store_timeout_ms;    /* serve: store_options.timeout_ms */
-    uint64_t quota_bytes;         /* serve: store_options.quota_bytes */
-    bool own_cache;               /* serve: store_options.own_cache */
-    bool wait_for_store;          /* serve: STORE_WAIT */
-    struct cli_setting *settings; /* of the file */
-    size_t n_settings, cap_settings;
+    uint32_t lease_ms;         /* of the command's session, and of the store's patience */
+    uint32_t store_timeout_ms; /* serve: store_options.timeout_ms */
+    uint64_t quota_bytes;      /* serve: store_options.quota_bytes */
+    bool own_cache;            /* serve: store_options.own_cache */
+    bool wait_for_store;       /* serve: STORE_WAIT */
+    /* What the command line said: the command's options by code, global ones by their place. */
+    bool given[CLI_OPTIONS_MAX], given_globals[CLI_OPTIONS_MAX];
+    struct config config; /* the file's settings; options may point into it */
     bool over;  /* cli_parse has answered already (--help, an error) ... */
     int status; /* ... and this is what the process ends with */
 };
@@ -80,11 +79,11 @@ int cli_main(int argc, char **argv);
 
 /* Parses the words behind the command's name: its options go to `take` (returns ST_OK, or
  * ST_INVAL with a sentence in `e` that follows the option's name), global ones into `cli`.
- * Then reads the settings file, whose keys are the long options of `serve` and some global
- * ones (for `serve`, what the command line did not say is taken from it), sets the log
- * level and finds the store. Returns the index in argv of the first of the command's own
- * arguments (options before them), of which there are between args_min and args_max; or
- * -1: cli->status is the exit status then. */
+ * Then reads the configuration file, whose names are the long options of `serve` and the global
+ * ones with a value (for `serve`, what the command line did not say is taken from it; a repeatable
+ * option that it did say is not added to), sets the log level and finds the store. Returns the
+ * index in argv of the first of the command's own arguments (options before them), of which there
+ * are between args_min and args_max; or -1: cli->status is the exit status then. */
 int cli_parse(struct cli *cli, int argc, char **argv,
               enum status (*take)(void *options, int code, const char *value, struct err *e),
               void *options);

@@ -407,7 +407,7 @@ const struct cli_command serve_command = {
     .summary = "serve all volumes to NBD clients",
     .details =
         "All volumes of the store are served, also those made later. With --config FILE each\n"
-        "option may stand in the file as \"key = value\" (flags: yes or no; # begins a comment\n"
+        "option may stand in the file as \"name = value\" (flags: yes or no; # begins a comment\n"
         "line); what the command line says comes before what the file says. The store is made\n"
         "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.\n\n"
         "Sockets that a service manager hands over (LISTEN_FDS; a systemd .socket unit) are served\n"
@@ -419,5 +419,6 @@ const struct cli_command serve_command = {
         "answered with an I/O error instead. What was written stays, in order, and reaches the\n"
         "store when that works again; a flush succeeds only when all data before it is in.",
     .options = options,
+    .repeatable = (const int[]){LISTEN, CREATE, 0},
     .run = run_serve,
 };

@@ -276,7 +276,7 @@ def test_default_store_of_a_user(folder):
     assert json.loads(done.stdout)["store"] == f"lmdb:{home}/.local/share/fdb-nbd"
 
 
-# --- the settings file ------------------------------------------------------------------
+# --- the configuration file -------------------------------------------------------------
 
 
 def test_settings_file(folder, run, store):
@@ -295,7 +295,10 @@ def test_settings_file(folder, run, store):
 @pytest.mark.parametrize("text,line", [
     ("store = lmdb:x\ncolour = red\n", 2), ("listen\n", 1), ("# fine\n\nlisten =\n", 3),
     ("= x\n", 1), ("read-only = maybe\n", 1), ("help = yes\n", 1), ("yes = yes\n", 1),
-    ("store = lmdb:" + "x" * 5000 + "\n", 1)])
+    ("store = lmdb:" + "x" * 5000 + "\n", 1), ("config = x\n", 1), ("json = yes\n", 1),
+    ("log-level = loud\n", 1), ("store = lmdb:x\n\nstore = lmdb:x\n", 3),
+    ("threads = 1\nlisten = :1\nlisten = :2\nthreads = 1\n", 4), ("threads = 1\nx\0y\n", 2),
+    ("\n" * 10000 + "threads = 1\n", 10001)])
 def test_bad_settings_file(folder, run, text, line):
     config = folder / "config"
     config.write_text(text)
@@ -461,6 +464,14 @@ def test_serve_refuses(run, folder, store):
     for address in ("127.0.0.1:99999", "unix:", "127.0.0.1:x", "127.0.0.1", ""):
         run("serve", "--listen", address, status=USAGE)
     run("serve", *(["--listen", "localhost:1"] * 17), status=USAGE)
+
+
+def test_a_configuration_that_is_no_file(folder, run):
+    for path, why in (folder, "directory"), (folder / "none", "No such file"):
+        done = run("--config", path, "list", status=USAGE)
+        assert str(path) in done.stderr and why in done.stderr
+    (folder / "big").write_bytes(b"#" * ((1 << 20) + 1))
+    assert "more than" in run("--config", folder / "big", "list", status=USAGE).stderr
 
 
 def test_settings_of_serve(servers, folder):
