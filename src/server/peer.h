@@ -53,6 +53,10 @@ struct peer {
  * `sa`. */
 void peer_fill(struct peer *p, int fd, const struct sockaddr *sa, socklen_t len);
 
+/* What is known of it, for log lines: "192.0.2.1:40312, certificate CN=a,O=b". */
+#define PEER_TEXT_BYTES (PEER_ADDRESS_BYTES + PEER_NAME_BYTES + 32)
+const char *peer_text(const struct peer *p, char out[PEER_TEXT_BYTES]);
+
 /* "192.0.2.1:40312", "[2001:db8::1]:40312" into out[size]. TCP addresses. */
 void peer_format_address(const struct sockaddr *sa, socklen_t len, char *out, size_t size);
 
