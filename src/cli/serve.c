@@ -10,6 +10,7 @@
 #include "base/mem.h"
 #include "base/memlimit.h"
 #include "cli/run.h"
+#include "server/access.h"
 #include "server/server.h"
 #include "volume/recovery.h"
 
@@ -47,6 +48,7 @@ enum {
     STORE_TIMEOUT,
     QUOTA,
     REPLACE,
+    ACCESS,
     HTTP,
     CONTROL,
     SLOW_MS,
@@ -61,6 +63,8 @@ static const struct cli_option options[] = {
     {READ_ONLY, "read-only", NULL, "let nobody write (default: clients may)"},
     {CACHE_SIZE, "cache-size", "SIZE",
      "memory for blocks, at least 32M for each thread (default: 256M)"},
+    {ACCESS, "access", "FILE",
+     "who may open what; SIGHUP reads it again (default: everybody everything)"},
     {REPLACE, "replace", NULL,
      "take over from servers of this store at the same addresses (default: refuse)"},
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
@@ -88,7 +92,7 @@ struct serve_options {
     size_t n_listen;
     struct volume_spec *creates;
     size_t n_creates, cap_creates;
-    const char *default_export;
+    const char *default_export, *access_file;
     bool read_only, shared, replace;
     uint64_t cache_bytes, threads, lease_ms, owner_wait_ms, store_timeout_ms, quota_bytes;
     const char *http[SERVER_LISTEN_MAX];
@@ -183,6 +187,9 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return parse_time(value, &o->owner_wait_ms, e);
     case QUOTA:
         return cli_parse_size(value, &o->quota_bytes, e);
+    case ACCESS:
+        o->access_file = value;
+        return ST_OK;
     case REPLACE:
         o->replace = true;
         return ST_OK;
@@ -314,7 +321,7 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
     catalog_op_free(&run->op);
 }
 
-static int serve(struct run *run, const struct serve_options *o)
+static int serve(struct run *run, const struct serve_options *o, struct access *access)
 {
     if (run->store->limits.needs_heartbeat && o->lease_ms < SESSION_LEASE_MS_MIN)
         return cli_usage_error(run->cli,
@@ -340,6 +347,8 @@ static int serve(struct run *run, const struct serve_options *o)
                                    .n_listen = o->n_listen,
                                    .default_export = o->default_export,
                                    .read_only = o->read_only,
+                                   .access = access,
+                                   .access_file = o->access_file,
                                    .replace = o->replace,
                                    .shared = o->shared,
                                    .cache_bytes = o->cache_bytes,
@@ -366,6 +375,8 @@ static int serve(struct run *run, const struct serve_options *o)
 
 static int run_serve(struct cli *cli, int argc, char **argv)
 {
+    struct access *access = NULL;
+    struct err e = {0};
     struct serve_options o = {.cache_bytes = CACHE_BYTES_DEFAULT,
                               .threads = 1,
                               .lease_ms = CLI_LEASE_MS,
@@ -382,6 +393,8 @@ static int run_serve(struct cli *cli, int argc, char **argv)
                                  (unsigned long long)(o.threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
     } else if (o.quota_bytes && strncmp(cli->store_uri, "lmdb:", 5) == 0) {
         status = cli_usage_error(cli, "--quota: an lmdb store has none, its file system limits it");
+    } else if (o.access_file && access_load(&access, o.access_file, &e) != ST_OK) {
+        status = cli_failed(&e);
     } else {
         struct run run;
         cli->lease_ms = (uint32_t)o.lease_ms;
@@ -394,9 +407,10 @@ static int run_serve(struct cli *cli, int argc, char **argv)
                            : o.read_only ? RUN_READ
                                          : RUN_WRITE);
         if (status == CLI_DONE)
-            status = serve(&run, &o);
+            status = serve(&run, &o, access);
         run_end(&run);
     }
+    access_release(access);
     free(o.creates);
     return status;
 }

@@ -205,6 +205,8 @@ static void stash_keep(struct conn *c, const uint8_t *data, size_t len)
  * stays until it is back, dead or not. */
 struct lookup {
     struct conn *conn;
+    struct access_view *view; /* what the client may open, since it asked */
+    bool all_snapshots;       /* of the export may be seen by it */
     struct export_search search;
     struct catalog_op list;
     bool is_list, list_there;
@@ -234,6 +236,7 @@ static void lookup_free(struct conn *c)
     struct lookup *l = c->lookup;
     if (l->list_there)
         catalog_op_free(&l->list);
+    access_view_free(l->view);
     free(l->contexts);
     free(l->bitmaps);
     free(l);
@@ -244,6 +247,7 @@ static struct lookup *lookup_new(struct conn *c)
 {
     struct lookup *l = mem_zalloc(sizeof *l);
     l->conn = c;
+    l->view = access_view_new(c->lane->access, &c->peer);
     c->lookup = l;
     return l;
 }
@@ -263,6 +267,7 @@ static void list_came(struct catalog_op *op)
     struct lookup *l = container_of(op, struct lookup, list);
     struct conn *c = l->conn;
     l->list_there = true;
+    export_hide(op, l->view);
     if (!lookup_is_orphan(c))
         handshake_pump(c);
 }
@@ -290,19 +295,19 @@ static const char *bitmap_snapshot(const char *context)
 static void answer_export(struct conn *c)
 {
     struct lookup *l = c->lookup;
-    char description[EXPORT_DESCRIPTION_BYTES];
+    char description[EXPORT_DESCRIPTION_BYTES], peer[PEER_TEXT_BYTES];
     export_description(&l->search.entry, description);
     struct nbd_export x = {
         .name = l->name,
         .description = description,
         .size = l->size,
         .block_size = l->block_size,
-        .read_only = c->lane->server->config->read_only || l->search.entry.snapshot.epoch,
+        .read_only = c->lane->server->config->read_only || l->search.read_only,
         .contexts = l->contexts,
         .n_contexts = l->n_contexts};
     enum status st = l->search.st;
     if (st != ST_OK)
-        log_info("client %s: no export for it: %s", c->peer.address, l->search.err.text);
+        log_info("client %s: no export for it: %s", peer_text(&c->peer, peer), l->search.err.text);
     handshake_export(c->handshake, st, &x, l->search.err.text);
     lookup_free(c);
     handshake_pump(c);
@@ -407,11 +412,14 @@ static bool needs_snapshots(const struct lookup *l)
     return false;
 }
 
-/* Whether there can be a dirty bitmap from this snapshot: those of a snapshot are from older ones. */
+/* Whether there can be a dirty bitmap from this snapshot for this client: those of a snapshot are
+ * from older ones. */
 static bool is_before(const struct lookup *l, const struct catalog_snapshot *s)
 {
-    uint64_t epoch = l->search.entry.snapshot.epoch;
-    return !epoch || s->epoch < epoch;
+    const struct catalog_entry *e = &l->search.entry;
+    if (e->snapshot.epoch && s->epoch >= e->snapshot.epoch)
+        return false;
+    return l->all_snapshots || access_view_right(l->view, e->name, s->rec.name) != ACCESS_NONE;
 }
 
 /* The contexts to choose from; those of snapshots only as far as somebody asks for them. */
@@ -500,6 +508,7 @@ static void search_came(struct export_search *search)
         l->size = export_size(&search->entry);
         l->block_size = search->entry.header.block_size;
         export_name(&search->entry, l->name);
+        l->all_snapshots = access_view_right(l->view, search->entry.name, "") != ACCESS_NONE;
     }
     if (search->st == ST_OK && needs_snapshots(l)) {
         l->snapshots.done = snapshots_came;
@@ -522,9 +531,43 @@ static void ask_export(struct conn *c)
 {
     struct lookup *l = lookup_new(c);
     l->search.done = search_came;
+    l->search.view = l->view;
     const char *name = handshake_export_name(c->handshake, &l->opens);
     export_find(&l->search, c->lane->server->store, c->lane->env, name,
                 c->lane->server->config->default_export);
+}
+
+/* --- access ------------------------------------------------------------------------------------- */
+
+/* Closes a connection that has more than the rules give it; false then. */
+static bool keeps_access(struct conn *c)
+{
+    char volume[NAME_BYTES_MAX + 1], snapshot[NAME_BYTES_MAX + 1], peer[PEER_TEXT_BYTES];
+    if (!c->lane->access)
+        return true;
+    struct access_view *view = access_view_new(c->lane->access, &c->peer);
+    bool is_name = name_split(c->export_name, volume, snapshot);
+    CHECK(is_name);
+    enum access_right right = access_view_right(view, volume, snapshot);
+    access_view_free(view);
+    if (right >= (c->session.read_only ? ACCESS_READ : ACCESS_WRITE))
+        return true;
+    log_warning("client %s: closed: the access rules do not let it %s %s any more",
+                peer_text(&c->peer, peer), right == ACCESS_NONE ? "open" : "write",
+                c->export_name);
+    conn_die(c, "it may not have what it has any more");
+    return false;
+}
+
+void lane_use_access(struct lane *lane, struct access *access)
+{
+    access_release(lane->access);
+    lane->access = access_hold(access);
+    list_for_each_safe (l, next, &lane->conns) {
+        struct conn *c = container_of(l, struct conn, link);
+        if (c->phase == CONN_SERVING)
+            keeps_access(c);
+    }
 }
 
 /* --- moving to the volume's lane ----------------------------------------------------------------- */
@@ -550,6 +593,8 @@ static void arrive(struct env_task *task)
         conn_die(c, "its volume was lost");
         return;
     }
+    if (!keeps_access(c))
+        return;
     if (lane->stopping || atomic_load(&lane->server->draining))
         c->stopping = true;
     conn_wake(c);
@@ -584,6 +629,7 @@ static void enter_transmission(struct conn *c)
 {
     struct handshake_result *r = &c->handshake->result;
     struct nbd_session *s = &c->session;
+    char peer[PEER_TEXT_BYTES];
     s->structured = r->structured;
     s->extended = r->extended;
     s->read_only = r->flags & NBD_FLAG_READ_ONLY;
@@ -595,7 +641,8 @@ static void enter_transmission(struct conn *c)
     }
     s->context_ids = c->context_ids;
     counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
-    log_info("client %s entered export %s%s", c->peer.address, r->name,
+    snprintf(c->export_name, sizeof c->export_name, "%s", r->name);
+    log_info("client %s entered export %s%s", peer_text(&c->peer, peer), r->name,
              s->read_only ? " (read-only)" : "");
     handshake_free(c->handshake);
     free(c->handshake);
@@ -1033,6 +1080,7 @@ void lane_init(struct lane *lane)
     list_init(&lane->ready);
     list_init(&lane->flush);
     list_init(&lane->exports);
+    lane->access = access_hold(lane->server->config->access);
     lane->hook.run = lane_turn;
     reactor_hook_add(lane->reactor, &lane->hook);
     lane->turned_ms = lane_now_ms(lane);
@@ -1084,6 +1132,7 @@ void lane_destroy(struct lane *lane)
     metrics_lane_free(&lane->metrics);
     transmission_free_kept(lane);
     out_free_kept(lane);
+    access_release(lane->access);
     free(lane->receive);
 }
 

@@ -39,6 +39,7 @@
 #include "nbd/handshake.h"
 #include "nbd/reply.h"
 #include "nbd/request.h"
+#include "server/access.h"
 #include "server/exports.h"
 #include "server/listener.h"
 #include "server/metrics.h"
@@ -162,6 +163,7 @@ struct conn {
     uint64_t id;         /* counts connections */
     uint64_t begun_ns;   /* accepted then, since 1970 */
     struct peer peer;
+    char export_name[FULL_NAME_BYTES]; /* by which it was opened; "" during the handshake */
     uint64_t since_ms; /* begin of the handshake, or of the pause (0: not paused) */
 
     /* Handshake. */
@@ -231,6 +233,7 @@ struct lane {
     struct list ready; /* conns that may go on parsing */
     struct list flush; /* conns with replies to send */
     struct list exports;
+    struct access *access; /* the rules in force, held; NULL: none, all is allowed */
     unsigned n_works; /* volumes being closed, and other work that has to end first */
     bool stopping, stopped;
     uint64_t drain_until_ms;
@@ -304,6 +307,10 @@ void lane_destroy(struct lane *lane);
 /* Work under way that a lane waits for before it is stopped. */
 void lane_work_begun(struct lane *lane);
 void lane_work_ended(struct lane *lane);
+
+/* Puts these rules (NULL: none) in force on the lane, and closes the connections that have more
+ * than they give. Reactor thread. */
+void lane_use_access(struct lane *lane, struct access *access);
 
 /* Takes an accepted connection on lane 0. */
 void conn_accept(struct lane *lane, const struct accepted *a);
@@ -439,6 +446,9 @@ void server_fill_limits(struct server *s);
 
 /* Opens all lanes, whose reactors exist and do not run yet; what shard_new gives. */
 enum status lanes_open(struct server *s, struct err *e);
+
+/* Puts access rules in force on all lanes; keeps its own references. Lane 0's reactor thread. */
+void lanes_use_access(struct server *s, struct access *access);
 
 /* Begins the housekeeping. On lane 0's reactor, or before it runs. */
 void lanes_begin(struct server *s);

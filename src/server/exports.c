@@ -10,19 +10,75 @@
 #include "base/log.h"
 #include "base/mem.h"
 
+static enum access_right right_to(const struct access_view *view,
+                                  const struct catalog_entry *entry)
+{
+    return access_view_right(view, entry->name,
+                             entry->snapshot.epoch ? entry->snapshot.rec.name : "");
+}
+
+void export_hide(struct catalog_op *list, const struct access_view *view)
+{
+    size_t kept = 0;
+    for (size_t i = 0; view && i < list->n_entries; i++)
+        if (right_to(view, &list->entries[i]) != ACCESS_NONE) {
+            if (kept != i)
+                list->entries[kept] = list->entries[i];
+            kept++;
+        }
+    if (view)
+        list->n_entries = kept;
+}
+
+/* The one sentence for all that the client can't have, there or not. */
+static void none_for_it(struct export_search *search)
+{
+    if (search->name[0])
+        search->st = fail(&search->err, ST_NOTFOUND,
+                          "there is no volume \"%s\" that you may open here", search->name);
+    else
+        search->st = fail(&search->err, ST_NOTFOUND,
+                          "no default export that you may open here: name a volume");
+}
+
 static void answer(struct catalog_op *op)
 {
     struct export_search *search = container_of(op, struct export_search, op);
     search->st = op->st;
     search->err = op->err;
+    if (op->st == ST_OK && !search->by_name)
+        export_hide(op, search->view);
     if (op->st == ST_OK && op->n_entries != 1)
         search->st = fail(&search->err, ST_NOTFOUND,
-                          "no default export: this server has %zu volumes, name one of them",
+                          search->view
+                              ? "no default export: you may open %zu volumes here, name one of them"
+                              : "no default export: this server has %zu volumes, name one of them",
                           op->n_entries);
-    if (search->st == ST_OK)
+    else if (op->st == ST_NOTFOUND && search->view)
+        none_for_it(search);
+    if (search->st == ST_OK) {
         search->entry = op->entries[0];
+        enum access_right right = right_to(search->view, &search->entry);
+        search->read_only = right != ACCESS_WRITE;
+        if (right == ACCESS_NONE)
+            none_for_it(search);
+    }
     catalog_op_free(op);
     search->done(search);
+}
+
+static void answer_denied(struct env_task *task)
+{
+    struct export_search *search = container_of(task, struct export_search, task);
+    none_for_it(search);
+    search->done(search);
+}
+
+static bool may_open(const struct access_view *view, const char *name)
+{
+    char volume[NAME_BYTES_MAX + 1], snapshot[NAME_BYTES_MAX + 1];
+    return !view || (name_split(name, volume, snapshot) &&
+                     access_view_right(view, volume, snapshot) != ACCESS_NONE);
 }
 
 void export_find(struct export_search *search, struct store *store, struct env *env,
@@ -31,7 +87,12 @@ void export_find(struct export_search *search, struct store *store, struct env *
     memset(&search->op, 0, sizeof search->op);
     memset(&search->err, 0, sizeof search->err);
     search->op.done = answer;
-    if (!*name && !default_name)
+    search->by_name = *name || default_name;
+    snprintf(search->name, sizeof search->name, "%s", name);
+    search->task.run = answer_denied;
+    if (search->by_name && !may_open(search->view, *name ? name : default_name))
+        env_post(env, &search->task);
+    else if (!search->by_name)
         catalog_list(&search->op, store, env);
     else
         catalog_find(&search->op, store, env, *name ? name : default_name);

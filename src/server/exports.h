@@ -41,10 +41,13 @@
 #include "base/env.h"
 #include "base/list.h"
 #include "base/status.h"
+#include "server/access.h"
 #include "volume/catalog.h"
 
 #define EXPORT_QUIET_MS 100u
 #define EXPORT_HOST_BYTES 64u
+/* So much of a name that is none stands in a sentence. */
+#define EXPORT_NAME_SHOWN_BYTES 141u
 
 /* A search for the volume behind a name. The caller owns it until `done`. */
 struct export_search {
@@ -52,12 +55,21 @@ struct export_search {
     enum status st;                             /* out */
     struct err err;                             /* out: a sentence where st is not ST_OK */
     struct catalog_entry entry;                 /* out */
+    /* in: what the client may do, held until `done`; NULL: all that there is */
+    const struct access_view *view;
+    bool read_only; /* out: the client may not write it, or nobody can */
 
     struct catalog_op op; /* the search's, from here on */
+    struct env_task task;
+    bool by_name;
+    char name[EXPORT_NAME_SHOWN_BYTES];
 };
 
-/* Finds volume `name`, or a snapshot; "" is `default_name` or, where that is NULL, the store's only
- * volume. ST_NOTFOUND where there is none. */
+/* Finds volume `name`, or a snapshot; "" is `default_name` or, where that is NULL, the only volume
+ * that the client may open. ST_NOTFOUND where there is none.
+ *
+ * With a view, one that the client may not open is not there: the answer is the same sentence, and
+ * nothing is looked up, so that the time it takes does not tell either. */
 void export_find(struct export_search *search, struct store *store, struct env *env,
                  const char *name, const char *default_name);
 
@@ -89,6 +101,9 @@ struct export {
     uint64_t settled_ms;      /* ... at this time */
     uint64_t settled_entered; /* clients that had entered when it was asked for */
 };
+
+/* Leaves of the volumes that catalog_list() gave those that the client may open. */
+void export_hide(struct catalog_op *list, const struct access_view *view);
 
 /* A connection, as its export knows it. Part of the connection. */
 struct export_client {

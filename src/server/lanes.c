@@ -4,9 +4,11 @@
  * connections, commits its volumes and gives them back. Here is no process and no socket:
  * those are server.c's, or a simulator's.
  */
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/log.h"
+#include "base/mem.h"
 #include "server/connection.h"
 
 #define CLEAR_EVERY_MS 30000u
@@ -152,6 +154,37 @@ void lanes_stop(struct server *s)
     unsigned commit_ms = s->store->limits.has_log ? COMMIT_MAX_MS : COMMIT_NO_LOG_MAX_MS;
     env_timer_start(lane->env, &s->end_timer, s->limits.drain_ms + commit_ms);
     tell_lanes(s);
+}
+
+/* --- access ----------------------------------------------------------------------------- */
+
+/* On its way to one lane. */
+struct access_change {
+    struct env_task task;
+    struct lane *lane;
+    struct access *access; /* held */
+};
+
+static void change_access(struct env_task *task)
+{
+    struct access_change *change = container_of(task, struct access_change, task);
+    lane_use_access(change->lane, change->access);
+    access_release(change->access);
+    free(change);
+}
+
+void lanes_use_access(struct server *s, struct access *access)
+{
+    /* At once where handshakes are: who is let in by the old rules is on its way to a lane behind
+     * the new ones, or there before them, and either meets them there. */
+    lane_use_access(&s->lanes[0], access);
+    for (unsigned i = 1; i < s->n_lanes; i++) {
+        struct access_change *change = mem_zalloc(sizeof *change);
+        *change = (struct access_change){.task.run = change_access,
+                                         .lane = &s->lanes[i],
+                                         .access = access_hold(access)};
+        env_post(s->lanes[i].env, &change->task);
+    }
 }
 
 /* --- starting and the end ------------------------------------------------------------------- */

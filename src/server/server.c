@@ -22,18 +22,25 @@
 #include "base/mem.h"
 #include "server/connection.h"
 #include "server/http.h"
+#include "server/reload.h"
 #include "server/replace.h"
 #include "volume/session.h"
 
 /* For connections on their way to the server that is replaced, and their handshakes. */
 #define REPLACE_GRACE_MS 200u
 
+/* They end it, but for SIGHUP. */
+static const int signal_numbers[] = {SIGTERM, SIGINT, SIGHUP};
+#define SIGNALS (sizeof signal_numbers / sizeof *signal_numbers)
+
 struct running {
     struct server server; /* first */
     struct listeners *listeners;
     struct http *http;
-    uv_signal_t signals[2];
+    uv_signal_t signals[SIGNALS];
     unsigned n_signals;
+    bool on_terminal; /* at the start */
+    struct reload reload;
     struct rivals rivals;
     struct env_timer replace_timer;
     bool names_taken, told; /* of Unix sockets, from those that are replaced; these were told */
@@ -67,9 +74,18 @@ static void end_without(struct server *s)
 static void on_signal(uv_signal_t *handle, int signum)
 {
     struct running *r = handle->data;
+    /* Where the terminal went away it was meant for one who is left behind there. */
+    bool left_behind = signum == SIGHUP && r->on_terminal && !isatty(STDERR_FILENO);
+    if (signum == SIGHUP && !left_behind) {
+        if (!r->server.stopping)
+            reload_begin(&r->reload);
+        return;
+    }
     r->n_signals++;
     if (r->n_signals == 1) {
-        log_info("%s: stopping", signum == SIGINT ? "interrupted" : "asked to end");
+        log_info("%s: stopping", signum == SIGINT ? "interrupted"
+                                 : left_behind    ? "the terminal is gone"
+                                                  : "asked to end");
         /* The old one has lost its sockets' names to us: without it and us nobody would serve. */
         if (r->names_taken && !r->told)
             rivals_tell(&r->rivals);
@@ -77,6 +93,7 @@ static void on_signal(uv_signal_t *handle, int signum)
         http_stopping(r->http);
         listeners_close(r->listeners);
         r->listeners = NULL;
+        reload_end(&r->reload);
         lanes_stop(&r->server);
         return;
     }
@@ -86,12 +103,47 @@ static void on_signal(uv_signal_t *handle, int signum)
 
 static void signals_begin(struct running *r)
 {
-    static const int numbers[] = {SIGTERM, SIGINT};
-    for (int i = 0; i < 2; i++) {
+    r->on_terminal = isatty(STDERR_FILENO);
+    for (size_t i = 0; i < SIGNALS; i++) {
         CHECK(uv_signal_init(reactor_loop(r->server.lanes[0].reactor), &r->signals[i]) == 0);
         r->signals[i].data = r;
-        CHECK(uv_signal_start(&r->signals[i], on_signal, numbers[i]) == 0);
+        CHECK(uv_signal_start(&r->signals[i], on_signal, signal_numbers[i]) == 0);
     }
+}
+
+/* --- what SIGHUP reads again ------------------------------------------------------------ */
+
+static enum status load_access(void *arg, void **loaded, struct err *e)
+{
+    struct running *r = arg;
+    struct access *access;
+    enum status st = access_load(&access, r->server.config->access_file, e);
+    if (st == ST_OK)
+        *loaded = access;
+    return st;
+}
+
+static void drop_access(void *loaded)
+{
+    access_release(loaded);
+}
+
+static void use_access(void *arg, void *loaded)
+{
+    struct running *r = arg;
+    lanes_use_access(&r->server, loaded);
+    drop_access(loaded);
+}
+
+static void reload_prepare(struct running *r)
+{
+    reload_init(&r->reload, reactor_env(r->server.lanes[0].reactor));
+    if (r->server.config->access_file)
+        reload_add(&r->reload, (struct reload_hook){.what = "the access rules",
+                                                    .arg = r,
+                                                    .load = load_access,
+                                                    .use = use_access,
+                                                    .drop = drop_access});
 }
 
 /* --- starting ------------------------------------------------------------------------------ */
@@ -135,6 +187,7 @@ static void run_lanes(struct running *r)
 {
     struct server *s = &r->server;
     size_t n;
+    reload_prepare(r);
     signals_begin(r);
     r->replace_timer.fire = replace;
     if (r->rivals.n > 0)
@@ -153,11 +206,12 @@ static void run_lanes(struct running *r)
     for (unsigned i = 1; i < s->n_lanes; i++)
         reactor_join(s->lanes[i].reactor);
     http_stop(r->http);
-    for (int i = 0; i < 2; i++)
+    for (size_t i = 0; i < SIGNALS; i++)
         uv_close((uv_handle_t *)&r->signals[i], NULL);
     /* What is left takes moments, and must not be cut off by one who asks once more. */
     signal(SIGTERM, SIG_IGN);
     signal(SIGINT, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
 }
 
 static enum status start_threads(struct server *s, struct err *e)

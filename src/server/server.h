@@ -19,6 +19,7 @@
 #define SERVER_LISTEN_DEFAULT "localhost:10809"
 #define SERVER_THREADS_MAX 64u
 
+struct access;
 struct http_file;
 
 struct server_config {
@@ -29,6 +30,10 @@ struct server_config {
     size_t n_listen;
     const char *default_export; /* volume an empty name means; NULL: the only one, if it is */
     bool read_only;
+    /* Who may open what (access.h), and the file it came from, which is read again on SIGHUP. NULL:
+     * everybody may open everything. */
+    struct access *access;
+    const char *access_file;
     bool replace;         /* the servers of this store that listen at these addresses end */
     bool shared;          /* writes from several client addresses are let through */
     uint64_t cache_bytes; /* all reactors together; at least VOLUME_CACHE_BYTES_MIN for each */
@@ -57,7 +62,8 @@ struct server_config {
     void *arg;
 };
 
-/* Serves until SIGTERM or SIGINT, then commits everything, gives all volumes back and returns
+/* Serves until SIGTERM or SIGINT (or SIGHUP, where the terminal it was started on is gone; any
+ * other SIGHUP has the access file and the like read again), then commits everything, gives all volumes back and returns
  * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
  * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
  * ST_UNAVAIL: one that can't be listened on, or where nobody may be replaced; what session_begin
