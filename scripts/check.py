@@ -173,6 +173,8 @@ def stages(long_run):
             yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, on_fdb)
 
     computing = [unit_suite("unit", BUILD, counts), *both(COMPUTING),
+                 pytest_suite("access", "access", BUILD, counts),
+                 pytest_suite("access (sanitizers)", "access", ASAN, dict(counts, **ASAN_ENV)),
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
     waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
                pytest_suite("fdb", "fdb", BUILD, counts),

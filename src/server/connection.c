@@ -307,7 +307,8 @@ static void answer_export(struct conn *c)
         .n_contexts = l->n_contexts};
     enum status st = l->search.st;
     if (st != ST_OK)
-        log_info("client %s: no export for it: %s", peer_text(&c->peer, peer), l->search.err.text);
+        log_info("client %s: no export for it: %s%s", peer_text(&c->peer, peer),
+                 l->search.err.text, l->search.denied ? " (no access rule grants it)" : "");
     handshake_export(c->handshake, st, &x, l->search.err.text);
     lookup_free(c);
     handshake_pump(c);

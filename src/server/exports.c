@@ -60,7 +60,8 @@ static void answer(struct catalog_op *op)
         search->entry = op->entries[0];
         enum access_right right = right_to(search->view, &search->entry);
         search->read_only = right != ACCESS_WRITE;
-        if (right == ACCESS_NONE)
+        search->denied = right == ACCESS_NONE;
+        if (search->denied)
             none_for_it(search);
     }
     catalog_op_free(op);
@@ -70,6 +71,7 @@ static void answer(struct catalog_op *op)
 static void answer_denied(struct env_task *task)
 {
     struct export_search *search = container_of(task, struct export_search, task);
+    search->denied = true;
     none_for_it(search);
     search->done(search);
 }

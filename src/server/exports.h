@@ -58,6 +58,7 @@ struct export_search {
     /* in: what the client may do, held until `done`; NULL: all that there is */
     const struct access_view *view;
     bool read_only; /* out: the client may not write it, or nobody can */
+    bool denied;    /* out: the view is why it was not found */
 
     struct catalog_op op; /* the search's, from here on */
     struct env_task task;

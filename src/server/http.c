@@ -442,7 +442,7 @@ static void warn_beyond_loopback(const struct listeners *l)
     size_t n;
     const char *const *addresses = listeners_addresses(l, &n);
     for (size_t i = 0; i < n; i++)
-        if (!listeners_is_local(l, i))
+        if (listeners_is_exposed(l, i))
             log_warning("HTTP on %s is beyond this machine: whoever can connect can read the names "
                         "of volumes and the addresses of clients, unencrypted",
                         addresses[i]);

@@ -657,10 +657,11 @@ int listeners_descriptor(const struct listeners *l, size_t i)
     return l->sockets[i]->fd;
 }
 
-bool listeners_is_local(const struct listeners *l, size_t i)
+bool listeners_is_exposed(const struct listeners *l, size_t i)
 {
+    const struct listen_socket *s = l->sockets[i];
     struct sockaddr_storage sa = {0};
     socklen_t len = sizeof sa;
-    return getsockname(l->sockets[i]->fd, (struct sockaddr *)&sa, &len) == 0 &&
-           peer_is_loopback((const struct sockaddr *)&sa);
+    return !s->is_unix && (getsockname(s->fd, (struct sockaddr *)&sa, &len) != 0 ||
+                           !peer_is_loopback((const struct sockaddr *)&sa));
 }

@@ -67,12 +67,13 @@ void listeners_resume(struct listeners *l);
 /* Closes the sockets and removes their files. What the loop holds is freed by its next turns. */
 void listeners_close(struct listeners *l);
 
-/* The sockets themselves, as listeners_addresses() counts them, and whether only this machine can
- * connect. */
+/* The sockets themselves, as listeners_addresses() counts them. */
 int listeners_descriptor(const struct listeners *l, size_t i);
-bool listeners_is_local(const struct listeners *l, size_t i);
 
 /* Where it listens, in words a client understands; *n of them, valid until the close. */
 const char *const *listeners_addresses(const struct listeners *l, size_t *n);
+
+/* Whether other machines can come to the one with that number in listeners_addresses(). */
+bool listeners_is_exposed(const struct listeners *l, size_t i);
 
 #endif

@@ -128,10 +128,17 @@ static void drop_access(void *loaded)
     access_release(loaded);
 }
 
+static void tell_about_access(const struct access *access)
+{
+    if (access && access_count(access).rules == 0)
+        log_warning("the access rules let nobody in: the file has no rule");
+}
+
 static void use_access(void *arg, void *loaded)
 {
     struct running *r = arg;
     lanes_use_access(&r->server, loaded);
+    tell_about_access(loaded);
     drop_access(loaded);
 }
 
@@ -183,6 +190,20 @@ static void replace(struct env_timer *timer)
     accept_connections(r);
 }
 
+/* A server that anybody on the network can use is seldom meant. */
+static void warn_of_open_doors(const struct running *r)
+{
+    const struct server_config *config = r->server.config;
+    size_t n;
+    const char *const *addresses = listeners_addresses(r->listeners, &n);
+    for (size_t i = 0; i < n && !config->access; i++)
+        if (listeners_is_exposed(r->listeners, i))
+            log_warning("OPEN TO THE NETWORK: whoever reaches %s can read%s every volume, nobody is "
+                        "asked who he is, and all can be read on the way; say who may do what "
+                        "(--access FILE), or listen on localhost or a Unix socket (--listen)",
+                        addresses[i], config->read_only ? "" : " and overwrite");
+}
+
 static void run_lanes(struct running *r)
 {
     struct server *s = &r->server;
@@ -199,6 +220,8 @@ static void run_lanes(struct running *r)
     const char *const *addresses = listeners_addresses(r->listeners, &n);
     for (size_t i = 0; i < n; i++)
         log_info("listening on %s", addresses[i]);
+    warn_of_open_doors(r);
+    tell_about_access(s->config->access);
     if (s->config->ready)
         s->config->ready(s->config->arg, addresses, n);
 

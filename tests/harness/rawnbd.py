@@ -174,12 +174,14 @@ class Export:
 class Client:
     """One connection. Nothing happens by itself except connecting."""
 
-    def __init__(self, address, timeout_s=60):
-        """address: a socket path, or (host, port), or anything with addresses()."""
+    def __init__(self, address, timeout_s=60, source=None):
+        """address: a socket path, or (host, port), or anything with addresses(). source: the
+        address to come from, over TCP."""
         if hasattr(address, "addresses"):
             address = address.addresses()[0]
         if isinstance(address, (tuple, list)):
-            self.sock = socket.create_connection(tuple(address), timeout=timeout_s)
+            self.sock = socket.create_connection(tuple(address), timeout=timeout_s,
+                                                 source_address=source and (source, 0))
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             self.sock = socket.socket(socket.AF_UNIX)
