@@ -4,6 +4,7 @@ does to those who are there. docs/access.md is the manual.
 Clients on the loopback come from different addresses, which is all that tells them apart.
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -344,6 +345,34 @@ def test_a_broken_new_file_keeps_the_old_rules(guarded, broken):
     assert "the access rules stay as they were, the new ones are not used: " + line \
         in own.server.log()
     assert is_open(alice) and own.refusal(ALICE, "b") and not own.refusal(BOB, "b")
+
+
+def test_a_change_while_the_one_before_is_being_read(guarded):
+    """A pipe in the place of the file is read for as long as we like. Everybody is served meanwhile,
+    and the second change is not lost."""
+    own = guarded()
+    alice = own.open(ALICE, "a")
+    pipe = own.path.with_name("pipe")
+    os.mkfifo(pipe)
+    os.rename(pipe, own.path)
+
+    def open_pipe():
+        try:
+            return os.open(own.path, os.O_WRONLY | os.O_NONBLOCK) + 1
+        except OSError as e:
+            assert e.errno == errno.ENXIO  # nobody reads it yet
+            return 0
+
+    os.kill(own.server.pid, signal.SIGHUP)
+    writes = wait_until(open_pipe, 20 * SLOW, "the rules are being read") - 1
+    os.unlink(own.path)
+    own.path.write_text(f"address:{BOB} ro hidden\n")
+    os.kill(own.server.pid, signal.SIGHUP)
+    assert is_open(alice) and names(own.begin(BOB)) == ["a", "b"]
+    os.write(writes, b"any ro b\n")
+    os.close(writes)
+    wait_until(lambda: names(own.begin(BOB)) == ["hidden"], 20 * SLOW, "the second rules hold")
+    wait_until(lambda: not is_open(alice), 20 * SLOW, "alice is cut off")
 
 
 def test_many_changes_at_once(guarded, rng):
