@@ -91,10 +91,10 @@ void peer_fill(struct peer *p, int fd, const struct sockaddr *sa, socklen_t len)
 
 const char *peer_text(const struct peer *p, char out[PEER_TEXT_BYTES])
 {
-    const char *proved = p->tls == PEER_PLAIN       ? ""
-                         : !p->tls_name[0]          ? ", TLS without a certificate"
-                         : p->tls == PEER_TLS_PSK   ? ", pre-shared key of "
-                                                    : ", certificate ";
+    const char *proved = p->tls == PEER_PLAIN     ? ""
+                         : !p->tls_name[0]        ? ", no certificate"
+                         : p->tls == PEER_TLS_PSK ? ", PSK identity "
+                                                  : ", certificate ";
     snprintf(out, PEER_TEXT_BYTES, "%s%s%s", p->address, proved,
              p->tls == PEER_PLAIN ? "" : p->tls_name);
     return out;
