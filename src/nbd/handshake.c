@@ -781,6 +781,6 @@ void handshake_shutdown(struct handshake *h)
     CHECK(h->want != HANDSHAKE_READY);
     /* A client that waits for an answer is told why it gets none. */
     if (h->state == STATE_ASKED && h->want != HANDSHAKE_TLS && h->option != NBD_OPT_EXPORT_NAME)
-        refuse(h, NBD_REP_ERR_SHUTDOWN, "the server is stopping");
+        refuse(h, NBD_REP_ERR_SHUTDOWN, "this server takes no clients any more");
     give_up(h);
 }

@@ -143,7 +143,7 @@ void handshake_export(struct handshake *h, enum status st, const struct nbd_expo
 /* During HANDSHAKE_TLS: the TLS session stands. All that was negotiated before is forgotten. */
 void handshake_tls_started(struct handshake *h);
 
-/* The server is stopping: the connection is to be closed. Allowed at any time before READY. */
+/* The server takes no clients any more: the connection is to be closed. Allowed at any time before READY. */
 void handshake_shutdown(struct handshake *h);
 
 /* Transmission flags for an export under what was negotiated. */

@@ -915,7 +915,7 @@ static void settle(struct conn *c)
     if (c->stopping && !c->at_end)
         take_no_more(c);
     if (c->at_end && c->n_requests == 0 && !c->out_first) {
-        conn_die(c, c->stopping ? "the server is stopping" : "the client is done");
+        conn_die(c, c->stopping ? "the server takes no requests any more" : "the client is done");
         return;
     }
     if ((c->leftover.since_ms || c->claim_refused) && !c->leftover.waits && !c->claim_waits &&
@@ -1009,6 +1009,16 @@ static void lane_turn(struct reactor_hook *hook)
     lane->n_taken = 0;
 }
 
+/* Told to give its volumes back, and none is open any more. (On lane 0 there may be handshakes of
+ * clients that are about to be refused.) */
+static void check_drained(struct lane *lane)
+{
+    if (!lane->draining || lane->drained || !list_empty(&lane->exports) || lane->n_works)
+        return;
+    lane->drained = true;
+    server_lane_drained(lane);
+}
+
 /* A client that stops in the middle of a payload keeps memory from others. So does one that
  * only trickles: while others wait, a piece has to be whole in a part of that time. */
 static bool has_stalled(struct conn *c, unsigned timeout_ms)
@@ -1042,7 +1052,7 @@ static void lane_tick(struct env_timer *timer)
     const struct server_config *limits = &lane->server->limits;
     uint64_t now = lane_now_ms(lane);
     bool give_up =
-        lane->stopping && (now >= lane->drain_until_ms || lane->server->drain_now);
+        lane->draining && (now >= lane->drain_until_ms || lane->server->drain_now);
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         if (c->phase == CONN_HANDSHAKE) {
@@ -1066,8 +1076,10 @@ static void lane_tick(struct env_timer *timer)
     metrics_tick(&lane->metrics, env_now_ns(lane->env));
     if (lane->no == 0 && lane->server->tick)
         lane->server->tick(lane->server);
+    check_drained(lane);
     if (!lane->stopped)
-        env_timer_start(lane->env, &lane->tick, lane->stopping ? TICK_STOPPING_MS : TICK_MS);
+        env_timer_start(lane->env, &lane->tick,
+                        lane->draining && !lane->drained ? TICK_STOPPING_MS : TICK_MS);
 }
 
 void lane_init(struct lane *lane)
@@ -1102,8 +1114,12 @@ static void die_waiting(struct lane *lane)
 
 void lane_drain(struct lane *lane)
 {
-    die_waiting(lane);
-    shard_wait_no_more(lane->shard);
+    if (!lane->draining) {
+        lane->draining = true;
+        die_waiting(lane);
+        shard_wait_no_more(lane->shard);
+        lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
+    }
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         if (c->phase == CONN_SERVING) {
@@ -1111,16 +1127,13 @@ void lane_drain(struct lane *lane)
             conn_wake(c);
         }
     }
+    env_timer_start(lane->env, &lane->tick, TICK_STOPPING_MS);
 }
 
 void lane_stop(struct lane *lane)
 {
-    if (!lane->stopping) {
-        lane->stopping = true;
-        lane->drain_until_ms = lane_now_ms(lane) + lane->server->limits.drain_ms;
-    }
     lane_drain(lane);
-    env_timer_start(lane->env, &lane->tick, TICK_STOPPING_MS);
+    lane->stopping = true;
     lane_check_stopped(lane);
 }
 

@@ -236,6 +236,7 @@ struct lane {
     struct access *access; /* the rules in force, held; NULL: none, all is allowed */
     unsigned n_works; /* volumes being closed, and other work that has to end first */
     bool stopping, stopped;
+    bool draining, drained; /* ends its connections; none is left, and no volume */
     uint64_t drain_until_ms;
     struct env_task task, drain_task;
     struct request *free_requests;
@@ -283,6 +284,8 @@ struct server {
     bool stopping, lanes_told;
     atomic_bool drain_now; /* stop waiting for requests under way */
     atomic_bool draining;  /* all volumes are given back, and no clients taken any more */
+    atomic_bool drained;   /* they all are given back */
+    atomic_uint n_lanes_drained;
     struct env_task drain_task;
 };
 
@@ -294,7 +297,9 @@ void lane_init(struct lane *lane);
 /* Ends the handshakes under way, all of which are on lane 0. */
 void lane_stop_handshakes(struct lane *lane);
 
-/* Begins to close all connections and volumes of the lane, and no more. Reactor thread. */
+/* Begins to end the connections of the lane, which closes their volumes, and ends those that still
+ * come at once; at the latest after limits.drain_ms. It tells by `lane->drained` and
+ * server_lane_drained() when no volume is open any more. Reactor thread. */
 void lane_drain(struct lane *lane);
 
 /* Begins to close all connections and volumes of the lane; it tells by `lane->stopped` and
@@ -463,6 +468,9 @@ void lanes_close(struct server *s);
 
 /* Begins to give all volumes back and to refuse new clients; the process goes on. Any thread. */
 void server_drain(struct server *s);
+
+/* A lane that drains has no volume open any more. Its reactor thread. */
+void server_lane_drained(struct lane *lane);
 
 /* A connection has left the lane. Its reactor thread. */
 void server_conn_gone(struct lane *lane);

@@ -205,6 +205,7 @@ json_t *http_server_json(struct http_source *s)
     set(o, "read_only", json_boolean(server->config->read_only));
     set(o, "ready", json_boolean(ready));
     set(o, "draining", json_boolean(atomic_load(&server->draining)));
+    set(o, "drained", json_boolean(atomic_load(&server->drained)));
     set(o, "stopping", json_boolean(__atomic_load_n(&s->stopping, __ATOMIC_RELAXED)));
     set(o, "cache", json_pack("{s:o, s:o, s:o}", "limit_bytes", number(memory.limit_bytes),
                               "used_bytes", number(memory.used_bytes), "dirty_bytes",

@@ -130,6 +130,16 @@ static void drain(struct env_task *task)
     }
 }
 
+void server_lane_drained(struct lane *lane)
+{
+    struct server *s = lane->server;
+    /* (At an end without a drain nobody has to be told.) */
+    if (atomic_fetch_add(&s->n_lanes_drained, 1) + 1 < s->n_lanes || !atomic_load(&s->draining))
+        return;
+    atomic_store(&s->drained, true);
+    log_info("drained: all volumes were given back");
+}
+
 void server_drain(struct server *s)
 {
     if (atomic_exchange(&s->draining, true))
