@@ -11,6 +11,7 @@
 #include "base/memlimit.h"
 #include "cli/run.h"
 #include "server/access.h"
+#include "server/page.h"
 #include "server/server.h"
 #include "volume/recovery.h"
 
@@ -361,6 +362,8 @@ static int serve(struct run *run, const struct serve_options *o, struct access *
                                    .http = o->http,
                                    .n_http = o->n_http,
                                    .control = o->control,
+                                   .files = page_files,
+                                   .n_files = page_n_files,
                                    .ready = print_ready,
                                    .arg = run};
     struct err e = {0};

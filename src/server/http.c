@@ -228,8 +228,9 @@ static enum MHD_Result get_file(struct MHD_Connection *connection, const struct 
         MHD_create_response_from_buffer(file->len, bytes.base, MHD_RESPMEM_PERSISTENT);
     if (response)
         MHD_add_response_header(response, "Content-Security-Policy",
-                                "default-src 'self'; img-src 'self' data:; "
-                                "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'");
+                                "default-src 'none'; script-src 'self'; style-src 'self'; "
+                                "img-src 'self'; connect-src 'self'; base-uri 'none'; "
+                                "form-action 'none'; frame-ancestors 'none'");
     return send_response(connection, MHD_HTTP_OK, file->type, response);
 }
 
