@@ -67,6 +67,14 @@ void describe_table(const char *const *titles, size_t columns, size_t rows,
                                  char out[DESCRIBE_CELL_BYTES]),
                     void *arg)
 {
+    describe_table_to(stdout, titles, columns, rows, cell, arg);
+}
+
+void describe_table_to(FILE *to, const char *const *titles, size_t columns, size_t rows,
+                       void (*cell)(void *arg, size_t row, size_t column,
+                                    char out[DESCRIBE_CELL_BYTES]),
+                       void *arg)
+{
     char text[DESCRIBE_CELL_BYTES];
     int width[DESCRIBE_COLUMNS_MAX];
     CHECK(columns <= DESCRIBE_COLUMNS_MAX);
@@ -80,15 +88,15 @@ void describe_table(const char *const *titles, size_t columns, size_t rows,
         }
     }
     for (size_t c = 0; c + 1 < columns; c++)
-        printf("%-*s  ", width[c], titles[c]);
-    puts(titles[columns - 1]);
+        fprintf(to, "%-*s  ", width[c], titles[c]);
+    fprintf(to, "%s\n", titles[columns - 1]);
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < columns; c++) {
             cell(arg, r, c, text);
             if (c + 1 < columns)
-                printf("%-*s  ", width[c], text);
+                fprintf(to, "%-*s  ", width[c], text);
             else
-                puts(text);
+                fprintf(to, "%s\n", text);
         }
     }
 }

@@ -4,6 +4,8 @@
 #ifndef CLI_DESCRIBE_H
 #define CLI_DESCRIBE_H
 
+#include <stdio.h>
+
 #include <jansson.h>
 
 #include "cli/run.h"
@@ -23,14 +25,20 @@ json_t *describe_volume_json(struct run *run, const struct catalog_entry *entry,
 /* VOLUME@SNAPSHOT. */
 const char *describe_snapshot(const char *volume, const char *snapshot, char out[FULL_NAME_BYTES]);
 
-/* Prints a table, its columns as wide as what is in them. `cell` fills one; the last one of each
+/* Prints a table on stdout, its columns as wide as what is in them. `cell` fills one; the last one of each
  * row is asked for once, the others twice. */
 #define DESCRIBE_CELL_BYTES 400u
-#define DESCRIBE_COLUMNS_MAX 8u
+#define DESCRIBE_COLUMNS_MAX 10u
 void describe_table(const char *const *titles, size_t columns, size_t rows,
                     void (*cell)(void *arg, size_t row, size_t column,
                                  char out[DESCRIBE_CELL_BYTES]),
                     void *arg);
+
+/* The same, elsewhere. */
+void describe_table_to(FILE *to, const char *const *titles, size_t columns, size_t rows,
+                       void (*cell)(void *arg, size_t row, size_t column,
+                                    char out[DESCRIBE_CELL_BYTES]),
+                       void *arg);
 
 /* A number of bytes that an engine may not know: cli_size() or "unknown"; for programs null. */
 const char *describe_bytes(uint64_t bytes, char out[24]);
