@@ -177,6 +177,7 @@ def stages(long_run):
                  pytest_suite("access (sanitizers)", "access", ASAN, dict(counts, **ASAN_ENV)),
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
     waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
+               pytest_suite("http", "http", BUILD, counts),
                pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("failover", "failover", BUILD, counts)]
     alone = [*both(ALONE),

@@ -654,6 +654,12 @@ static void enter_transmission(struct conn *c)
 
 /* --- handshake ------------------------------------------------------------------------------------ */
 
+/* The client closed its side; what it had not read yet makes that an error. */
+static bool has_gone(int error)
+{
+    return error == ECONNRESET || error == EPIPE;
+}
+
 /* Sends what there is; true when all was sent. */
 static bool handshake_flush(struct conn *c)
 {
@@ -672,7 +678,7 @@ static bool handshake_flush(struct conn *c)
             handshake_sent(c->handshake, (size_t)n);
         } else {
             /* Whoever is told to go need not hear it. */
-            c->left = c->handshake->option == NBD_OPT_ABORT;
+            c->left = c->handshake->option == NBD_OPT_ABORT || has_gone(errno);
             if (errno != EAGAIN || c->handshake->want == HANDSHAKE_CLOSE)
                 conn_die(c, "its handshake could not be answered");
             return false;
@@ -725,7 +731,7 @@ static void handshake_read(struct conn *c)
     if (n < 0 && errno == EAGAIN)
         return;
     if (n <= 0) {
-        c->left = n == 0;
+        c->left = n == 0 || has_gone(errno);
         conn_die(c, n ? strerror(errno) : "the client closed it during the handshake");
         return;
     }
@@ -936,6 +942,7 @@ static void on_wire(void *arg, int events)
     if (c->phase == CONN_DEAD || c->phase == CONN_MOVING)
         return;
     if (!events) {
+        c->left = true;
         conn_die(c, "the connection broke");
         return;
     }

@@ -37,6 +37,8 @@
 #define TEXT_TYPE "text/plain; charset=utf-8"
 #define METRICS_TYPE "text/plain; version=0.0.4; charset=utf-8"
 
+static const char drain_path[] = "/v1/drain";
+
 /* A socket that is served. */
 struct port {
     struct http *http;
@@ -114,8 +116,6 @@ static enum MHD_Result send_response(struct MHD_Connection *connection, unsigned
     MHD_add_response_header(response, "Cache-Control", "no-store");
     MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
     MHD_add_response_header(response, "X-Frame-Options", "DENY");
-    if (status == MHD_HTTP_METHOD_NOT_ALLOWED)
-        MHD_add_response_header(response, "Allow", "GET, HEAD");
     enum MHD_Result ok = MHD_queue_response(connection, status, response);
     MHD_destroy_response(response);
     return ok;
@@ -165,6 +165,15 @@ static enum MHD_Result refuse(struct http *h, struct MHD_Connection *connection,
                               const char *why)
 {
     return send_json(h, connection, status, json_pack("{s:s}", "error", why));
+}
+
+/* `allowed`: the methods that make sense there. */
+static enum MHD_Result refuse_method(struct http *h, struct MHD_Connection *connection,
+                                     const char *allowed)
+{
+    char why[64];
+    snprintf(why, sizeof why, "here is only: %s", allowed);
+    return refuse(h, connection, MHD_HTTP_METHOD_NOT_ALLOWED, why);
 }
 
 /* --- paths -------------------------------------------------------------------------------- */
@@ -259,14 +268,16 @@ static enum MHD_Result get(struct http *h, struct MHD_Connection *connection, co
     for (size_t i = 0; i < config->n_files; i++)
         if (strcmp(path, config->files[i].path) == 0)
             return get_file(connection, &config->files[i]);
+    if (strcmp(path, drain_path) == 0)
+        return refuse_method(h, connection, "POST");
     return refuse(h, connection, MHD_HTTP_NOT_FOUND, "there is nothing at this path");
 }
 
 static enum MHD_Result post(struct port *port, struct MHD_Connection *connection, const char *path)
 {
     struct http *h = port->http;
-    if (strcmp(path, "/v1/drain") != 0)
-        return refuse(h, connection, MHD_HTTP_METHOD_NOT_ALLOWED, "only GET and HEAD are for this");
+    if (strcmp(path, drain_path) != 0)
+        return refuse_method(h, connection, "GET, HEAD");
     if (!port->is_control)
         return refuse(h, connection, MHD_HTTP_FORBIDDEN,
                       "this can be asked for on the control socket only");
@@ -297,8 +308,7 @@ static enum MHD_Result on_request(void *arg, struct MHD_Connection *connection, 
         return get(port->http, connection, path);
     if (strcmp(method, MHD_HTTP_METHOD_POST) == 0)
         return post(port, connection, path);
-    return refuse(port->http, connection, MHD_HTTP_METHOD_NOT_ALLOWED,
-                  "only GET, HEAD and POST are known here");
+    return refuse_method(port->http, connection, "GET, HEAD, POST");
 }
 
 /* --- connections -------------------------------------------------------------------------- */

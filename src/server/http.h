@@ -16,7 +16,7 @@
 #define HTTP_CONNECTIONS_MAX 64u     /* for each socket */
 #define HTTP_PER_ADDRESS_MAX 16u     /* of one client address */
 #define HTTP_IDLE_S 10u              /* silence that ends a connection */
-#define HTTP_REQUEST_S 30u           /* from its first byte to the last of its answer */
+#define HTTP_REQUEST_S 15u           /* from its first byte to the last of its answer */
 #define HTTP_HEAD_BYTES_MAX (16u << 10)
 #define HTTP_BODY_BYTES_MAX (4u << 10)
 #define HTTP_HELD_BYTES_MAX (64u << 20) /* answers that clients have not taken yet */

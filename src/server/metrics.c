@@ -12,7 +12,7 @@
 
 /* Lines about slow requests, of each lane. */
 #define SLOW_SHOWN_MAX 10u
-#define SLOW_WINDOW_NS 10000000000u
+#define SLOW_WINDOW_NS 5000000000u
 
 const char *const metrics_command_names[METRICS_COMMANDS] = {
     [NBD_CMD_READ] = "read",
