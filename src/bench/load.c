@@ -21,7 +21,7 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "base/mem.h"
-#include "bench/clock.h"
+#include "base/clock.h"
 #include "bench/payload.h"
 #include "bench/random.h"
 #include "nbd/proto.h"

@@ -22,7 +22,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
-#include "bench/client.h"
+#include "client/connect.h"
 #include "bench/latency.h"
 
 #define LOAD_DEPTH_MAX 1024u

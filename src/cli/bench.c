@@ -10,7 +10,7 @@
 
 #include "base/hash.h"
 #include "base/mem.h"
-#include "bench/clock.h"
+#include "base/clock.h"
 #include "bench/load.h"
 #include "cli/cli.h"
 #include "cli/describe.h"

@@ -1,5 +1,5 @@
 /* NBD URIs; see uri.h. */
-#include "bench/uri.h"
+#include "client/uri.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,11 +1,11 @@
 /*
- * NBD URIs, as doc/uri.md of the NBD project states them, of the kinds a load can use:
+ * NBD URIs, as doc/uri.md of the NBD project states them, without TLS:
  *
  *   nbd://HOST[:PORT][/EXPORT]            TCP; an IPv6 address stands in brackets
  *   nbd+unix:///[EXPORT]?socket=PATH
  */
-#ifndef BENCH_URI_H
-#define BENCH_URI_H
+#ifndef CLIENT_URI_H
+#define CLIENT_URI_H
 
 #include <stdbool.h>
 #include <sys/un.h>

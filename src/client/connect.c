@@ -1,5 +1,5 @@
-/* A connection to an NBD server; see client.h. */
-#include "bench/client.h"
+/* A connection to an NBD server; see connect.h. */
+#include "client/connect.h"
 
 #include <errno.h>
 #include <netdb.h>
@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "base/bytes.h"
-#include "bench/clock.h"
+#include "base/clock.h"
 
 /* An answer to GO that is longer, and more answers than so many, are no NBD server's. */
 #define REPLY_BYTES_MAX 8192u

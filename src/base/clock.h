@@ -1,6 +1,6 @@
-/* The clock of a load: monotonic, in ns. */
-#ifndef BENCH_CLOCK_H
-#define BENCH_CLOCK_H
+/* The monotonic clock, in ns. */
+#ifndef BASE_CLOCK_H
+#define BASE_CLOCK_H
 
 #include <stdint.h>
 #include <time.h>

@@ -2,13 +2,13 @@
  * A connection to an NBD server, up to transmission: fixed newstyle, GO or, where a server does not
  * know that, EXPORT_NAME; without TLS, structured replies and extended headers.
  */
-#ifndef BENCH_CLIENT_H
-#define BENCH_CLIENT_H
+#ifndef CLIENT_CONNECT_H
+#define CLIENT_CONNECT_H
 
 #include <stdint.h>
 
 #include "base/status.h"
-#include "bench/uri.h"
+#include "client/uri.h"
 
 struct nbd_client_export {
     uint64_t size;      /* bytes */
