@@ -175,7 +175,8 @@ static enum status put_option(struct hello *h, uint32_t option, const uint8_t *d
     put_be64(all, NBD_OPTION_MAGIC);
     put_be32(all + 8, option);
     put_be32(all + 12, (uint32_t)len);
-    memcpy(all + NBD_OPTION_HEADER_BYTES, data, len);
+    if (len > 0)
+        memcpy(all + NBD_OPTION_HEADER_BYTES, data, len);
     return put(h, all, NBD_OPTION_HEADER_BYTES + len, e);
 }
 
@@ -198,7 +199,7 @@ static enum status take_info(struct hello *h, const uint8_t *data, uint32_t len,
     return ST_OK;
 }
 
-/* GO was refused for a reason. */
+/* GO or INFO was refused for a reason. */
 static enum status refused(const struct hello *h, uint32_t type, const uint8_t *data, uint32_t len,
                            struct err *e)
 {
@@ -216,8 +217,8 @@ static enum status refused(const struct hello *h, uint32_t type, const uint8_t *
     }
 }
 
-/* ST_UNSUP without a sentence: the server does not know GO. */
-static enum status go(struct hello *h, struct err *e)
+/* GO or INFO. ST_UNSUP without a sentence: the server does not know it. */
+static enum status ask(struct hello *h, uint32_t option, struct err *e)
 {
     uint8_t data[NBD_STRING_BYTES_MAX + 8], head[NBD_OPTION_REPLY_BYTES], reply[REPLY_BYTES_MAX];
     size_t len = strlen(h->uri->export);
@@ -225,14 +226,14 @@ static enum status go(struct hello *h, struct err *e)
     memcpy(data + 4, h->uri->export, len);
     put_be16(data + 4 + len, 1);
     put_be16(data + 6 + len, NBD_INFO_BLOCK_SIZE);
-    enum status st = put_option(h, NBD_OPT_GO, data, len + 8, e);
+    enum status st = put_option(h, option, data, len + 8, e);
     bool described = false;
     for (unsigned n = 0; st == ST_OK && n < REPLIES_MAX; n++) {
         st = get(h, head, sizeof head, e);
         if (st != ST_OK)
             return st;
         uint32_t type = get_be32(head + 12), reply_len = get_be32(head + 16);
-        if (get_be64(head) != NBD_OPTION_REPLY_MAGIC || get_be32(head + 8) != NBD_OPT_GO ||
+        if (get_be64(head) != NBD_OPTION_REPLY_MAGIC || get_be32(head + 8) != option ||
             reply_len > sizeof reply)
             break;
         st = get(h, reply, reply_len, e);
@@ -249,7 +250,7 @@ static enum status go(struct hello *h, struct err *e)
         else
             break;
     }
-    return st != ST_OK ? st : fail(e, ST_IO, "the server answers GO in a way that is not NBD's");
+    return st != ST_OK ? st : fail(e, ST_IO, "the server answers in a way that is not NBD's");
 }
 
 static enum status export_name(struct hello *h, struct err *e)
@@ -266,32 +267,62 @@ static enum status export_name(struct hello *h, struct err *e)
     return ST_OK;
 }
 
+/* Up to the answer to `option`: GO or INFO. h->fd is the caller's to close, also after an error. */
+static enum status meet(struct hello *h, uint32_t option, struct err *e)
+{
+    *h->export = (struct nbd_client_export){.block_min = BLOCK_MIN_UNSTATED,
+                                            .payload_max = NBD_PAYLOAD_BYTES_MAX};
+    enum status st = h->uri->is_unix ? reach_unix(h, e) : reach_tcp(h, e);
+    if (st == ST_OK)
+        st = greet(h, e);
+    if (st == ST_OK)
+        st = ask(h, option, e);
+    if (st == ST_UNSUP && e->text[0] == '\0')
+        st = export_name(h, e);
+    if (st == ST_OK && h->export->size > INT64_MAX)
+        st = fail(e, ST_UNSUP, "the server says that the export has %llu bytes",
+                  (unsigned long long)h->export->size);
+    return st;
+}
+
+static struct hello begin(const struct nbd_uri *uri, uint64_t timeout_ns,
+                          struct nbd_client_export *export)
+{
+    return (struct hello){uri, export, now_ns() + timeout_ns, timeout_ns, -1, false};
+}
+
+/* Hands the sentence on, if anybody wants it. */
+static enum status ended(enum status st, const struct err *why, struct err *e)
+{
+    if (st != ST_OK && e)
+        *e = *why;
+    return st;
+}
+
 enum status nbd_client_connect(const struct nbd_uri *uri, uint64_t timeout_ns, int *fd,
                                struct nbd_client_export *export, struct err *e)
 {
-    struct hello h = {uri, export, now_ns() + timeout_ns, timeout_ns, -1, false};
-    *export = (struct nbd_client_export){.block_min = BLOCK_MIN_UNSTATED,
-                                         .payload_max = NBD_PAYLOAD_BYTES_MAX};
+    struct hello h = begin(uri, timeout_ns, export);
     struct err why = {0};
-    enum status st = uri->is_unix ? reach_unix(&h, &why) : reach_tcp(&h, &why);
-    if (st == ST_OK)
-        st = greet(&h, &why);
-    if (st == ST_OK)
-        st = go(&h, &why);
-    if (st == ST_UNSUP && why.text[0] == '\0')
-        st = export_name(&h, &why);
-    if (st == ST_OK && export->size > INT64_MAX)
-        st = fail(&why, ST_UNSUP, "the server says that the export has %llu bytes",
-                  (unsigned long long)export->size);
+    enum status st = meet(&h, NBD_OPT_GO, &why);
     int blocking = 0;
     if (st == ST_OK && ioctl(h.fd, FIONBIO, &blocking) != 0)
         st = fail(&why, ST_IO, "cannot set up the socket: %s", strerror(errno));
-    if (st != ST_OK) {
+    if (st != ST_OK)
         drop(&h);
-        if (e)
-            *e = why;
-        return st;
-    }
     *fd = h.fd;
-    return ST_OK;
+    return ended(st, &why, e);
+}
+
+enum status nbd_client_look(const struct nbd_uri *uri, uint64_t timeout_ns,
+                            struct nbd_client_export *export, struct err *e)
+{
+    struct hello h = begin(uri, timeout_ns, export);
+    struct err why = {0};
+    enum status st = meet(&h, NBD_OPT_INFO, &why);
+    /* To one that went on to transmission, which INFO does not, this is as good as any end. */
+    if (st == ST_OK)
+        put_option(&h, NBD_OPT_ABORT, NULL, 0, NULL);
+    drop(&h);
+    return ended(st, &why, e);
 }

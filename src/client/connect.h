@@ -1,6 +1,7 @@
 /*
  * A connection to an NBD server, up to transmission: fixed newstyle, GO or, where a server does not
- * know that, EXPORT_NAME; without TLS, structured replies and extended headers.
+ * know that, EXPORT_NAME; without TLS, structured replies and extended headers. What a server may
+ * say is bounded, in length and in time.
  */
 #ifndef CLIENT_CONNECT_H
 #define CLIENT_CONNECT_H
@@ -11,16 +12,20 @@
 #include "client/uri.h"
 
 struct nbd_client_export {
-    uint64_t size;      /* bytes */
-    uint16_t flags;     /* transmission flags */
-    uint32_t block_min; /* bytes: what offsets and lengths must be multiples of; */
-    uint32_t
-        payload_max; /* the most bytes in a request; what the protocol has where it isn't said */
+    uint64_t size;        /* bytes */
+    uint16_t flags;       /* transmission flags */
+    uint32_t block_min;   /* bytes: what offsets and lengths must be multiples of */
+    uint32_t payload_max; /* bytes in a request; what the protocol has where it isn't said */
 };
 
 /* Connects and enters transmission, within timeout_ns. ST_OK: *fd is a blocking socket, to be
- * closed by the caller. Else `e` is a sentence; ST_NOTFOUND: no such export. Blocks. */
+ * closed by the caller. Else *fd is -1 and `e` a sentence; ST_NOTFOUND: no such export;
+ * ST_SHUTDOWN: a signal came. Blocks. */
 enum status nbd_client_connect(const struct nbd_uri *uri, uint64_t timeout_ns, int *fd,
                                struct nbd_client_export *export, struct err *e);
+
+/* Asks what the export is like (INFO), and leaves; otherwise as nbd_client_connect. */
+enum status nbd_client_look(const struct nbd_uri *uri, uint64_t timeout_ns,
+                            struct nbd_client_export *export, struct err *e);
 
 #endif

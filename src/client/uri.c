@@ -1,6 +1,7 @@
 /* NBD URIs; see uri.h. */
 #include "client/uri.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -131,4 +132,38 @@ enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e)
                     "%zu bytes",
                     text, sizeof uri->socket - 1);
     return ST_OK;
+}
+
+/* Appends `text`, encoding all but unreserved characters and those of `plain`. */
+static char *encode(char *at, const char *text, const char *plain)
+{
+    for (; *text; text++) {
+        unsigned char c = (unsigned char)*text;
+        bool letter = (c | 0x20) >= 'a' && (c | 0x20) <= 'z';
+        bool digit = c >= '0' && c <= '9';
+        if (letter || digit || strchr("-._~", c) || strchr(plain, c))
+            *at++ = (char)c;
+        else
+            at += sprintf(at, "%%%02X", c);
+    }
+    *at = '\0';
+    return at;
+}
+
+const char *nbd_uri_format(const struct nbd_uri *uri, char out[NBD_URI_TEXT_BYTES])
+{
+    char *at = out + sprintf(out, uri->is_unix ? "nbd+unix://" : "nbd://");
+    if (!uri->is_unix) {
+        const char *brackets = strchr(uri->host, ':') ? "[]" : "";
+        at += sprintf(at, "%.1s", brackets);
+        at = encode(at, uri->host, ":");
+        at += sprintf(at, "%s:%s", brackets[0] ? "]" : "", uri->port);
+    }
+    *at++ = '/';
+    at = encode(at, uri->export, "/@:+,");
+    if (uri->is_unix) {
+        at += sprintf(at, "?socket=");
+        encode(at, uri->socket, "/@:,");
+    }
+    return out;
 }

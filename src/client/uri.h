@@ -27,4 +27,11 @@ struct nbd_uri {
 /* Reads `text` into `uri`. ST_INVAL with a sentence where it is no such URI. */
 enum status nbd_uri_parse(const char *text, struct nbd_uri *uri, struct err *e);
 
+/* Longest canonical form: scheme, host or socket, port and export, each byte written as three. */
+#define NBD_URI_TEXT_BYTES (3 * (NBD_STRING_BYTES_MAX + NBD_URI_HOST_BYTES_MAX) + 40)
+
+/* Writes the canonical form of `uri`, by which two are the same or not: the port stands in it, and
+ * what does not have to be encoded is not. Returns `out`. */
+const char *nbd_uri_format(const struct nbd_uri *uri, char out[NBD_URI_TEXT_BYTES]);
+
 #endif
