@@ -38,7 +38,7 @@ static const struct cli_option global_options[] = {
     {GLOBAL_CONFIG, "config", "FILE", "read the configuration FILE (default: none)"},
     {GLOBAL_JSON, "json", NULL,
      "answers for programs: list, info, snapshot list, diff, usage, verify, owner show, "
-     "store info, bench"},
+     "store info, device list, bench"},
     {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",
      "debug, info, warning or error (default: info for serve)"},
     {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},
@@ -67,6 +67,7 @@ const struct cli_command *const cli_commands[] = {
     &drain_command,
     &owner_command,
     &store_command,
+    &device_command,
     &bench_command,
     NULL,
 };

@@ -69,7 +69,7 @@ struct cli {
 extern const struct cli_command create_command, list_command, info_command, rename_command,
     resize_command, remove_command, snapshot_command, clone_command, flatten_command, diff_command,
     export_command, import_command, verify_command, usage_command, serve_command, owner_command,
-    store_command, bench_command, status_command, clients_command, drain_command;
+    store_command, device_command, bench_command, status_command, clients_command, drain_command;
 
 /* All of them, in the order of the help; NULL at the end. */
 extern const struct cli_command *const cli_commands[];

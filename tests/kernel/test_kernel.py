@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import rawnbd, stores, uml
-from harness.cluster import Cluster
+from harness import rawnbd, uml
 from harness.server import SLOW, wait_until
 
 PORT = 10809
@@ -32,38 +31,11 @@ CHECK = {
 
 
 @pytest.fixture(scope="module")
-def namespace():
-    why = uml.missing()
-    if why:
-        pytest.skip(f"no user-mode-linux here: {why}")
-    made = uml.Namespace()
-    one = None
-    try:
-        if stores.on_fdb():
-            # The server in the namespace reaches no cluster outside.
-            one = Cluster(prefix=made.enter).start()
-            stores.use_cluster(one)
-        yield made
-    finally:
-        stores.use_cluster(None)
-        if one:
-            one.end()
-        made.end()
-
-
-@pytest.fixture(scope="module")
 def server(namespace, module_servers):
     volumes = {f"{fs}-{c}": "512M" for fs in MAKE for c in (1, 2)}
     volumes["killed"] = volumes["upgraded"] = volumes["history"] = "512M"
     return module_servers.start(volumes, host=uml.HOST_ADDRESS, port=PORT,
                                 prefix=namespace.enter, reachable=False)
-
-
-@pytest.fixture(scope="module")
-def guest(namespace, server, module_folder):
-    made = uml.Guest(module_folder, namespace)
-    yield made
-    made.end()
 
 
 @pytest.fixture(autouse=True)

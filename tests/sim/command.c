@@ -135,8 +135,8 @@ pid_t command_getpid(void)
 const struct cli_command serve_command = {.name = "serve"}, store_command = {.name = "store"},
                          export_command = {.name = "export"}, import_command = {.name = "import"},
                          diff_command = {.name = "diff"}, verify_command = {.name = "verify"},
-                         usage_command = {.name = "usage"}, bench_command = {.name = "bench"},
-                         status_command = {.name = "status"},
+                         usage_command = {.name = "usage"}, device_command = {.name = "device"},
+                         bench_command = {.name = "bench"}, status_command = {.name = "status"},
                          clients_command = {.name = "clients"}, drain_command = {.name = "drain"};
 
 /* --- from outside ---------------------------------------------------------------------------- */
