@@ -1,18 +1,18 @@
 """A mounted file system under load loses its gateway, and goes on at another one (G1, G4, D1).
 
-A real Linux kernel with an unmodified nbd-client. Two gateways on networks of their own, a
-service address that is on one of them, and the tests in the role of whoever moves it: an
-operator, or keepalived with a health check.
+A real Linux kernel. Two gateways on networks of their own, a service address that is on one of
+them, and the tests in the role of whoever moves it: an operator, or keepalived with a health check.
 
 The kernel gives up a device whose connection ends, and nbd-client's -persist does not prevent
 that: it reconnects only where an ioctl fails, which Linux stopped doing in 4.10, and ignores the
-option where it configures the device by netlink, as it does by default. So nbd-client gets help:
+option where it configures the device by netlink, as it does by default. So:
 
-  proxy   it is attached to a socket of qemu-nbd on the same machine, which holds requests and
-          sends them again when the gateway is gone
-  kernel  another program gives the kernel new connections for dead ones; the kernel sends again
+  device  `fdb-nbd device attach`, whose keeper gives the kernel new connections for dead ones
+  proxy   an unmodified nbd-client on a socket of qemu-nbd on the same machine, which holds
+          requests and sends them again when the gateway is gone
 """
 
+import shlex
 import shutil
 import threading
 import time
@@ -24,7 +24,7 @@ import pytest
 from harness import rawnbd, uml
 from harness.cluster import Cluster
 from harness.gateway import elsewhere, gateway
-from harness.server import SLOW, wait_until
+from harness.server import SLOW, program, wait_until
 
 pytestmark = pytest.mark.fdb
 
@@ -32,20 +32,30 @@ pytestmark = pytest.mark.fdb
 LEASE_MS = 3000
 WRITERS = 4
 
-# How the kernel gets the volume; each leaves the pid of its helper in /tmp/helper.
+# How the kernel gets the volume, and gives it back.
+FDB_NBD = shlex.join(program())
 ATTACH = {
+    "device": f"""
+{FDB_NBD} device attach nbd://{network.SERVICE}:{network.PORT}/v /dev/nbd0 --resend-ms 1000
+""",
     "proxy": f"""
 qemu-nbd --socket=/tmp/v.sock --export-name=v --persistent --shared=0 --discard=unmap \\
     --fork --pid-file=/tmp/helper --image-opts driver=nbd,server.type=inet,\\
 server.host={network.SERVICE},server.port={network.PORT},server.keep-alive=on,\\
 export=v,reconnect-delay=3600
 nbd-client -unix /tmp/v.sock -N v /dev/nbd0 -persist
+# It learns of a gateway that went without a word, or of the address having moved, only by asking.
+echo 3 >/proc/sys/net/ipv4/tcp_keepalive_time
+echo 1 >/proc/sys/net/ipv4/tcp_keepalive_intvl
+echo 3 >/proc/sys/net/ipv4/tcp_keepalive_probes
 """,
-    "kernel": f"""
-nbd-client -N v {network.SERVICE} {network.PORT} /dev/nbd0 -persist -timeout 5 -C 2
-/usr/bin/python3 /tmp/out/netlink.py keep 0 {network.SERVICE} {network.PORT} v >/tmp/keeper 2>&1 &
-echo $! >/tmp/helper
-for i in $(seq 500); do grep -q keeping /tmp/keeper && break; sleep 0.02; done
+}
+DETACH = {
+    "device": f"{FDB_NBD} device detach /dev/nbd0",
+    "proxy": """
+nbd-client -d /dev/nbd0
+for i in $(seq 500); do test -e /sys/block/nbd0/pid || break; sleep 0.02; done
+kill $(cat /tmp/helper)
 """,
 }
 
@@ -69,16 +79,7 @@ def cluster(net):
 @pytest.fixture(scope="module")
 def guest(net, module_folder):
     made = uml.Guest(module_folder, net.front)
-    here = Path(__file__).parent
-    for script in (here / "writer.py", here.parent / "kernel" / "netlink.py", rawnbd.__file__):
-        shutil.copy(script, made.out)
-    # A client that has sent all it has to say learns of a gateway that went without a word,
-    # or of the address having moved, only by asking.
-    made.run("""
-echo 3 >/proc/sys/net/ipv4/tcp_keepalive_time
-echo 1 >/proc/sys/net/ipv4/tcp_keepalive_intvl
-echo 3 >/proc/sys/net/ipv4/tcp_keepalive_probes
-""")
+    shutil.copy(Path(__file__).parent / "writer.py", made.out)
     yield made
     made.end()
 
@@ -114,12 +115,13 @@ def gateways(request, net, cluster, folder):
 class Mounted:
     """The volume, mounted in the guest, with writers on it."""
 
-    def __init__(self, guest):
+    def __init__(self, guest, how):
         self.guest = guest
+        self.how = how
 
-    def start(self, how):
+    def start(self):
         guest = self.guest
-        guest.run(ATTACH[how], limit_s=30)
+        guest.run(ATTACH[self.how], limit_s=30)
         guest.run("""
 for i in $(seq 500); do test "$(cat /sys/block/nbd0/size)" = 524288 && break; sleep 0.02; done
 dmesg --clear
@@ -159,31 +161,29 @@ mount -o ro /dev/nbd0 /tmp/mnt
 /usr/bin/python3 /tmp/out/writer.py check /tmp/mnt /tmp/notes >/tmp/checked
 umount /tmp/mnt
 dmesg | grep -i -e 'I/O error' -e 'abort' >&2 && exit 1
-nbd-client -d /dev/nbd0 >&2
-for i in $(seq 500); do test -e /sys/block/nbd0/pid || break; sleep 0.02; done
-kill $(cat /tmp/helper)
+(DETACH) >&2
 cat /tmp/checked
-rm -r /tmp/notes /tmp/helper
-""".replace("WRITERS", str(WRITERS)), limit_s=60)
+rm -r /tmp/notes
+""".replace("WRITERS", str(WRITERS)).replace("DETACH", DETACH[self.how]), limit_s=60)
         return int(said.split()[-1])
 
     def drop(self):
         """After a failure, so that it is not the next test's."""
-        self.guest.run("""
+        print(self.guest.run(f"""
 set +e
 touch /tmp/notes/stop
-nbd-client -d /dev/nbd0
+{FDB_NBD} device detach --force /dev/nbd0
 kill -9 $(cat /tmp/helper)
 umount -l /tmp/mnt
 rm -rf /tmp/notes /tmp/helper /tmp/v.sock
-""", check=False)
+""", check=False))
 
 
 @pytest.fixture(params=list(ATTACH))
 def mounted(request, gateways, guest):
-    made = Mounted(guest)
+    made = Mounted(guest, request.param)
     try:
-        made.start(request.param)
+        made.start()
         yield made
     finally:
         if not went_well(request.node) and guest.process.poll() is None:
@@ -214,7 +214,6 @@ def test_G1_gateway_is_killed(net, gateways, mounted):
 
 
 @pytest.mark.limit(90)
-@pytest.mark.parametrize("mounted", ["proxy"], indirect=True)
 def test_G1_gateway_vanishes(net, gateways, mounted):
     """Its machine loses power: nobody is told that the connection is gone."""
     began = time.monotonic()

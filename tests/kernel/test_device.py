@@ -13,6 +13,8 @@ from harness import uml
 from harness.commands import assert_one_sentence
 from harness.server import SLOW, program, wait_until
 
+pytestmark = pytest.mark.lmdb("about the client; failover/test_mounted.py has it on two gateways")
+
 PORT = 10809
 MIB = 1 << 20
 SIZE = 192 * MIB
@@ -338,7 +340,7 @@ def test_what_goes_wrong_is_one_sentence(devices, server):
 def test_other_servers_and_addresses(devices):
     """Unix sockets and IPv6, and a server that is not ours: nbdkit, killed and started again."""
     guest = devices.guest
-    guest.run("rm -f /tmp/disk; truncate -s 64M /tmp/disk")
+    guest.run("modprobe -d /tmp ipv6; rm -f /tmp/disk; truncate -s 64M /tmp/disk")
     for listen, uri in (("-U /tmp/s", "'nbd+unix:///?socket=s'"), ("-i ::1 -p 10810", "nbd://[::1]:10810")):
         start = f"rm -f /tmp/s; nbdkit -P /tmp/kit {listen} file /tmp/disk"
         guest.run(start)

@@ -8,13 +8,11 @@ since with several the kernel spreads requests and flushes over all of them
 (checklist B23, and what CAN_MULTI_CONN promises).
 """
 
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 
-from harness import rawnbd, uml
+from harness import uml
 from harness.server import SLOW, wait_until
 
 PORT = 10809
@@ -33,7 +31,7 @@ CHECK = {
 @pytest.fixture(scope="module")
 def server(namespace, module_servers):
     volumes = {f"{fs}-{c}": "512M" for fs in MAKE for c in (1, 2)}
-    volumes["killed"] = volumes["upgraded"] = volumes["history"] = "512M"
+    volumes["upgraded"] = volumes["history"] = "512M"
     return module_servers.start(volumes, host=uml.HOST_ADDRESS, port=PORT,
                                 prefix=namespace.enter, reachable=False)
 
@@ -146,49 +144,6 @@ cmp -n 134217728 /dev/nbd0 /dev/zero
 """, limit_s=120)
     wait_until(lambda: server.used_bytes(name) < 1 * MIB, 60 * SLOW,
                "the discarded volume takes no space")
-    detach(guest)
-
-
-@pytest.mark.limit(240)
-def test_server_killed_under_a_mounted_file_system(guest, server):
-    """G1, D1, D2: kill -9 under a writing file system, a new server, and nothing is lost.
-
-    The kernel holds what was not answered and sends it again on the new
-    connections; whatever was answered it has forgotten, so that must be there.
-    """
-    for script in (Path(__file__).parent / "netlink.py", Path(rawnbd.__file__)):
-        shutil.copy(script, guest.out)
-
-    def link(command):
-        guest.run(f"/usr/bin/python3 /tmp/out/netlink.py {command} 0 {uml.HOST_ADDRESS} {PORT} "
-                  "killed 2")
-
-    link("connect")
-    guest.run("mkfs.ext4 -F -q /dev/nbd0; mount /dev/nbd0 /tmp/mnt", limit_s=120)
-    guest.run("""
-(for i in $(seq 40); do
-    dd if=/dev/urandom of=/tmp/mnt/$i bs=64k count=16 conv=fsync status=none
-    sha256sum /tmp/mnt/$i
- done >/tmp/sums 2>&1; echo over >/tmp/over) >/dev/null 2>&1 &
-until [ "$(wc -l </tmp/sums)" -ge 8 ]; do sleep 0.01; done
-""")
-    server.kill()
-    # It was in the midst of writing, and without a server it cannot have come further.
-    guest.run("test ! -e /tmp/over")
-    server.start()
-    link("reconnect")
-    guest.run("""
-for i in $(seq 4000); do test -e /tmp/over && exit 0; sleep 0.02; done
-echo the writer hangs; dmesg | tail -20; exit 1
-""", limit_s=90)
-    guest.run("""
-sync
-echo 3 >/proc/sys/vm/drop_caches
-test $(wc -l </tmp/sums) = 40
-sha256sum --quiet -c /tmp/sums
-umount /tmp/mnt
-fsck.ext4 -f -n /dev/nbd0
-""")
     detach(guest)
 
 
