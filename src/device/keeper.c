@@ -36,8 +36,8 @@
 #define REQUEST_BYTES (128u << 10)
 
 /* When a peer that is silent counts as gone. Long enough for a server that reads nothing for a while. */
-#define KEEPALIVE_IDLE_S 10
-#define KEEPALIVE_INTERVAL_S 3
+#define KEEPALIVE_IDLE_S 5
+#define KEEPALIVE_INTERVAL_S 2
 #define KEEPALIVE_PROBES 3
 #define UNACKNOWLEDGED_MS 30000
 

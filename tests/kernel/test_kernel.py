@@ -73,7 +73,7 @@ def detach(guest):
               "echo still attached; exit 1\n")
 
 
-def test_list_names_every_volume(guest):
+def test_list_names_every_volume(guest, server):
     """`nbd-client -l` lists what is there (A5: LIST)."""
     said = guest.run(f"nbd-client -l {uml.HOST_ADDRESS} {PORT}")
     for name in ("ext4-1", "ext4-2", "xfs-1", "xfs-2"):
