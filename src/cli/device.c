@@ -46,7 +46,8 @@ static const struct cli_option options[] = {
     {RESEND, "resend-ms", "MS",
      "attach: when what was not answered is sent again, after a new connection (default: 2000)"},
     {REQUEST_TIMEOUT, "request-timeout", "S",
-     "attach: the same with several connections; one that is silent for so long ends (default: 30)"},
+     "attach: the same with several connections; one that is silent for so long ends (default: "
+     "30)"},
     {SIZE_POLL, "size-poll-ms", "MS",
      "attach: how often to see whether the volume has grown (default: 5000)"},
     {FOREGROUND, "foreground", NULL, "attach: stay, instead of leaving a process behind"},
@@ -57,7 +58,7 @@ static const struct cli_option options[] = {
 struct device_options {
     struct keeper_options keeper;
     bool foreground, force;
-    bool for_attach;             /* one of attach's options was given */
+    bool for_attach;              /* one of attach's options was given */
     bool resend, request_timeout; /* these were */
 };
 
@@ -177,10 +178,11 @@ static int attach(struct cli *cli, struct device_options *o, char **words, int n
     struct err e = {0};
     struct keeper_options *k = &o->keeper;
     if (strncasecmp(words[0], "nbds", 4) == 0) {
-        cli_error("\"%.200s\" asks for TLS, and Linux's nbd devices send everything as it is: let a "
-                  "program on this machine speak TLS, as nbdkit's plugin nbd or qemu-nbd, and "
-                  "attach the socket of that one",
-                  words[0]);
+        cli_error(
+            "\"%.200s\" asks for TLS, and Linux's nbd devices send everything as it is: let a "
+            "program on this machine speak TLS, as nbdkit's plugin nbd or qemu-nbd, and "
+            "attach the socket of that one",
+            words[0]);
         return CLI_USAGE;
     }
     if (nbd_uri_parse(words[0], &k->uri, &e) != ST_OK || make_absolute(&k->uri, &e) != ST_OK ||

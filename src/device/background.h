@@ -25,8 +25,8 @@ enum status background_begin(struct background *b, struct err *e);
 /* In the one that waits: until the other has reported. ST_IO: it ended without a word. */
 enum status background_wait(struct background *b, struct background_report *report, struct err *e);
 
-/* In the one that stays: reports. Then it belongs to no terminal and no folder, and what it logs goes to
- * the journal, if there is one. */
+/* In the one that stays: reports. Then it belongs to no terminal and no folder, and what it logs
+ * goes to the journal, if there is one. */
 void background_report(struct background *b, const struct background_report *report);
 
 #endif

@@ -25,8 +25,8 @@
 #define HANDSHAKE_NS (5 * NS_PER_S)
 #define BACKOFF_MIN_MS 100u
 #define BACKOFF_MAX_MS 3000u
-/* A connection may be said to be dead a moment before the kernel takes another in its place, and would
- * then not be replaced; so once more, spare ones are offered so much later. */
+/* A connection may be said to be dead a moment before the kernel takes another in its place, and
+ * would then not be replaced; so once more, spare ones are offered so much later. */
 #define OFFER_AGAIN_MS 1000u
 #define DISMISS_WAIT_MS 10000
 
@@ -35,7 +35,8 @@
 #define BLOCK_BYTES_MAX 4096u
 #define REQUEST_BYTES (128u << 10)
 
-/* When a peer that is silent counts as gone. Long enough for a server that reads nothing for a while. */
+/* When a peer that is silent counts as gone. Long enough for a server that reads nothing for a
+ * while. */
 #define KEEPALIVE_IDLE_S 5
 #define KEEPALIVE_INTERVAL_S 2
 #define KEEPALIVE_PROBES 3
@@ -232,7 +233,8 @@ static enum status attach_new(struct keeper *k, const struct nbd_client_export *
         return fail(e, ST_BUSY, "/dev/nbd%d is in use: name another device, or none", o->index);
     default:
         if (o->index < 0)
-            return fail(e, ST_IO, "there is no free nbd device, and the kernel makes no new one: %s",
+            return fail(e, ST_IO,
+                        "there is no free nbd device, and the kernel makes no new one: %s",
                         strerror(error));
         return fail(e, ST_IO, "the kernel does not attach /dev/nbd%d: %s", o->index,
                     strerror(error));
@@ -372,7 +374,7 @@ static bool is_still_ours(const struct keeper *k)
 {
     struct sysfs_device d;
     sysfs_read(k->index, &d);
-    /* (Kernels before 5.14 keep no backend.) */
+    /* (Older kernels keep no backend.) */
     return d.attached && (!d.backend[0] || strcmp(d.backend, k->backend) == 0);
 }
 
@@ -383,12 +385,12 @@ static void grow(struct keeper *k, const struct nbd_client_export *x)
         return;
     int error = netlink_resize(k->netlink, k->index, k->backend, size);
     if (error) {
-        log_warning("/dev/nbd%d: cannot grow to %llu bytes: %s", k->index,
-                    (unsigned long long)size, strerror(error));
+        log_warning("/dev/nbd%d: cannot grow to %llu bytes: %s", k->index, (unsigned long long)size,
+                    strerror(error));
         return;
     }
-    log_info("/dev/nbd%d: has grown from %llu to %llu bytes", k->index,
-             (unsigned long long)k->size, (unsigned long long)size);
+    log_info("/dev/nbd%d: has grown from %llu to %llu bytes", k->index, (unsigned long long)k->size,
+             (unsigned long long)size);
     k->size = size;
 }
 
@@ -432,7 +434,8 @@ static void replace_dead(struct keeper *k)
     note(k, e.text);
 }
 
-/* Whether the export has grown; and spare connections, where it is not certain that none is needed. */
+/* Whether the export has grown; and spare connections, where it is not certain that none is needed.
+ */
 static void look(struct keeper *k)
 {
     struct nbd_client_export x;

@@ -8,8 +8,8 @@
  * never shrinks.
  *
  * What was in flight on a connection that died is sent again by the driver's timer. With one
- * connection, without a limit for requests, that timer only looks whether the request's connection was
- * replaced: so it may be short, however long a server takes to answer. With several, the kernel
+ * connection, without a limit for requests, that timer only looks whether the request's connection
+ * was replaced: so it may be short, however long a server takes to answer. With several, the kernel
  * knows no such mode: there the timer gives connections up.
  *
  * If the keeper ends, the device stays as it is, without anybody who replaces connections; another
@@ -35,10 +35,10 @@ struct keeper_options {
     struct nbd_uri uri;
     int index; /* of the device; -1: any */
     bool read_only;
-    uint32_t connections;          /* 1 to KEEPER_CONNECTIONS_MAX */
-    uint32_t resend_ms;            /* with one connection: how often the timer above looks */
-    uint32_t request_timeout_s;    /* with several: when a connection is given up */
-    uint64_t dead_conn_timeout_s;  /* for how long requests wait for a connection */
+    uint32_t connections;         /* 1 to KEEPER_CONNECTIONS_MAX */
+    uint32_t resend_ms;           /* with one connection: how often the timer above looks */
+    uint32_t request_timeout_s;   /* with several: when a connection is given up */
+    uint64_t dead_conn_timeout_s; /* for how long requests wait for a connection */
     uint32_t size_poll_ms;
 };
 

@@ -76,8 +76,8 @@ void netlink_close(struct netlink *n)
 static struct nl_msg *begin(struct netlink *n, uint8_t command, int index)
 {
     struct nl_msg *msg = nlmsg_alloc();
-    CHECK(msg && genlmsg_put(msg, NL_AUTO_PORT, NL_AUTO_SEQ, n->family, 0, 0, command,
-                             NBD_GENL_VERSION));
+    CHECK(msg &&
+          genlmsg_put(msg, NL_AUTO_PORT, NL_AUTO_SEQ, n->family, 0, 0, command, NBD_GENL_VERSION));
     if (index >= 0)
         CHECK(nla_put_u32(msg, NBD_ATTR_INDEX, (uint32_t)index) == 0);
     return msg;

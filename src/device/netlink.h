@@ -19,16 +19,16 @@ struct netlink_device {
     uint64_t size;       /* bytes */
     uint32_t block_size; /* bytes; logical and physical */
     uint16_t flags;      /* transmission flags */
-    /* How long a request may take until its connection is given up and it is sent again on another; 0: for
-     * ever, which goes with one connection only. */
+    /* How long a request may take until its connection is given up and it is sent again on another;
+     * 0: for ever, which goes with one connection only. */
     uint32_t request_timeout_s;
     uint64_t dead_conn_timeout_s; /* for how long requests wait while there is no connection */
 };
 
 struct netlink;
 
-/* Opens it, and from here on listens for connections that die. ST_UNAVAIL with a sentence: the kernel
- * has no nbd devices. To be closed. */
+/* Opens it, and from here on listens for connections that die. ST_UNAVAIL with a sentence: the
+ * kernel has no nbd devices. To be closed. */
 enum status netlink_open(struct netlink **out, struct err *e);
 void netlink_close(struct netlink *n);
 
@@ -37,8 +37,8 @@ void netlink_close(struct netlink *n);
 int netlink_connect(struct netlink *n, int *index, const struct netlink_device *d, const int *fds,
                     size_t n_fds);
 
-/* Offers the device sockets: each takes the place of a connection that is dead. Ones for which there
- * is no such place are not kept, without an error. */
+/* Offers the device sockets: each takes the place of a connection that is dead. Ones for which
+ * there is no such place are not kept, without an error. */
 int netlink_give(struct netlink *n, int index, const char *backend, const int *fds, size_t n_fds);
 
 /* Sets what can change later. */

@@ -90,9 +90,9 @@ bool record_read(int index, struct record *r)
     json_int_t connections = 0, dead = 0, since = 0;
     *r = (struct record){0};
     json_t *json = json_load_file(path_of(index, "json", path), 0, NULL);
-    bool good = json && json_unpack(json, "{s:s, s:I, s:I, s:I, s:s}", "uri", &uri, "connections",
-                                    &connections, "dead", &dead, "since", &since, "error",
-                                    &error) == 0;
+    bool good =
+        json && json_unpack(json, "{s:s, s:I, s:I, s:I, s:s}", "uri", &uri, "connections",
+                            &connections, "dead", &dead, "since", &since, "error", &error) == 0;
     if (good) {
         r->connections = (uint32_t)connections;
         r->dead = (uint32_t)dead;

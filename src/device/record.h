@@ -1,6 +1,6 @@
 /*
- * What the keeper of a device tells other processes: a lock, which says that it lives and who it is,
- * and a file with its state. Both are in RECORD_FOLDER, which only root writes.
+ * What the keeper of a device tells other processes: a lock, which says that it lives and who it
+ * is, and a file with its state. Both are in RECORD_FOLDER, which only root writes.
  *
  * The lock is of the process and ends with it, however that ends.
  */

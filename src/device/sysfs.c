@@ -143,8 +143,8 @@ static bool is_device_path(int index, const char *path)
     return strncmp(path, "/dev/", 5) == 0 && is_part_of(index, path + 5);
 }
 
-/* The same for a device's number. Those of partitions that lie beyond the range of minor numbers are
- * of a major number of their own, so the kernel is asked for the name. */
+/* The same for a device's number. Those of partitions that lie beyond the range of minor numbers
+ * are of a major number of their own, so the kernel is asked for the name. */
 static bool is_device_number(int index, dev_t number)
 {
     char path[SHORT_PATH_BYTES], link[SHORT_PATH_BYTES];

@@ -34,13 +34,13 @@ void sysfs_read(int index, struct sysfs_device *d);
 /* All devices there are, by number; freed with free(). */
 struct sysfs_device *sysfs_list(size_t *n);
 
-/* For how long a request may wait for its answer before the driver looks after it, in ms. Kernels
- * before 5.0 have no such setting and take 30 s. */
+/* For how long a request may wait for its answer before the driver looks after it, in ms. A kernel
+ * without that setting takes 30 s. */
 void sysfs_set_request_check(int index, uint32_t interval_ms);
 
-/* ST_BUSY, with a sentence that says by whom, where the device or a partition of it is mounted, swapped to,
- * part of another device, or open. What only looks, as udev does at new devices, has a second to
- * end. Blocks. */
+/* ST_BUSY, with a sentence that says by whom, where the device or a partition of it is mounted,
+ * swapped to, part of another device, or open. What only looks, as udev does at new devices, has a
+ * second to end. Blocks. */
 enum status sysfs_check_unused(int index, struct err *e);
 
 #endif

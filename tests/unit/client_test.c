@@ -260,8 +260,8 @@ static void *serve(void *arg)
         shutdown(fd, SHUT_WR);
     ssize_t n;
     while (script.heard_len < sizeof script.heard &&
-           (n = recv(fd, script.heard + script.heard_len,
-                     sizeof script.heard - script.heard_len, 0)) > 0)
+           (n = recv(fd, script.heard + script.heard_len, sizeof script.heard - script.heard_len,
+                     0)) > 0)
         script.heard_len += (size_t)n;
     close(fd);
     return NULL;
