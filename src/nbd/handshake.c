@@ -471,15 +471,27 @@ static void option_starttls(struct handshake *h)
     if (h->option_len) {
         refuse(h, NBD_REP_ERR_INVALID, "STARTTLS takes no data");
     } else if (h->tls_mode == NBD_TLS_OFF) {
-        refuse(h, NBD_REP_ERR_UNSUP, "TLS is not configured on this server");
+        refuse(h, NBD_REP_ERR_UNSUP, "this server has no TLS (it is started with serve --tls)");
     } else if (h->tls_active) {
         refuse(h, NBD_REP_ERR_INVALID, "TLS is in use already");
     } else {
-        put_reply(h, NBD_REP_ACK, 0);
         free_option(h);
         h->state = STATE_ASKED;
         h->want = HANDSHAKE_TLS;
     }
+}
+
+/* The answer to a STARTTLS that `more` bytes came along with. A client has to wait for the answer,
+ * so these are a fault of its, or somebody on the way put them there. */
+static void answer_starttls(struct handshake *h, size_t more)
+{
+    if (!more) {
+        put_reply(h, NBD_REP_ACK, 0);
+        return;
+    }
+    h->spoke_before_tls = true;
+    refuse(h, NBD_REP_ERR_INVALID, "there is data behind STARTTLS, sent before its answer");
+    give_up(h);
 }
 
 static void option_extended_headers(struct handshake *h)
@@ -534,12 +546,14 @@ static void run_option(struct handshake *h)
         return;
     }
     bool needs_tls = h->tls_mode == NBD_TLS_REQUIRE && !h->tls_active;
-    if (needs_tls && h->option == NBD_OPT_EXPORT_NAME) {
-        give_up(h);
-        return;
-    }
     if (needs_tls && h->option != NBD_OPT_STARTTLS) {
-        refuse(h, NBD_REP_ERR_TLS_REQD, "this server requires TLS");
+        h->lacked_tls = true;
+        if (h->option == NBD_OPT_EXPORT_NAME)
+            give_up(h);
+        else
+            refuse(h, NBD_REP_ERR_TLS_REQD,
+                   "this server requires TLS: connect with it (nbds:// instead of nbd://, or the "
+                   "client's TLS option)");
         return;
     }
     /* Without fixed newstyle a client knows EXPORT_NAME only, and no replies to others. */
@@ -630,6 +644,7 @@ static size_t gather(struct handshake *h, uint32_t want, const uint8_t *data, si
 size_t handshake_feed(struct handshake *h, const uint8_t *data, size_t len)
 {
     size_t used = 0;
+    bool began = h->want == HANDSHAKE_BYTES;
     while (used < len && h->want == HANDSHAKE_BYTES) {
         const uint8_t *p = data + used;
         size_t left = len - used;
@@ -659,7 +674,9 @@ size_t handshake_feed(struct handshake *h, const uint8_t *data, size_t len)
             CHECK(!"a machine that wants bytes");
         }
     }
-    if (h->want == HANDSHAKE_TLS || h->want == HANDSHAKE_CLOSE)
+    if (began && h->want == HANDSHAKE_TLS)
+        answer_starttls(h, len - used);
+    if (h->want == HANDSHAKE_CLOSE)
         used = len;
     return used;
 }

@@ -80,6 +80,10 @@ struct handshake {
     enum handshake_want want; /* read by the owner */
     struct handshake_result result;
 
+    /* For the owner's log: an option was refused for want of TLS; the connection is to be closed
+     * because there was data behind a STARTTLS. */
+    bool lacked_tls, spoke_before_tls;
+
     /* The machine's own. */
     enum nbd_tls_mode tls_mode;
     bool tls_active, fixed, no_zeroes;
@@ -104,8 +108,9 @@ void handshake_free(struct handshake *h);
 
 /* Takes bytes from the client and returns how many were used: fewer than `len` when the
  * machine came to want something else (see h->want); the rest is to be fed later, or
- * belongs to the transmission phase. What follows a STARTTLS is swallowed: it was not
- * protected by the TLS session it would become part of. */
+ * belongs to the transmission phase. All that has come is to be fed together: what follows a
+ * STARTTLS was not protected by the TLS session it would become part of, and ends the
+ * connection. */
 size_t handshake_feed(struct handshake *h, const uint8_t *data, size_t len);
 
 /* What is to be sent; *len 0: nothing. */

@@ -177,7 +177,7 @@ static struct outcome out, again;
 static void converse(void)
 {
     converse_in_steps(&out, in.len);
-    /* After STARTTLS or at the end, bytes fed together are swallowed on purpose. */
+    /* At the end, bytes fed together are swallowed on purpose. */
     static const size_t steps[] = {1, 2, 3, 7, 16, 17};
     for (size_t i = 0; i < sizeof steps / sizeof steps[0]; i++) {
         converse_in_steps(&again, steps[i]);
@@ -547,10 +547,12 @@ static void starttls_forgets(void **state) /* A.8 */
     assert_int_equal(h.result.n_contexts, 1);
     in.len = 0;
     option(NBD_OPT_STARTTLS, 0);
-    option(NBD_OPT_STRUCTURED_REPLY, 0); /* in plain text: must not count */
     assert_int_equal(handshake_feed(&h, in.bytes, in.len), in.len);
     assert_int_equal(h.want, HANDSHAKE_TLS);
     answer(&h, &o);
+    assert_true(o.len >= 20);
+    assert_int_equal(get_be32(o.bytes + o.len - 20 + 8), NBD_OPT_STARTTLS);
+    assert_int_equal(get_be32(o.bytes + o.len - 20 + 12), NBD_REP_ACK);
     assert_false(h.result.structured);
     assert_int_equal(h.result.n_contexts, 0);
 
@@ -561,6 +563,27 @@ static void starttls_forgets(void **state) /* A.8 */
     drain(&h, &o);
     assert_int_equal(get_be32(o.bytes + 12), NBD_REP_ERR_INVALID);
     handshake_free(&h);
+}
+
+static void data_behind_starttls_closes(void **state) /* A.8 */
+{
+    (void)state;
+    for (size_t n = 1; n <= 16; n++) {
+        struct handshake h;
+        static struct outcome o;
+        o.len = 0;
+        handshake_init(&h, NBD_TLS_ON);
+        begin(3);
+        option(NBD_OPT_STARTTLS, 0);
+        size_t len = in.len;
+        option(NBD_OPT_STRUCTURED_REPLY, 0); /* or a part of it */
+        assert_int_equal(handshake_feed(&h, in.bytes, len + n), len + n);
+        assert_int_equal(h.want, HANDSHAKE_CLOSE);
+        assert_true(h.spoke_before_tls && !h.result.structured);
+        drain(&h, &o);
+        assert_int_equal(get_be32(o.bytes + 18 + 12), NBD_REP_ERR_INVALID);
+        handshake_free(&h);
+    }
 }
 
 static void tls_required(void **state) /* A.9 */
@@ -929,6 +952,7 @@ int main(void)
         cmocka_unit_test_setup(info_then_go, setup),
         cmocka_unit_test_setup(starttls_unconfigured, setup),
         cmocka_unit_test_setup(starttls_forgets, setup),
+        cmocka_unit_test_setup(data_behind_starttls_closes, setup),
         cmocka_unit_test_setup(tls_required, setup),
         cmocka_unit_test_setup(meta_contexts, setup),
         cmocka_unit_test_setup(owners_learn_what_is_asked_for, setup),
