@@ -5,12 +5,12 @@
 set -eu
 
 build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
-libxxhash-dev liblz4-dev libzstd-dev libjansson-dev libsystemd-dev libmicrohttpd-dev
-libnl-genl-3-dev"
+libxxhash-dev liblz4-dev libzstd-dev libjansson-dev libgnutls28-dev libsystemd-dev
+libmicrohttpd-dev libnl-genl-3-dev"
 
 test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
-e2fsprogs fuse3 util-linux procps openssl nbdkit nbd-server python3-matplotlib"
+e2fsprogs fuse3 util-linux procps openssl gnutls-bin nbdkit nbd-server python3-matplotlib"
 
 bench_packages="libcmocka-dev python3 python3-matplotlib nbdkit qemu-utils nbd-server fio
 util-linux"

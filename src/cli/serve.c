@@ -49,6 +49,10 @@ enum {
     STORE_TIMEOUT,
     QUOTA,
     REPLACE,
+    TLS,
+    TLS_CERTIFICATES,
+    TLS_VERIFY_PEER,
+    TLS_PSK,
     ACCESS,
     HTTP,
     CONTROL,
@@ -79,6 +83,14 @@ static const struct cli_option options[] = {
      "30 (seconds) or 500ms; longer waits for the store are EIO; 0: never (default: 0)"},
     {QUOTA, "quota", "SIZE",
      "bytes the store may use; writes beyond get ENOSPC; not on lmdb (default: no limit)"},
+    {TLS, "tls", "MODE",
+     "off, on (clients may use TLS) or require (others are refused) (default: off)"},
+    {TLS_CERTIFICATES, "tls-certificates", "DIR",
+     "a folder with server-cert.pem, server-key.pem, ca-cert.pem (default: none)"},
+    {TLS_VERIFY_PEER, "tls-verify-peer", NULL,
+     "refuse clients without a certificate of the CA (default: take them)"},
+    {TLS_PSK, "tls-psk", "FILE",
+     "pre-shared keys, as psktool writes them: identity:key (default: none)"},
     {HTTP, "http", "ADDRESS",
      "metrics, health and JSON over HTTP there; as --listen; repeatable (default: off)"},
     {CONTROL, "control", "PATH",
@@ -95,6 +107,9 @@ struct serve_options {
     size_t n_creates, cap_creates;
     const char *default_export, *access_file;
     bool read_only, shared, replace;
+    bool tls_given;
+    enum nbd_tls_mode tls;
+    struct tls_config tls_files;
     uint64_t cache_bytes, threads, lease_ms, owner_wait_ms, store_timeout_ms, quota_bytes;
     const char *http[SERVER_LISTEN_MAX];
     size_t n_http;
@@ -153,6 +168,33 @@ static enum status parse_time(const char *text, uint64_t *ms, struct err *e)
     return ST_OK;
 }
 
+static enum status take_tls(struct serve_options *o, const char *value, struct err *e)
+{
+    static const char *const modes[] = {
+        [NBD_TLS_OFF] = "off", [NBD_TLS_ON] = "on", [NBD_TLS_REQUIRE] = "require"};
+    for (unsigned i = 0; i < sizeof modes / sizeof *modes; i++) {
+        if (strcmp(value, modes[i]) == 0) {
+            o->tls = (enum nbd_tls_mode)i;
+            o->tls_given = true;
+            return ST_OK;
+        }
+    }
+    return fail(e, ST_INVAL, "off, on or require, not %.64s", value);
+}
+
+/* What does not go together. NULL: it does. */
+static const char *check_tls(const struct serve_options *o)
+{
+    bool has_files = o->tls_files.certificates || o->tls_files.psk;
+    if (o->tls != NBD_TLS_OFF && !has_files)
+        return "--tls needs --tls-certificates or --tls-psk (or both)";
+    if (o->tls_files.verify_peer && !o->tls_files.certificates)
+        return "--tls-verify-peer needs --tls-certificates";
+    if (!o->tls_given && has_files)
+        return "say whether clients may or have to use TLS: --tls on or --tls require";
+    return NULL;
+}
+
 static enum status take(void *arg, int code, const char *value, struct err *e)
 {
     struct serve_options *o = arg;
@@ -193,6 +235,17 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return ST_OK;
     case REPLACE:
         o->replace = true;
+        return ST_OK;
+    case TLS:
+        return take_tls(o, value, e);
+    case TLS_CERTIFICATES:
+        o->tls_files.certificates = value;
+        return ST_OK;
+    case TLS_VERIFY_PEER:
+        o->tls_files.verify_peer = true;
+        return ST_OK;
+    case TLS_PSK:
+        o->tls_files.psk = value;
         return ST_OK;
     case HTTP:
         if (o->n_http == SERVER_LISTEN_MAX)
@@ -352,6 +405,8 @@ static int serve(struct run *run, const struct serve_options *o, struct access *
                                    .access_file = o->access_file,
                                    .replace = o->replace,
                                    .shared = o->shared,
+                                   .tls = o->tls,
+                                   .tls_files = o->tls_files,
                                    .cache_bytes = o->cache_bytes,
                                    .threads = (unsigned)o->threads,
                                    .lease_ms = (unsigned)o->lease_ms,
@@ -390,7 +445,10 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         free(o.creates);
         return cli->status;
     }
-    if (o.cache_bytes / o.threads < VOLUME_CACHE_BYTES_MIN) {
+    const char *tls_fault = check_tls(&o);
+    if (tls_fault) {
+        status = cli_usage_error(cli, "%s", tls_fault);
+    } else if (o.cache_bytes / o.threads < VOLUME_CACHE_BYTES_MIN) {
         status = cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
                                  (unsigned long long)o.threads,
                                  (unsigned long long)(o.threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
@@ -431,6 +489,8 @@ const struct cli_command serve_command = {
         "instead of the default address, and --listen adds others. With --replace servers of the\n"
         "same store that listen at these addresses are told to end, once this one has taken their\n"
         "place; clients that reconnect go on here.\n\n"
+        "With --tls clients prove who they are by certificates or pre-shared keys; the files are those\n"
+        "of nbdkit, qemu and libnbd. SIGHUP has them read again, for sessions that begin later.\n\n"
         "A store that can't be reached is waited for, at the start and later: requests wait, and\n"
         "nothing answered is lost. With --store-timeout a request that has waited so long is\n"
         "answered with an I/O error instead. What was written stays, in order, and reaches the\n"

@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "server/tls.h"
 
 /* Of LANE_RECEIVE_BYTES each. */
 #define DRAIN_READS_MAX 256u
@@ -19,6 +20,7 @@
 #define TICK_STOPPING_MS 20u
 #define TRICKLE_PART 3u
 #define RECEIVE_PIECES 256
+#define TLS_SHOWN_BYTES 96
 #define BITMAP_NAME_BYTES (sizeof NBD_CONTEXT_BITMAP_PREFIX + NAME_BYTES_MAX)
 /* Part of a reactor's cache that replies to all its connections may hold back. */
 #define REPLY_CACHE_PART 8
@@ -626,6 +628,15 @@ static enum context_kind context_kind(const char *name)
     return (enum context_kind)kind;
 }
 
+/* How a client came that enters, for the log: "" without TLS. */
+static const char *show_tls(const struct tls_info *t, char out[TLS_SHOWN_BYTES])
+{
+    if (!t)
+        return "";
+    snprintf(out, TLS_SHOWN_BYTES, " over %s (%s)", t->version, t->cipher);
+    return out;
+}
+
 static void enter_transmission(struct conn *c)
 {
     struct handshake_result *r = &c->handshake->result;
@@ -641,10 +652,11 @@ static void enter_transmission(struct conn *c)
         CHECK(!c->contexts[i].since == (c->contexts[i].kind != CONTEXT_BITMAP));
     }
     s->context_ids = c->context_ids;
+    char over[TLS_SHOWN_BYTES];
     counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
     snprintf(c->export_name, sizeof c->export_name, "%s", r->name);
-    log_info("client %s entered export %s%s", peer_text(&c->peer, peer), r->name,
-             s->read_only ? " (read-only)" : "");
+    log_info("client %s entered export %s%s%s", peer_text(&c->peer, peer), r->name,
+             s->read_only ? " (read-only)" : "", show_tls(wire_tls_info(c->wire), over));
     handshake_free(c->handshake);
     free(c->handshake);
     c->handshake = NULL;
@@ -686,10 +698,58 @@ static bool handshake_flush(struct conn *c)
     }
 }
 
+static void peer_took_tls(struct conn *c)
+{
+    const struct tls_info *t = wire_tls_info(c->wire);
+    _Static_assert(PEER_NAME_BYTES == TLS_NAME_BYTES, "both hold the same names");
+    c->peer.tls = t->is_psk ? PEER_TLS_PSK : PEER_TLS_CERTIFICATE;
+    memcpy(c->peer.tls_name, t->name, PEER_NAME_BYTES);
+    memcpy(c->peer.tls_common_name, t->common_name, PEER_NAME_BYTES);
+}
+
+/* Goes on with the TLS session that the client was promised. False: it has to send more, or was
+ * refused. */
+static bool handshake_tls(struct conn *c)
+{
+    struct err e = {0};
+    if (!c->tls_begun) {
+        CHECK(!c->stash_len); /* nothing that came in plain text is taken for more */
+        c->tls_begun = true;
+        wire_begin_tls(c->wire, c->lane->server->tls, c->peer.address);
+    }
+    enum status st = wire_handshake(c->wire, &e);
+    if (st == ST_OK) {
+        peer_took_tls(c);
+        handshake_tls_started(c->handshake);
+        return true;
+    }
+    if (st != ST_BUSY) {
+        log_warning("client %s: refused at its TLS handshake: %s", c->peer.address, e.text);
+        conn_die(c, "no TLS session");
+    }
+    return false;
+}
+
+/* A client that is refused for want of TLS, or for what it sent before it, and may not show why. */
+static void tell_about_tls(struct conn *c)
+{
+    const struct handshake *h = c->handshake;
+    if (h->lacked_tls && !c->tls_told)
+        log_warning("client %s: refused: it came without TLS, which this server requires "
+                    "(--tls require)",
+                    c->peer.address);
+    if (h->spoke_before_tls && !c->tls_told)
+        log_warning("client %s: closed: it sent data behind STARTTLS without waiting for the "
+                    "answer, or somebody between put it there",
+                    c->peer.address);
+    c->tls_told |= h->lacked_tls || h->spoke_before_tls;
+}
+
 static void handshake_pump(struct conn *c)
 {
     struct handshake *h = c->handshake;
     while (c->phase == CONN_HANDSHAKE) {
+        tell_about_tls(c);
         if (!handshake_flush(c))
             break;
         if (atomic_load(&c->lane->server->draining) && !c->lookup &&
@@ -711,6 +771,9 @@ static void handshake_pump(struct conn *c)
             if (!c->lookup)
                 ask_export(c);
             break;
+        } else if (h->want == HANDSHAKE_TLS) {
+            if (!handshake_tls(c))
+                break;
         } else if (h->want == HANDSHAKE_READY) {
             enter_transmission(c);
         } else {
@@ -911,7 +974,8 @@ static void settle(struct conn *c)
     if (c->phase == CONN_HANDSHAKE) {
         size_t unsent;
         handshake_output(c->handshake, &unsent);
-        bool hears = c->handshake->want == HANDSHAKE_BYTES && !unsent;
+        enum handshake_want want = c->handshake->want;
+        bool hears = (want == HANDSHAKE_BYTES || want == HANDSHAKE_TLS) && !unsent;
         wire_watch(c->wire,
                    (hears ? WIRE_READABLE : 0) | (unsent ? WIRE_WRITABLE : 0) | WIRE_HANG_UP);
         return;
@@ -947,9 +1011,10 @@ static void on_wire(void *arg, int events)
         return;
     }
     if (c->phase == CONN_HANDSHAKE) {
-        if (events & WIRE_READABLE) {
+        bool in_tls = c->handshake->want == HANDSHAKE_TLS;
+        if (events & WIRE_READABLE && !in_tls) {
             handshake_read(c);
-        } else if (events & WIRE_HANG_UP && !(events & WIRE_WRITABLE)) {
+        } else if (events & WIRE_HANG_UP && !(events & (WIRE_WRITABLE | WIRE_READABLE))) {
             c->left = true;
             conn_die(c, "the client closed it during the handshake");
         }
@@ -1207,7 +1272,7 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     atomic_fetch_add(&server->n_conns, 1);
     attach(c);
     c->handshake = mem_alloc(sizeof *c->handshake);
-    handshake_init(c->handshake, NBD_TLS_OFF);
+    handshake_init(c->handshake, server->config->tls);
     handshake_pump(c);
 }
 

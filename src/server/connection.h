@@ -168,6 +168,7 @@ struct conn {
 
     /* Handshake. */
     struct handshake *handshake;
+    bool tls_begun, tls_told; /* that this client was refused for want of TLS */
     struct lookup *lookup; /* a question under way */
     struct volume *opened; /* for the export it is about to enter; lives on opened_lane */
     struct lane *opened_lane;
@@ -267,6 +268,7 @@ struct server {
     struct server_config limits; /* config with its defaults filled in */
     struct store *store;
     struct session *session;
+    struct tls_credentials *tls; /* of new sessions; lane 0 only; NULL: no TLS */
     struct lane *lanes;
     unsigned n_lanes;
     struct metrics metrics;

@@ -142,6 +142,28 @@ static void use_access(void *arg, void *loaded)
     drop_access(loaded);
 }
 
+static enum status load_tls(void *arg, void **loaded, struct err *e)
+{
+    const struct running *r = arg;
+    struct tls_credentials *fresh;
+    enum status st = tls_credentials_load(&r->server.config->tls_files, &fresh, e);
+    *loaded = st ? NULL : fresh;
+    return st;
+}
+
+static void drop_tls(void *loaded)
+{
+    tls_credentials_unref(loaded);
+}
+
+/* Whoever has a session keeps what it began with. */
+static void use_tls(void *arg, void *loaded)
+{
+    struct server *s = &((struct running *)arg)->server;
+    tls_credentials_unref(s->tls);
+    s->tls = loaded;
+}
+
 static void reload_prepare(struct running *r)
 {
     reload_init(&r->reload, reactor_env(r->server.lanes[0].reactor));
@@ -151,6 +173,12 @@ static void reload_prepare(struct running *r)
                                                     .load = load_access,
                                                     .use = use_access,
                                                     .drop = drop_access});
+    if (r->server.config->tls != NBD_TLS_OFF)
+        reload_add(&r->reload, (struct reload_hook){.what = "the TLS credentials",
+                                                    .arg = r,
+                                                    .load = load_tls,
+                                                    .use = use_tls,
+                                                    .drop = drop_tls});
 }
 
 /* --- starting ------------------------------------------------------------------------------ */
@@ -342,6 +370,8 @@ enum status server_run(const struct server_config *config, struct err *e)
     r->listeners = listeners_new();
 
     enum status st = ST_OK;
+    if (config->tls != NBD_TLS_OFF)
+        st = tls_credentials_load(&config->tls_files, &s->tls, e);
     while (st == ST_OK && s->n_lanes < config->threads) {
         struct lane *lane = &s->lanes[s->n_lanes];
         lane->server = s;
@@ -362,6 +392,7 @@ enum status server_run(const struct server_config *config, struct err *e)
     for (unsigned i = 0; i < s->n_lanes; i++)
         reactor_free(s->lanes[i].reactor);
     http_free(r->http);
+    tls_credentials_unref(s->tls);
     free(s->lanes);
     free(r);
     return st;

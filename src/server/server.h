@@ -13,6 +13,8 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "nbd/handshake.h"
+#include "server/tls.h"
 #include "store/store.h"
 
 #define SERVER_LISTEN_MAX 16u
@@ -43,6 +45,8 @@ struct server_config {
     /* A request waits so long for another server, and a write for another host on this one, to let
      * go of its volume before it is refused; 0: not at all. */
     unsigned owner_wait_ms;
+    enum nbd_tls_mode tls;
+    struct tls_config tls_files;   /* read again at each SIGHUP; not with NBD_TLS_OFF */
     unsigned connections_max;      /* 0: 1024 */
     unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
     unsigned handshake_timeout_ms; /* 0: 10000 */
@@ -63,10 +67,11 @@ struct server_config {
 };
 
 /* Serves until SIGTERM or SIGINT (or SIGHUP, where the terminal it was started on is gone; any
- * other SIGHUP has the access file and the like read again), then commits everything, gives all volumes back and returns
+ * other SIGHUP has the access file and the credentials of TLS read again, the latter for sessions
+ * that begin later), then commits everything, gives all volumes back and returns
  * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
- * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
- * ST_UNAVAIL: one that can't be listened on, or where nobody may be replaced; what session_begin
+ * could not be started, and `e` says why (ST_INVAL: an address that makes no sense, or
+ * credentials; ST_UNAVAIL: one that can't be listened on, or where nobody may be replaced; what session_begin
  * and shard_new give). */
 enum status server_run(const struct server_config *config, struct err *e);
 

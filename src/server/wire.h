@@ -2,8 +2,8 @@
  * A wire: one connected socket of a client, watched on one reactor at a time.
  *
  * All that the server does with a client's socket goes through these few calls, so that the
- * same connections, requests and replies run on real sockets here (wire.c) and on simulated
- * ones, which lose, delay and cut as their seed says (tests/sim/net.c).
+ * same connections, requests and replies run on real sockets here (wire.c), with TLS in between
+ * (tls.h) or not, and on simulated ones, which lose, delay and cut as their seed says (tests/sim/net.c).
  */
 #ifndef SERVER_WIRE_H
 #define SERVER_WIRE_H
@@ -13,9 +13,12 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#include "base/status.h"
 #include "server/reactor.h"
 
 struct wire;
+struct tls_credentials;
+struct tls_info;
 
 enum wire_event {
     WIRE_READABLE = 1,
@@ -45,6 +48,18 @@ ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n);
 
 /* The same bytes as the next wire_receive would give; they stay. */
 ssize_t wire_peek(struct wire *w, void *out, size_t len);
+
+/* From now on the bytes on the socket are those of a TLS session, of which this is the server's
+ * side: wire_handshake() until it stands, then the calls above as before. Attached; what came
+ * before was read. `client`: for log lines; stays valid. The reactor's thread. */
+void wire_begin_tls(struct wire *w, struct tls_credentials *credentials, const char *client);
+
+/* Goes on with the handshake of the session. ST_OK: it stands. ST_BUSY: again when the wire is
+ * readable. Else the client is to be closed, and `e` says why in words for a person. */
+enum status wire_handshake(struct wire *w, struct err *e);
+
+/* What that came to (server/tls.h); NULL: there is no session that stands. */
+const struct tls_info *wire_tls_info(const struct wire *w);
 
 /* Closes the socket and frees the wire, which is not attached. */
 void wire_close(struct wire *w);

@@ -731,6 +731,26 @@ ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n)
     return (ssize_t)sent;
 }
 
+/* There is no TLS on simulated wires. */
+void wire_begin_tls(struct wire *w, struct tls_credentials *credentials, const char *client)
+{
+    (void)w, (void)credentials, (void)client;
+    CHECK(!"TLS in the simulator");
+}
+
+enum status wire_handshake(struct wire *w, struct err *e)
+{
+    (void)w, (void)e;
+    CHECK(!"TLS in the simulator");
+    return ST_UNSUP;
+}
+
+const struct tls_info *wire_tls_info(const struct wire *w)
+{
+    (void)w;
+    return NULL;
+}
+
 void wire_close(struct wire *w)
 {
     struct end *e = w->end;
