@@ -22,8 +22,9 @@
 #include "server/tls_credentials.h"
 
 #define RECORD_BYTES (16u << 10)
-/* Messages of a handshake: a client may send a chain of certificates. */
-#define HANDSHAKE_BYTES_MAX (64u << 10)
+/* What may come without a byte of data in it: a whole handshake with a chain of certificates. GnuTLS
+ * gathers any message until it is whole, and it may claim 16 MiB. */
+#define BARREN_BYTES_MAX (64u << 10)
 /* Warnings and wishes for another handshake that one session may come with. */
 #define ODD_RECORDS_MAX 16u
 
@@ -43,6 +44,7 @@ struct tls_session {
     int broken;  /* errno; 0: it is not */
     bool more;   /* see tls_has_more() */
     unsigned n_odd;
+    size_t barren;    /* ciphertext since the last data */
     struct run in;    /* ciphertext */
     struct run out;   /* ciphertext */
     struct run ahead; /* plaintext: tls_peek() */
@@ -98,7 +100,13 @@ static ssize_t pull(gnutls_transport_ptr_t arg, void *out, size_t len)
         }
         s->in.len = (size_t)n;
     }
-    return (ssize_t)run_take(&s->in, out, len);
+    size_t n = run_take(&s->in, out, len);
+    s->barren += n;
+    if (s->barren <= BARREN_BYTES_MAX)
+        return (ssize_t)n;
+    s->broken = EMSGSIZE;
+    gnutls_transport_set_errno(s->gnutls, EMSGSIZE);
+    return -1;
 }
 
 static ssize_t push(gnutls_transport_ptr_t arg, const void *data, size_t len)
@@ -177,7 +185,6 @@ struct tls_session *tls_session_new(struct tls_credentials *c, int fd, const cha
     gnutls_transport_set_pull_function(s->gnutls, pull);
     gnutls_transport_set_push_function(s->gnutls, push);
     CHECK(gnutls_priority_set(s->gnutls, c->priorities) == 0);
-    gnutls_handshake_set_max_packet_length(s->gnutls, HANDSHAKE_BYTES_MAX);
     if (c->certificates)
         gnutls_credentials_set(s->gnutls, GNUTLS_CRD_CERTIFICATE, c->certificates);
     if (c->psk)
@@ -305,8 +312,11 @@ static void explain(struct tls_session *s, int rc, struct err *e)
     case GNUTLS_E_PREMATURE_TERMINATION:
     case GNUTLS_E_PULL_ERROR:
     case GNUTLS_E_PUSH_ERROR:
-        fail(e, ST_PERM, "the client broke off during the handshake%s",
-             with_psk ? "" : " (it may not accept this server's certificate)");
+        if (s->broken == EMSGSIZE)
+            fail(e, ST_PERM, "what the client sent is longer than any handshake has to be");
+        else
+            fail(e, ST_PERM, "the client broke off during the handshake%s",
+                 with_psk ? "" : " (it may not accept this server's certificate)");
         return;
     case GNUTLS_E_FATAL_ALERT_RECEIVED:
         if (!with_psk) {
@@ -392,8 +402,10 @@ static size_t receive_some(struct tls_session *s, void *out, size_t len)
 {
     while (!s->ended && !s->broken) {
         ssize_t n = gnutls_record_recv(s->gnutls, out, len);
-        if (n > 0)
+        if (n > 0) {
+            s->barren = 0;
             return (size_t)n;
+        }
         int rc = (int)n;
         if (rc == GNUTLS_E_AGAIN)
             return 0;
