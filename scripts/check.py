@@ -179,9 +179,11 @@ def stages(long_run):
     waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
                pytest_suite("http", "http", BUILD, counts),
                pytest_suite("fdb", "fdb", BUILD, counts),
+               pytest_suite("tls", "tls", BUILD, counts),
                pytest_suite("failover", "failover", BUILD, counts)]
     alone = [*both(ALONE),
-             pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV))]
+             pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),
+             pytest_suite("tls (sanitizers)", "tls", ASAN, dict(counts, **ASAN_ENV))]
     return [[computing, waiting], [alone]]
 
 

@@ -1005,16 +1005,19 @@ static void on_wire(void *arg, int events)
     struct conn *c = arg;
     if (c->phase == CONN_DEAD || c->phase == CONN_MOVING)
         return;
+    bool in_tls = c->phase == CONN_HANDSHAKE && c->handshake->want == HANDSHAKE_TLS;
     if (!events) {
         c->left = true;
+        /* It says what the client may have disliked. */
+        if (in_tls)
+            handshake_tls(c);
         conn_die(c, "the connection broke");
         return;
     }
     if (c->phase == CONN_HANDSHAKE) {
-        bool in_tls = c->handshake->want == HANDSHAKE_TLS;
         if (events & WIRE_READABLE && !in_tls) {
             handshake_read(c);
-        } else if (events & WIRE_HANG_UP && !(events & (WIRE_WRITABLE | WIRE_READABLE))) {
+        } else if (events & WIRE_HANG_UP && !(events & WIRE_WRITABLE) && !in_tls) {
             c->left = true;
             conn_die(c, "the client closed it during the handshake");
         }
@@ -1128,8 +1131,14 @@ static void lane_tick(struct env_timer *timer)
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
         if (c->phase == CONN_HANDSHAKE) {
-            if (now - c->since_ms >= limits->handshake_timeout_ms)
-                conn_die(c, "the handshake took too long");
+            if (now - c->since_ms < limits->handshake_timeout_ms)
+                continue;
+            /* So ends a client, too, that does not like what it saw and keeps that to itself. */
+            if (c->handshake->want == HANDSHAKE_TLS)
+                log_warning("client %s: closed: its TLS handshake did not come to an end within "
+                            "%u ms",
+                            c->peer.address, limits->handshake_timeout_ms);
+            conn_die(c, "the handshake took too long");
         } else if (c->phase == CONN_SERVING) {
             bool stale = is_stale(c, now, limits->pause_close_ms);
             if (stale)

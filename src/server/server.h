@@ -70,9 +70,9 @@ struct server_config {
  * other SIGHUP has the access file and the credentials of TLS read again, the latter for sessions
  * that begin later), then commits everything, gives all volumes back and returns
  * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
- * could not be started, and `e` says why (ST_INVAL: an address that makes no sense, or
- * credentials; ST_UNAVAIL: one that can't be listened on, or where nobody may be replaced; what session_begin
- * and shard_new give). */
+ * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
+ * ST_UNAVAIL: one that cannot be listened on, or where nobody may be replaced, or credentials that
+ * cannot be used; what session_begin and shard_new give). */
 enum status server_run(const struct server_config *config, struct err *e);
 
 #endif

@@ -315,8 +315,9 @@ static void explain(struct tls_session *s, int rc, struct err *e)
         if (s->broken == EMSGSIZE)
             fail(e, ST_PERM, "what the client sent is longer than any handshake has to be");
         else
-            fail(e, ST_PERM, "the client broke off during the handshake%s",
-                 with_psk ? "" : " (it may not accept this server's certificate)");
+            fail(e, ST_PERM, "the client broke off during the handshake%s%s",
+                 with_psk ? "" : ": it may not accept this server's certificate",
+                 with_psk || c->psk ? "" : ", or want to use a pre-shared key (--tls-psk)");
         return;
     case GNUTLS_E_FATAL_ALERT_RECEIVED:
         if (!with_psk) {
@@ -333,6 +334,14 @@ static void explain(struct tls_session *s, int rc, struct err *e)
         fail(e, ST_PERM, "the client has no certificate, which --tls-verify-peer asks for: give it "
              "client-cert.pem and client-key.pem, signed by the CA in %s",
              c->ca_path);
+        return;
+    case GNUTLS_E_DECRYPTION_FAILED:
+        /* So looks OpenSSL's alert at this point, which it does not encrypt. */
+        if (with_psk)
+            break;
+        fail(e, ST_PERM, "the client sent what can't be decrypted: it may not accept this server's "
+             "certificate (its ca-cert.pem must be the one that signed server-cert.pem, and the "
+             "host's name it connects to must stand there)");
         return;
     case GNUTLS_E_UNEXPECTED_PACKET_LENGTH:
     case GNUTLS_E_UNEXPECTED_PACKET:

@@ -41,7 +41,7 @@ struct tls_config {
 struct tls_credentials;
 
 /* Reads the files. What is allowed but unwise (keys that others can read, a certificate that is
- * over) is logged. ST_INVAL: a file is missing or makes no sense; `e` says which and why, and
+ * over) is logged. ST_UNAVAIL: a file is missing or makes no sense; `e` says which and why, and
  * holds no secret. ANY thread. */
 enum status tls_credentials_load(const struct tls_config *config, struct tls_credentials **out,
                                  struct err *e);

@@ -42,9 +42,9 @@ static enum status read_open_file(int fd, const char *path, bool is_secret, gnut
 {
     struct stat st;
     if (fstat(fd, &st) != 0)
-        return fail(e, ST_INVAL, "cannot read %s: %s", path, strerror(errno));
+        return fail(e, ST_UNAVAIL, "cannot read %s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode) || st.st_size > (off_t)FILE_BYTES_MAX)
-        return fail(e, ST_INVAL, "cannot read %s: it is no file, or longer than %u MiB", path,
+        return fail(e, ST_UNAVAIL, "cannot read %s: it is no file, or longer than %u MiB", path,
                     FILE_BYTES_MAX >> 20);
     if (is_secret && st.st_mode & S_IRWXO)
         log_warning("%s holds a secret key and every user of this machine has access to it: "
@@ -59,7 +59,7 @@ static enum status read_open_file(int fd, const char *path, bool is_secret, gnut
         if (n < 0) {
             int why = errno;
             wipe(out);
-            return fail(e, ST_INVAL, "cannot read %s: %s", path, strerror(why));
+            return fail(e, ST_UNAVAIL, "cannot read %s: %s", path, strerror(why));
         }
         if (n == 0)
             break;
@@ -77,7 +77,7 @@ static enum status read_file(const char *path, bool is_secret, bool may_miss, gn
     if (fd < 0 && errno == ENOENT && may_miss)
         return ST_OK;
     if (fd < 0)
-        return fail(e, ST_INVAL, "cannot read %s: %s", path, strerror(errno));
+        return fail(e, ST_UNAVAIL, "cannot read %s: %s", path, strerror(errno));
     enum status st = read_open_file(fd, path, is_secret, out, e);
     close(fd);
     return st;
@@ -123,7 +123,7 @@ static enum status check_certificate(const struct files *f, struct err *e)
     unsigned n;
     int rc = gnutls_x509_crt_list_import2(&list, &n, &f->cert, GNUTLS_X509_FMT_PEM, 0);
     if (rc < 0)
-        return fail(e, ST_INVAL, "%s holds no certificate in PEM format: %s", f->cert_path,
+        return fail(e, ST_UNAVAIL, "%s holds no certificate in PEM format: %s", f->cert_path,
                     gnutls_strerror(rc));
     check_times(list[0], f->cert_path);
     for (unsigned i = 0; i < n; i++)
@@ -142,23 +142,23 @@ static enum status use_certificates(struct tls_credentials *c, const struct file
     int rc = gnutls_certificate_set_x509_key_mem2(c->certificates, &f->cert, &f->key,
                                                   GNUTLS_X509_FMT_PEM, NULL, 0);
     if (rc == GNUTLS_E_CERTIFICATE_KEY_MISMATCH)
-        return fail(e, ST_INVAL, "%s is not the key of the certificate %s", f->key_path,
+        return fail(e, ST_UNAVAIL, "%s is not the key of the certificate %s", f->key_path,
                     f->cert_path);
     if (rc < 0)
-        return fail(e, ST_INVAL, "cannot use the key %s: %s%s", f->key_path, gnutls_strerror(rc),
+        return fail(e, ST_UNAVAIL, "cannot use the key %s: %s%s", f->key_path, gnutls_strerror(rc),
                     rc == GNUTLS_E_DECRYPTION_FAILED
                         ? " (the server needs a key without a password)"
                         : "");
     if (f->ca.size) {
         rc = gnutls_certificate_set_x509_trust_mem(c->certificates, &f->ca, GNUTLS_X509_FMT_PEM);
         if (rc <= 0)
-            return fail(e, ST_INVAL, "%s holds no certificate in PEM format%s%s", f->ca_path,
+            return fail(e, ST_UNAVAIL, "%s holds no certificate in PEM format%s%s", f->ca_path,
                         rc ? ": " : "", rc ? gnutls_strerror(rc) : "");
     }
     if (f->crl.size) {
         rc = gnutls_certificate_set_x509_crl_mem(c->certificates, &f->crl, GNUTLS_X509_FMT_PEM);
         if (rc <= 0)
-            return fail(e, ST_INVAL, "%s holds no revocation list in PEM format%s%s", f->crl_path,
+            return fail(e, ST_UNAVAIL, "%s holds no revocation list in PEM format%s%s", f->crl_path,
                         rc ? ": " : "", rc ? gnutls_strerror(rc) : "");
     }
     return ST_OK;
@@ -279,7 +279,7 @@ static enum status parse_keys(struct tls_credentials *c, const gnutls_datum_t *f
     for (const char *p = at; (p = memchr(p, '\n', (size_t)(end - p))); p++)
         n_lines++;
     if (n_lines > LINES_MAX)
-        return fail(e, ST_INVAL, "%s has more than %u lines", c->psk_path, LINES_MAX);
+        return fail(e, ST_UNAVAIL, "%s has more than %u lines", c->psk_path, LINES_MAX);
     c->keys = mem_zalloc(n_lines * sizeof *c->keys);
     for (unsigned line = 1; line <= n_lines; line++) {
         const char *newline = memchr(at, '\n', (size_t)(end - at));
@@ -290,17 +290,17 @@ static enum status parse_keys(struct tls_credentials *c, const gnutls_datum_t *f
         if (len) {
             const char *wrong = parse_key(at, len, &c->keys[c->n_keys++]);
             if (wrong)
-                return fail(e, ST_INVAL, "%s: line %u %s", c->psk_path, line, wrong);
+                return fail(e, ST_UNAVAIL, "%s: line %u %s", c->psk_path, line, wrong);
         }
         at = next;
     }
     if (!c->n_keys)
-        return fail(e, ST_INVAL, "%s has no keys: psktool -u NAME -p %s makes one", c->psk_path,
+        return fail(e, ST_UNAVAIL, "%s has no keys: psktool -u NAME -p %s makes one", c->psk_path,
                     c->psk_path);
     qsort(c->keys, c->n_keys, sizeof *c->keys, compare_identities);
     for (size_t i = 1; i < c->n_keys; i++)
         if (strcmp(c->keys[i - 1].identity, c->keys[i].identity) == 0)
-            return fail(e, ST_INVAL, "%s has two keys for \"%s\"", c->psk_path,
+            return fail(e, ST_UNAVAIL, "%s has two keys for \"%s\"", c->psk_path,
                         c->keys[i].identity);
     return ST_OK;
 }
@@ -334,7 +334,7 @@ static enum status set_priorities(struct tls_credentials *c, struct err *e)
              c->psk ? ":+ECDHE-PSK:+DHE-PSK" : "");
     int rc = gnutls_priority_init2(&c->priorities, text, NULL, GNUTLS_PRIORITY_INIT_DEF_APPEND);
     if (rc < 0)
-        return fail(e, ST_INVAL, "GnuTLS's settings on this machine leave no way to use TLS: %s",
+        return fail(e, ST_UNAVAIL, "GnuTLS's settings on this machine leave no way to use TLS: %s",
                     gnutls_strerror(rc));
     return ST_OK;
 }

@@ -420,3 +420,4 @@ def test_A12_stalled_handshakes_hold_up_nobody(choosing, fresh, alice):
     for client in silent:
         client.expect_closed(limit_s=15 * SLOW)
     assert time.monotonic() - began >= 9
+    assert choosing.log().count("its TLS handshake did not come to an end within 10000 ms") == 8
