@@ -496,6 +496,6 @@ const struct cli_command serve_command = {
         "answered with an I/O error instead. What was written stays, in order, and reaches the\n"
         "store when that works again; a flush succeeds only when all data before it is in.",
     .options = options,
-    .repeatable = (const int[]){LISTEN, CREATE, 0},
+    .repeatable = (const int[]){LISTEN, CREATE, HTTP, 0},
     .run = run_serve,
 };

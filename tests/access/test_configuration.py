@@ -48,7 +48,7 @@ def test_each_line_of_the_example(folder, name, value):
 def test_every_option_may_stand_in_the_file_and_only_some_twice(folder):
     for name, value in (m.groups() for m in EXAMPLES):
         line = f"{name} = {value}\n"
-        first_mistake = 3 if name in ("listen", "create") else 2
+        first_mistake = 3 if name in ("listen", "create", "http") else 2
         assert refused_at(folder, line + line + "no-such = 1\n") == first_mistake, name
 
 

@@ -268,7 +268,7 @@ def test_reload_under_sessions(servers, pki, folder):
     # Nothing of this takes effect, though some of the files are good.
     pki.ca.issue(files, "server", "localhost")
     keys.write_text(keys.read_text() + "bob\n")
-    said = reload(server, "TLS credentials not changed, the old ones stay in use")
+    said = reload(server, "the TLS credentials stay as they were")
     assert f"{keys}: line 2 is not identity:key" in said
     client = tlsnbd.connect(server, alice)
     assert serial(client) == serial(old)
@@ -276,7 +276,7 @@ def test_reload_under_sessions(servers, pki, folder):
 
     keys.unlink()
     pki.keys(keys, "alice", "bob")
-    reload(server, "TLS credentials read again")
+    reload(server, "the TLS credentials were read again")
     client = tlsnbd.connect(server, alice)
     assert serial(client) != serial(old) and client.read(0, 6) == b"before"
     client.disc()
@@ -284,7 +284,7 @@ def test_reload_under_sessions(servers, pki, folder):
 
     # Another CA: whoever is inside stays, and does not come again.
     shutil.copy(pki.other_ca.cert, files / "ca-cert.pem")
-    reload(server, "TLS credentials read again")
+    reload(server, "the TLS credentials were read again")
     is_refused(server, lambda: tlsnbd.connect(server, alice), "(CN=alice,O=fdb-nbd) is not accepted")
     tlsnbd.connect(server, context(pki.other)).disc()
     old.write(0, b"after!")
