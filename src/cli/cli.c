@@ -28,6 +28,7 @@ enum {
     GLOBAL_CONFIG,
     GLOBAL_JSON,
     GLOBAL_LOG_LEVEL,
+    GLOBAL_LOG_FORMAT,
     GLOBAL_HELP,
     GLOBAL_VERSION
 };
@@ -41,6 +42,8 @@ static const struct cli_option global_options[] = {
      "store info, device list, bench"},
     {GLOBAL_LOG_LEVEL, "log-level", "LEVEL",
      "debug, info, warning or error (default: info for serve)"},
+    {GLOBAL_LOG_FORMAT, "log-format", "FORMAT",
+     "text, json or journal (default: journal where stderr is the journal, else text)"},
     {GLOBAL_HELP, "help", NULL, "show this; behind a command: about that command"},
     {GLOBAL_VERSION, "version", NULL, "show the version"},
     {0, NULL, NULL, NULL},
@@ -84,6 +87,11 @@ void cli_error(const char *format, ...)
         if ((unsigned char)*c < 0x20 || *c == 0x7f)
             *c = '?';
     fflush(stdout);
+    /* Whoever reads the log as a program's reads this too. */
+    if (log_format() != LOG_FORMAT_TEXT) {
+        log_error("%s", text);
+        return;
+    }
     fprintf(stderr, "fdb-nbd: %s\n", text);
 }
 
@@ -264,6 +272,9 @@ static void take_global(struct cli *cli, int code, const char *value)
     case GLOBAL_LOG_LEVEL:
         set_text(&cli->log_level, value);
         break;
+    case GLOBAL_LOG_FORMAT:
+        set_text(&cli->log_format, value);
+        break;
     case GLOBAL_JSON:
         cli->json = true;
         break;
@@ -291,16 +302,32 @@ static size_t add_long_options(struct option *to, size_t n, const struct cli_opt
     return n;
 }
 
+/* The index of `name` in a list that ends with NULL; -1 where it is not there. */
+static int find_name(const char *const *names, const char *name)
+{
+    for (int i = 0; names[i]; i++)
+        if (strcasecmp(names[i], name) == 0)
+            return i;
+    return -1;
+}
+
 static enum status parse_log_level(const char *name, enum log_level *level, struct err *e)
 {
-    static const char *const names[] = {"debug", "info", "warning", "error"};
-    for (int i = 0; i < 4; i++) {
-        if (strcasecmp(name, names[i]) == 0) {
-            *level = (enum log_level)i;
-            return ST_OK;
-        }
-    }
-    return fail(e, ST_INVAL, "\"%.64s\" is not a log level (debug, info, warning, error)", name);
+    int i = find_name(log_level_names, name);
+    if (i < 0)
+        return fail(e, ST_INVAL, "\"%.64s\" is not a log level (debug, info, warning, error)",
+                    name);
+    *level = (enum log_level)i;
+    return ST_OK;
+}
+
+static enum status parse_log_format(const char *name, enum log_format *format, struct err *e)
+{
+    int i = find_name(log_format_names, name);
+    if (i < 0)
+        return fail(e, ST_INVAL, "\"%.64s\" is not a log format (text, json, journal)", name);
+    *format = (enum log_format)i;
+    return ST_OK;
 }
 
 static const char *option_name(const struct cli_option *options, int code)
@@ -409,7 +436,9 @@ static enum status apply_global(struct cli *cli, const struct config_setting *s,
 {
     enum log_level level = LOG_LEVEL_INFO;
     struct err why = {0};
-    if (option->code == GLOBAL_LOG_LEVEL && parse_log_level(s->value, &level, &why) != ST_OK)
+    enum log_format format;
+    if ((option->code == GLOBAL_LOG_LEVEL && parse_log_level(s->value, &level, &why) != ST_OK) ||
+        (option->code == GLOBAL_LOG_FORMAT && parse_log_format(s->value, &format, &why) != ST_OK))
         return fail(e, ST_INVAL, "%s:%u: %s: %s", cli->config_path, s->line, s->key, why.text);
     if (!cli->given_globals[option->code - GLOBAL_STORE])
         take_global(cli, option->code, s->value);
@@ -430,7 +459,7 @@ static enum status apply_settings(struct cli *cli,
         const struct cli_option *global = find_setting(global_options, s->key);
         if (!own && !global)
             return fail(e, ST_INVAL, "%s:%u: there is no setting \"%.64s\"; the settings are the "
-                        "options of \"fdb-nbd serve\", and --store and --log-level",
+                        "options of \"fdb-nbd serve\", and --store, --log-level and --log-format",
                         config->file, s->line, s->key);
         unsigned *line =
             own ? &own_lines[own->code] : &global_lines[global->code - GLOBAL_STORE];
@@ -489,6 +518,25 @@ static bool set_log_level(const struct cli *cli)
     return e.st == ST_OK;
 }
 
+static bool set_log_format(const struct cli *cli)
+{
+    struct err e = {0};
+    enum log_format format;
+    if (!cli->log_format) {
+        if (log_stderr_is_journal())
+            (void)log_set_format(LOG_FORMAT_JOURNAL);
+        return true;
+    }
+    if (parse_log_format(cli->log_format, &format, &e) != ST_OK)
+        cli_usage_error(cli, "%s", e.text);
+    else if (!log_set_format(format))
+        cli_usage_error(cli, "--log-format journal: there is no journald on this machine; use text "
+                             "or json");
+    else
+        return true;
+    return false;
+}
+
 int cli_parse(struct cli *cli, int argc, char **argv,
               enum status (*take)(void *options, int code, const char *value, struct err *e),
               void *options)
@@ -508,7 +556,7 @@ int cli_parse(struct cli *cli, int argc, char **argv,
         (config_load(&cli->config, cli->config_path, &e) != ST_OK ||
          apply_settings(cli, take, options, &e) != ST_OK))
         return over(cli, cli_failed(&e));
-    if (!set_log_level(cli))
+    if (!set_log_level(cli) || !set_log_format(cli))
         return over(cli, CLI_USAGE);
     find_store(cli);
     return first;
@@ -520,6 +568,7 @@ static void cli_free(struct cli *cli)
     free(cli->store_uri);
     free(cli->config_path);
     free(cli->log_level);
+    free(cli->log_format);
 }
 
 static int run_command(struct cli *cli, int argc, char **argv)

@@ -52,7 +52,7 @@ struct cli {
     const struct cli_command *command;
     char *store_uri; /* resolved by cli_parse */
     char *config_path;
-    char *log_level;
+    char *log_level, *log_format;
     bool json;
     uint32_t lease_ms;         /* of the command's session, and of the store's patience */
     uint32_t store_timeout_ms; /* serve: store_options.timeout_ms */
@@ -81,7 +81,7 @@ int cli_main(int argc, char **argv);
  * ST_INVAL with a sentence in `e` that follows the option's name), global ones into `cli`.
  * Then reads the configuration file, whose names are the long options of `serve` and the global
  * ones with a value (for `serve`, what the command line did not say is taken from it; a repeatable
- * option that it did say is not added to), sets the log level and finds the store. Returns the
+ * option that it did say is not added to), sets how to log and finds the store. Returns the
  * index in argv of the first of the command's own arguments (options before them), of which there
  * are between args_min and args_max; or -1: cli->status is the exit status then. */
 int cli_parse(struct cli *cli, int argc, char **argv,

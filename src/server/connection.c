@@ -155,7 +155,8 @@ void conn_die(struct conn *c, const char *why)
     if (c->phase == CONN_HANDSHAKE)
         counter_add(&c->lane->metrics.handshakes[c->left ? METRICS_LEFT : METRICS_FAILED], 1);
     c->phase = CONN_DEAD;
-    log_debug("client %s: connection closed: %s", c->peer.address, why);
+    log_client_debug(c->peer.address, serving ? volume_name(c->vol) : NULL,
+                     "client %s: connection closed: %s", c->peer.address, why);
     list_remove(&c->ready_link);
     list_remove(&c->flush_link);
     if (serving) {
@@ -309,8 +310,9 @@ static void answer_export(struct conn *c)
         .n_contexts = l->n_contexts};
     enum status st = l->search.st;
     if (st != ST_OK)
-        log_info("client %s: no export for it: %s%s", peer_text(&c->peer, peer),
-                 l->search.err.text, l->search.denied ? " (no access rule grants it)" : "");
+        log_client_info(c->peer.address, NULL, "client %s: no export for it: %s%s",
+                        peer_text(&c->peer, peer), l->search.err.text,
+                        l->search.denied ? " (no access rule grants it)" : "");
     handshake_export(c->handshake, st, &x, l->search.err.text);
     lookup_free(c);
     handshake_pump(c);
@@ -655,8 +657,9 @@ static void enter_transmission(struct conn *c)
     char over[TLS_SHOWN_BYTES];
     counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
     snprintf(c->export_name, sizeof c->export_name, "%s", r->name);
-    log_info("client %s entered export %s%s%s", peer_text(&c->peer, peer), r->name,
-             s->read_only ? " (read-only)" : "", show_tls(wire_tls_info(c->wire), over));
+    log_client_info(c->peer.address, r->name, "client %s entered export %s%s%s",
+                    peer_text(&c->peer, peer), r->name, s->read_only ? " (read-only)" : "",
+                    show_tls(wire_tls_info(c->wire), over));
     handshake_free(c->handshake);
     free(c->handshake);
     c->handshake = NULL;
@@ -1142,12 +1145,14 @@ static void lane_tick(struct env_timer *timer)
         } else if (c->phase == CONN_SERVING) {
             bool stale = is_stale(c, now, limits->pause_close_ms);
             if (stale)
-                log_warning("client %s: closed after it had to wait for %u ms: its volume has "
-                            "another connection, where it may have sent the same again",
-                            c->peer.address, limits->pause_close_ms);
+                log_client_warning(c->peer.address, volume_name(c->vol),
+                                   "client %s: closed after it had to wait for %u ms: its volume "
+                                   "has another connection, where it may have sent the same again",
+                                   c->peer.address, limits->pause_close_ms);
             if (has_stalled(c, limits->receive_timeout_ms)) {
-                log_warning("client %s: closed: the rest of a write did not come for %u ms",
-                            c->peer.address, limits->receive_timeout_ms);
+                log_client_warning(c->peer.address, volume_name(c->vol),
+                                   "client %s: closed: the rest of a write did not come for %u ms",
+                                   c->peer.address, limits->receive_timeout_ms);
                 conn_die(c, "half a write");
             }
             if (stale || give_up)
@@ -1255,8 +1260,9 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     unsigned n = atomic_load(&server->n_conns);
     if (server->stopping || n >= server->limits.connections_max) {
         if (!server->stopping)
-            log_warning("client %s turned away: there are %u connections already",
-                        a->peer.address, n);
+            log_client_warning(a->peer.address, NULL,
+                               "client %s turned away: there are %u connections already",
+                               a->peer.address, n);
         counter_add(&lane->metrics.turned_away, 1);
         wire_close(wire_new(a->fd));
         return;

@@ -214,8 +214,9 @@ static bool role_may_move_to(const struct export_client *client, uint64_t now_ms
 /* The connections of the host that had it know an old volume from now on. */
 static void role_leaves(struct export *x, const char *to)
 {
-    log_info("volume %s: %s may write from now on, and no more %s, which flushed it and fell idle",
-             x->name, to, x->writer);
+    log_volume_info(x->name,
+                    "volume %s: %s may write from now on, and no more %s, which flushed it and "
+                    "fell idle", x->name, to, x->writer);
     list_for_each (l, &x->clients) {
         struct export_client *client = container_of(l, struct export_client, link);
         if (!has_role(client))

@@ -134,9 +134,10 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         enum ahead ahead = look_ahead(c);
         l->looked = taken;
         if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {
-            log_warning("client %s: closed: it waited while others changed its volume at another "
-                        "server, and can't be told from one that went there itself",
-                        c->peer.address);
+            log_client_warning(c->peer.address, volume_name(c->vol),
+                               "client %s: closed: it waited while others changed its volume at "
+                               "another server, and can't be told from one that went there itself",
+                               c->peer.address);
             conn_die(c, "it waited for its volume too long");
             return LEFTOVER_WAIT;
         }
@@ -161,9 +162,9 @@ void leftover_stood_still(struct lane *lane)
             wire_peek(c->wire, &byte, 1) <= 0 ||
             (volume_is_owned(c->vol) && !export_has_several(c->client.export)))
             continue;
-        log_warning("client %s: closed: this server stood still, and the client may have sent "
-                    "elsewhere what lies here",
-                    c->peer.address);
+        log_client_warning(c->peer.address, volume_name(c->vol),
+                           "client %s: closed: this server stood still, and the client may have "
+                           "sent elsewhere what lies here", c->peer.address);
         conn_die(c, "the server stood still");
     }
 }

@@ -73,8 +73,9 @@ static void list_loaded(struct job *job, enum status st)
         struct catalog_entry *entry = &op->entries[job->loaded + i];
         enum status one = fill_entry(entry, job->gets + i * 4);
         if (one == ST_IO)
-            log_error("volume \"%s\" is left out: one of its records is damaged or missing",
-                      entry->name);
+            log_volume_error(entry->name,
+                             "volume \"%s\" is left out: one of its records is damaged or missing",
+                             entry->name);
         if (one == ST_OK)
             op->entries[kept++] = *entry;
     }
@@ -94,7 +95,7 @@ static void list_page(struct job *job, const struct store_range *page)
         if (!key_parse_name(pair->key, name))
             log_error("a key among the volume names is not one; it is left out");
         else if (!name_decode(pair->key, pair->head, &rec))
-            log_error("volume \"%s\" is left out: its name record is damaged", name);
+            log_volume_error(name, "volume \"%s\" is left out: its name record is damaged", name);
         else
             job_add_entry(job, name, rec.branch);
     }

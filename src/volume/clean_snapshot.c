@@ -74,9 +74,10 @@ static void leave(struct cleaner *c)
 {
     struct history_entry *entry = history_find(&c->vol->history, c->snapshot->epoch);
     CHECK(entry && entry->rec.removed);
-    log_error("volume %s: the ancestry does not say which rows of epoch %llu a removed snapshot "
-              "names: they are not given back",
-              c->vol->name, (unsigned long long)entry->epoch);
+    log_volume_error(c->vol->name,
+                     "volume %s: the ancestry does not say which rows of epoch %llu a removed "
+                     "snapshot names: they are not given back",
+                     c->vol->name, (unsigned long long)entry->epoch);
     entry->cleared = true;
     clean_snapshot_drop(c);
     c->what = CLEAN_NOTHING;
@@ -189,9 +190,10 @@ static void row2_again(struct clean_snapshot *s)
 
 static void tell_damaged(const struct clean_snapshot *s, unsigned level, uint64_t no)
 {
-    log_error("volume %s: index row %llu of level %u is damaged or missing: some of what a removed "
-              "snapshot named is not given back",
-              s->c->vol->name, (unsigned long long)no, level);
+    log_volume_error(s->c->vol->name,
+                     "volume %s: index row %llu of level %u is damaged or missing: some of what a "
+                     "removed snapshot named is not given back",
+                     s->c->vol->name, (unsigned long long)no, level);
 }
 
 /* Where the level-1 row of an entry is stored. */

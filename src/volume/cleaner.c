@@ -128,8 +128,9 @@ bool cleaner_answered(struct cleaner *c, enum status st)
         return true;
     }
     if (c->failures++ % 30 == 0)
-        log_warning("volume %s: clean-up can't read the store: %s; it is tried again", vol->name,
-                    status_text(st));
+        log_volume_warning(vol->name,
+                           "volume %s: clean-up can't read the store: %s; it is tried again",
+                           vol->name, status_text(st));
     if (!c->retrying) {
         c->retrying = true;
         c->retry.fire = retry;

@@ -552,12 +552,13 @@ static void bases_read(struct store_read *read, enum status st)
             ok = mask_decode(&had, vol->block_size, got->mask);
         if (!ok) {
             vol->stats.hash_errors++;
-            log_error("volume %s: block %llu can't be read: %s; what was not overwritten of it "
-                      "is lost",
-                      vol->name, (unsigned long long)item->no,
-                      st != ST_OK              ? status_text(st)
-                      : b->gets[i].st == ST_OK ? "its hash does not match"
-                                               : status_text(b->gets[i].st));
+            log_volume_error(vol->name,
+                             "volume %s: block %llu can't be read: %s; what was not overwritten "
+                             "of it is lost",
+                             vol->name, (unsigned long long)item->no,
+                             st != ST_OK              ? status_text(st)
+                             : b->gets[i].st == ST_OK ? "its hash does not match"
+                                                      : status_text(b->gets[i].st));
         }
         if (!item->full && !vol->lost)
             base_known(g, item,
@@ -1418,8 +1419,9 @@ static void commit_failed(struct gen *g, enum status st)
     struct list told = LIST_INIT(told);
     vol->stats.commit_retries++;
     if (g->tries++ % 30 == 0)
-        log_error("volume %s: a commit failed: %s; it is tried again every %u ms, writes wait",
-                  vol->name, status_text(st), RETRY_MS);
+        log_volume_error(vol->name,
+                         "volume %s: a commit failed: %s; it is tried again every %u ms, writes "
+                         "wait", vol->name, status_text(st), RETRY_MS);
     list_for_each_safe(l, next, &g->waiters)
     {
         const struct vol_io *io = container_of(l, struct vol_io, link);

@@ -243,10 +243,11 @@ static void load_done(struct store_read *read, enum status st)
     }
     if (bad) {
         vol->stats.hash_errors++;
-        log_error("volume %s: index row %llu of level %u is damaged or missing (%s): the blocks "
-                  "it covers can't be read",
-                  vol->name, (unsigned long long)r->no, r->level,
-                  status_text(st != ST_OK ? st : load->get.st));
+        log_volume_error(vol->name,
+                         "volume %s: index row %llu of level %u is damaged or missing (%s): the "
+                         "blocks it covers can't be read",
+                         vol->name, (unsigned long long)r->no, r->level,
+                         status_text(st != ST_OK ? st : load->get.st));
     }
     store_read_release(read);
     free(load->ranges);

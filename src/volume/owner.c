@@ -155,7 +155,7 @@ bool owner_lets_write(struct volume *vol, struct vol_io *io)
              "knows is old, so it may not write; connect again",
              vol->name, vol->changed_by);
     if (!writer->told)
-        log_warning("client %s: %s", writer->name, vol->refusal);
+        log_client_warning(writer->name, vol->name, "client %s: %s", writer->name, vol->refusal);
     writer->told = true;
     return false;
 }
@@ -225,7 +225,7 @@ static void acquire_fail(struct acquire *a, enum status st, const char *why)
     uint64_t now = env_now_ns(vol->shard->env);
     if (strcmp(was, vol->refusal) != 0 || now - vol->refusal_told_ns >= REFUSAL_TELL_NS) {
         vol->refusal_told_ns = now;
-        log_warning("%s", vol->refusal);
+        log_volume_warning(vol->name, "%s", vol->refusal);
     }
     acquire_end(a);
     vol->ownership = VOL_UNOWNED;
@@ -503,9 +503,10 @@ static void acquire_committed(struct store_commit *commit, enum status st)
     }
     if (a->fence) {
         vol->stats.fencings++;
-        log_warning("volume %s: taken from process %u on %s, which gave no sign of life and is "
-                    "fenced: all its volumes are free",
-                    vol->name, a->entry.owner.pid, a->entry.owner.host);
+        log_volume_warning(vol->name,
+                           "volume %s: taken from process %u on %s, which gave no sign of life "
+                           "and is fenced: all its volumes are free",
+                           vol->name, a->entry.owner.pid, a->entry.owner.host);
     }
     st = volume_set_header(vol, &a->new_header, &e);
     if (st != ST_OK) {
@@ -602,8 +603,9 @@ static void kill_done(struct env_work *work)
     struct acquire *a = container_of(work, struct acquire, kill);
     a->inflight = false;
     if (a->kill_st == ST_OK)
-        log_warning("volume %s: its owner, process %u, stood still and was ended", a->vol->name,
-                    a->entry.owner.pid);
+        log_volume_warning(a->vol->name,
+                           "volume %s: its owner, process %u, stood still and was ended",
+                           a->vol->name, a->entry.owner.pid);
     if (a->kill_st == ST_OK || (a->kill_st == ST_BUSY && ++a->times_slow < TIMES_SLOW_MAX))
         acquire_retry(a, 1);
     else
@@ -649,8 +651,10 @@ static void acquire_asked(struct catalog_op *op)
     }
     if (st == ST_UNAVAIL && store_session_probe(s->store, a->entry.owner.session) ==
                                 STORE_SESSION_ALIVE) {
-        log_warning("volume %s: its owner, process %u on %s, gave no answer for %u ms", vol->name,
-                    a->entry.owner.pid, a->entry.owner.host, s->session->lease_ms);
+        log_volume_warning(vol->name,
+                           "volume %s: its owner, process %u on %s, gave no answer for %u ms",
+                           vol->name, a->entry.owner.pid, a->entry.owner.host,
+                           s->session->lease_ms);
         a->kill.work = kill_work;
         a->kill.done = kill_done;
         a->inflight = true;
@@ -691,8 +695,10 @@ static void acquire_looked(struct store_read *read, enum status st)
         return;
     }
     if (s->session->skip_lease) {
-        log_warning("volume %s: taken by force from process %u on %s (FDB_NBD_TEST_SKIP_LEASE)",
-                    a->vol->name, a->entry.owner.pid, a->entry.owner.host);
+        log_volume_warning(a->vol->name,
+                           "volume %s: taken by force from process %u on %s "
+                           "(FDB_NBD_TEST_SKIP_LEASE)",
+                           a->vol->name, a->entry.owner.pid, a->entry.owner.host);
         a->by_force = true;
         acquire_take(a);
         return;
@@ -867,7 +873,8 @@ static void release_committed(struct store_commit *commit, enum status st)
     struct release *r = container_of(commit, struct release, commit);
     struct volume *vol = r->vol;
     if (st != ST_OK && st != ST_CONFLICT && !vol->lost) {
-        log_error("volume %s can't be given back: %s; trying again", vol->name, status_text(st));
+        log_volume_error(vol->name, "volume %s can't be given back: %s; trying again", vol->name,
+                         status_text(st));
         r->retry.fire = release_retry;
         env_timer_start(vol->shard->env, &r->retry, 1000);
         return;
@@ -1122,7 +1129,7 @@ static void mailbox_handle(struct mailbox *m)
         env_timer_start(vol->shard->env, &m->timer, IDLE_MS);
         break;
     case MAIL_EVICT:
-        log_warning("volume %s: %s has it evicted", vol->name, m->mail.from);
+        log_volume_warning(vol->name, "volume %s: %s has it evicted", vol->name, m->mail.from);
         m->inflight++;
         m->timer.fire = mail_evicted;
         volume_tell_watchers(vol, "evicted by an administrator");

@@ -58,8 +58,9 @@ static void replay_finish(struct replay *r, enum status st)
     struct volume *vol = r->vol;
     void (*done)(struct volume *, enum status) = r->done;
     if (st == ST_OK && r->records)
-        log_info("volume %s: replayed %llu writes of its last owner", vol->name,
-                 (unsigned long long)r->records);
+        log_volume_info(vol->name,
+                        "volume %s: replayed %llu writes of its last owner",
+                        vol->name, (unsigned long long)r->records);
     free(r->batch);
     free(r);
     done(vol, st);
@@ -97,7 +98,7 @@ static void read_done(struct env_work *work)
     struct volume *vol = r->vol;
     if (r->st != ST_OK || vol->lost) {
         if (r->st != ST_OK)
-            log_error("volume %s: %s", vol->name, r->err.text);
+            log_volume_error(vol->name, "volume %s: %s", vol->name, r->err.text);
         for (size_t i = 0; i < r->n; i++)
             free((void *)(uintptr_t)r->batch[i].payload);
         replay_finish(r, r->st != ST_OK ? r->st : ST_PERM);

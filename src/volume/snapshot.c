@@ -307,9 +307,9 @@ static void thaw(struct volume *vol)
 static void freeze_fire(struct env_timer *timer)
 {
     struct volume *vol = container_of(timer, struct volume, freeze_timer);
-    log_warning("volume %s: the freeze for a snapshot of several volumes has lasted too long and is "
-                "over",
-                vol->name);
+    log_volume_warning(vol->name,
+                       "volume %s: the freeze for a snapshot of several volumes has lasted too "
+                       "long and is over", vol->name);
     thaw(vol);
 }
 

@@ -112,14 +112,16 @@ static void record_came(struct cleaner *c, const struct store_pair *pair)
     bool sound = trash_decode(pair->key, pair->head, &t->rec);
     uint64_t snapshot = sound ? history_live_at_or_above(h, t->rec.after + 1) : 0;
     if (!sound || snapshot != history_live_at_or_above(h, t->rec.epoch)) {
-        log_error("volume %s: a trash record is damaged: the space behind it is not given back",
-                  vol->name);
+        log_volume_error(vol->name,
+                         "volume %s: a trash record is damaged: the space behind it is not given "
+                         "back", vol->name);
         t->from = t->n + 1;
     } else if (!record_begin(c, snapshot)) {
         if (!t->unknown_told)
-            log_error("volume %s: the ancestry does not say what the snapshot of epoch %llu names: "
-                      "the space behind trims is not given back",
-                      vol->name, (unsigned long long)snapshot);
+            log_volume_error(vol->name,
+                             "volume %s: the ancestry does not say what the snapshot of epoch "
+                             "%llu names: the space behind trims is not given back",
+                             vol->name, (unsigned long long)snapshot);
         t->unknown_told = true;
         t->from = t->n + 1;
     }

@@ -338,10 +338,11 @@ void volume_lose(struct volume *vol, const char *why)
     if (vol->lost)
         return;
     if (vol->view_epoch)
-        log_info("%s: %s: nothing of it is answered any more", vol->name, why);
+        log_volume_info(vol->name, "%s: %s: nothing of it is answered any more", vol->name, why);
     else
-        log_error("volume %s: lost: %s; its connections are closed and nothing of it is answered",
-                  vol->name, why);
+        log_volume_error(vol->name,
+                         "volume %s: lost: %s; its connections are closed and nothing of it is "
+                         "answered", vol->name, why);
     lose(vol, why);
 }
 
@@ -354,7 +355,7 @@ unsigned volume_lose_all(struct shard *s)
         if (vol->lost || (vol->ownership != VOL_OWNED && vol->ownership != VOL_RELEASING))
             continue;
         n++;
-        log_debug("volume %s: lost with the session of this server", vol->name);
+        log_volume_debug(vol->name, "volume %s: lost with the session of this server", vol->name);
         lose(vol, "the session of this server ended");
         volume_progress(vol);
     }

@@ -799,8 +799,9 @@ void write_replay(struct volume *vol, const struct store_log_record *rec)
 
     if (!length || offset + length < offset || offset + length > vol->size ||
         (kind == RECORD_WRITE && length != rec->payload_len)) {
-        log_error("volume %s: log record %llu does not fit the volume: left out", vol->name,
-                  (unsigned long long)rec->seq);
+        log_volume_error(vol->name,
+                         "volume %s: log record %llu does not fit the volume: left out",
+                         vol->name, (unsigned long long)rec->seq);
         replay_reached(vol, rec);
         return;
     }

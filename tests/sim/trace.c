@@ -44,11 +44,14 @@ void trace_line(const char *who, const char *format, ...)
     va_end(args);
 }
 
-void __wrap_log_line(enum log_level level, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
+void __wrap_log_line(enum log_level level, const char *volume, const char *client,
+                     const char *format, ...) __attribute__((format(printf, 4, 5)));
 
-void __wrap_log_line(enum log_level level, const char *format, ...)
+void __wrap_log_line(enum log_level level, const char *volume, const char *client,
+                     const char *format, ...)
 {
+    (void)volume;
+    (void)client;
     static const char *const names[] = {"debug: ", "", "warning: ", "error: "};
     if (!trace_on)
         return;
