@@ -11,6 +11,7 @@
 #include "base/memlimit.h"
 #include "cli/run.h"
 #include "server/access.h"
+#include "server/notify.h"
 #include "server/page.h"
 #include "server/server.h"
 #include "volume/recovery.h"
@@ -357,6 +358,13 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
     const struct catalog_entry *entries = run->op.entries;
     size_t n_volumes = run->op.n_entries;
     char size[24];
+    /* Whoever reads the log as a program's has no terminal to try the examples in. */
+    if (log_format() != LOG_FORMAT_TEXT) {
+        log_info("fdb-nbd " FDB_NBD_VERSION " serves %s, volumes: %zu", run->cli->store_uri,
+                 n_volumes);
+        catalog_op_free(&run->op);
+        return;
+    }
     printf("fdb-nbd " FDB_NBD_VERSION " serves %s on", run->cli->store_uri);
     for (size_t i = 0; i < n; i++)
         printf(" %s", addresses[i]);
@@ -463,6 +471,7 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         cli->quota_bytes = o.quota_bytes;
         cli->own_cache = o.cache_bytes >= memory_limit_bytes() / 2;
         cli->wait_for_store = true;
+        notify_status("opening %s", cli->store_uri);
         status = run_begin(&run, cli,
                            o.n_creates   ? RUN_CREATE
                            : o.read_only ? RUN_READ

@@ -3,6 +3,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "server/notify.h"
 
 void reload_init(struct reload *r, struct env *env)
 {
@@ -42,7 +43,10 @@ static void use_all(struct env_work *work)
         }
         hook->loaded = NULL;
     }
-    if (r->again && !r->ended)
+    if (r->ended)
+        return;
+    notify_ready();
+    if (r->again)
         reload_begin(r);
 }
 
@@ -51,8 +55,10 @@ void reload_begin(struct reload *r)
     r->again = r->busy;
     if (r->busy)
         return;
+    notify_reloading();
     if (r->n == 0) {
         log_info("SIGHUP: this server has neither access rules nor TLS credentials to read again");
+        notify_ready();
         return;
     }
     r->busy = true;

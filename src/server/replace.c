@@ -7,12 +7,14 @@
 #include <dirent.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/check.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/process.h"
@@ -20,6 +22,8 @@
 
 #define SESSIONS_MAX 4096u
 #define HOLDERS_MAX 64u
+/* Goes along with the signal; older servers take it for any SIGTERM. */
+#define REPLACE_VALUE 0x6e6264
 
 /* --- the servers of the store --------------------------------------------------------- */
 
@@ -169,8 +173,12 @@ enum status rivals_find(struct rivals *r, const struct listeners *l, struct stor
 
 void rivals_tell(const struct rivals *r)
 {
+    siginfo_t why = {.si_signo = SIGTERM, .si_code = SI_QUEUE};
+    why.si_pid = getpid();
+    why.si_uid = getuid();
+    why.si_value.sival_int = REPLACE_VALUE;
     for (size_t i = 0; i < r->n; i++) {
-        if (syscall(SYS_pidfd_send_signal, r->all[i].pidfd, SIGTERM, NULL, 0) == 0)
+        if (syscall(SYS_pidfd_send_signal, r->all[i].pidfd, SIGTERM, &why, 0) == 0)
             log_info("told process %u to end", r->all[i].pid);
         else if (errno != ESRCH)
             log_warning("cannot tell process %u to end: %s", r->all[i].pid, strerror(errno));
@@ -182,4 +190,34 @@ void rivals_free(struct rivals *r)
     for (size_t i = 0; i < r->n; i++)
         close(r->all[i].pidfd);
     r->n = 0;
+}
+
+/* --- being told ------------------------------------------------------------------------ */
+
+static atomic_int successor;
+static struct sigaction handled; /* how SIGTERM is, but for what is noted */
+
+static void on_sigterm(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    if (info->si_code == SI_QUEUE && info->si_value.sival_int == REPLACE_VALUE)
+        atomic_store(&successor, info->si_pid);
+    handled.sa_handler(number);
+}
+
+void replace_note_successor(void)
+{
+    struct sigaction ours;
+    CHECK(sigaction(SIGTERM, NULL, &handled) == 0);
+    /* (libuv's.) */
+    CHECK(!(handled.sa_flags & SA_SIGINFO) && handled.sa_handler != SIG_DFL);
+    ours = handled;
+    ours.sa_flags |= SA_SIGINFO;
+    ours.sa_sigaction = on_sigterm;
+    CHECK(sigaction(SIGTERM, &ours, NULL) == 0);
+}
+
+pid_t replace_successor(void)
+{
+    return atomic_load(&successor);
 }

@@ -8,6 +8,8 @@
 #ifndef SERVER_REPLACE_H
 #define SERVER_REPLACE_H
 
+#include <sys/types.h>
+
 #include "base/env.h"
 #include "base/status.h"
 #include "server/listener.h"
@@ -33,9 +35,14 @@ struct rivals {
 enum status rivals_find(struct rivals *r, const struct listeners *l, struct store *store,
                         struct env *env, void (*run_once)(struct env *env), struct err *e);
 
-/* Tells them all to end (SIGTERM). */
+/* Tells them all to end (SIGTERM, with a value by which they know why). */
 void rivals_tell(const struct rivals *r);
 
 void rivals_free(struct rivals *r);
+
+/* Has it noted from now on who sends SIGTERM; whoever handles the signal does so as before. And
+ * the process that sent it by rivals_tell(), 0 where none did. */
+void replace_note_successor(void);
+pid_t replace_successor(void);
 
 #endif

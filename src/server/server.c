@@ -10,6 +10,7 @@
 #include "server/server.h"
 
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -22,6 +23,7 @@
 #include "base/mem.h"
 #include "server/connection.h"
 #include "server/http.h"
+#include "server/notify.h"
 #include "server/reload.h"
 #include "server/replace.h"
 #include "volume/session.h"
@@ -41,9 +43,12 @@ struct running {
     unsigned n_signals;
     bool on_terminal; /* at the start */
     struct reload reload;
+    struct watchdog *watchdog;
+    unsigned n_conns_told; /* to the service manager */
     struct rivals rivals;
     struct env_timer replace_timer;
     bool names_taken, told; /* of Unix sockets, from those that are replaced; these were told */
+    bool serving;
 };
 
 static struct running *running_of(struct server *s)
@@ -83,9 +88,16 @@ static void on_signal(uv_signal_t *handle, int signum)
     }
     r->n_signals++;
     if (r->n_signals == 1) {
-        log_info("%s: stopping", signum == SIGINT ? "interrupted"
-                                 : left_behind    ? "the terminal is gone"
-                                                  : "asked to end");
+        pid_t successor = replace_successor();
+        if (successor) {
+            log_info("process %d takes the place of this one: stopping", (int)successor);
+            notify_no_more();
+        } else {
+            log_info("%s: stopping", signum == SIGINT ? "interrupted"
+                                     : left_behind    ? "the terminal is gone"
+                                                      : "asked to end");
+        }
+        notify_stopping();
         /* The old one has lost its sockets' names to us: without it and us nobody would serve. */
         if (r->names_taken && !r->told)
             rivals_tell(&r->rivals);
@@ -109,6 +121,17 @@ static void signals_begin(struct running *r)
         r->signals[i].data = r;
         CHECK(uv_signal_start(&r->signals[i], on_signal, signal_numbers[i]) == 0);
     }
+    replace_note_successor();
+}
+
+static void signals_end(struct running *r)
+{
+    for (size_t i = 0; i < SIGNALS; i++)
+        uv_close((uv_handle_t *)&r->signals[i], NULL);
+    /* What is left takes moments, and must not be cut off by one who asks once more. */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
 }
 
 /* --- what SIGHUP reads again ------------------------------------------------------------ */
@@ -192,10 +215,25 @@ static void raise_descriptor_limit(void)
     }
 }
 
+static void tell_status(struct running *r)
+{
+    size_t n;
+    const char *const *addresses = listeners_addresses(r->listeners, &n);
+    char more[32] = "";
+    if (n > 1)
+        snprintf(more, sizeof more, " and %zu more", n - 1);
+    r->n_conns_told = atomic_load(&r->server.n_conns);
+    notify_status("serving on %s%s; connections: %u", addresses[0], more, r->n_conns_told);
+}
+
 static void tick(struct server *s)
 {
-    if (running_of(s)->listeners)
-        listeners_resume(running_of(s)->listeners);
+    struct running *r = running_of(s);
+    if (!r->listeners)
+        return;
+    listeners_resume(r->listeners);
+    if (r->serving && atomic_load(&s->n_conns) != r->n_conns_told)
+        tell_status(r);
 }
 
 static void take_connection(void *arg, const struct accepted *a)
@@ -208,11 +246,17 @@ static void accept_connections(struct running *r)
 {
     struct server *s = &r->server;
     listeners_start(r->listeners, reactor_loop(s->lanes[0].reactor), take_connection, s);
+    r->serving = true;
+    r->watchdog = watchdog_begin(s, r->told);
+    tell_status(r);
+    notify_ready();
 }
 
 static void replace(struct env_timer *timer)
 {
     struct running *r = container_of(timer, struct running, replace_timer);
+    /* Before the end of the one that was it until now. */
+    notify_main_process();
     rivals_tell(&r->rivals);
     r->told = true;
     accept_connections(r);
@@ -224,11 +268,13 @@ static void warn_of_open_doors(const struct running *r)
     const struct server_config *config = r->server.config;
     size_t n;
     const char *const *addresses = listeners_addresses(r->listeners, &n);
-    for (size_t i = 0; i < n && !config->access; i++)
+    bool closed = config->access || config->tls == NBD_TLS_REQUIRE;
+    for (size_t i = 0; i < n && !closed; i++)
         if (listeners_is_exposed(r->listeners, i))
             log_warning("OPEN TO THE NETWORK: whoever reaches %s can read%s every volume, nobody is "
                         "asked who he is, and all can be read on the way; say who may do what "
-                        "(--access FILE), or listen on localhost or a Unix socket (--listen)",
+                        "(--access FILE), require TLS (--tls require), or listen on localhost or "
+                        "a Unix socket (--listen)",
                         addresses[i], config->read_only ? "" : " and overwrite");
 }
 
@@ -239,10 +285,6 @@ static void run_lanes(struct running *r)
     reload_prepare(r);
     signals_begin(r);
     r->replace_timer.fire = replace;
-    if (r->rivals.n > 0)
-        env_timer_start(s->lanes[0].env, &r->replace_timer, REPLACE_GRACE_MS);
-    else
-        accept_connections(r);
     lanes_begin(s);
 
     const char *const *addresses = listeners_addresses(r->listeners, &n);
@@ -250,6 +292,10 @@ static void run_lanes(struct running *r)
         log_info("listening on %s", addresses[i]);
     warn_of_open_doors(r);
     tell_about_access(s->config->access);
+    if (r->rivals.n > 0)
+        env_timer_start(s->lanes[0].env, &r->replace_timer, REPLACE_GRACE_MS);
+    else
+        accept_connections(r);
     if (s->config->ready)
         s->config->ready(s->config->arg, addresses, n);
 
@@ -257,12 +303,7 @@ static void run_lanes(struct running *r)
     for (unsigned i = 1; i < s->n_lanes; i++)
         reactor_join(s->lanes[i].reactor);
     http_stop(r->http);
-    for (size_t i = 0; i < SIGNALS; i++)
-        uv_close((uv_handle_t *)&r->signals[i], NULL);
-    /* What is left takes moments, and must not be cut off by one who asks once more. */
-    signal(SIGTERM, SIG_IGN);
-    signal(SIGINT, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
+    signals_end(r);
 }
 
 static enum status start_threads(struct server *s, struct err *e)
@@ -347,6 +388,7 @@ static enum status serve(struct running *r, struct err *e)
     http_stop(r->http);
     lanes_close(s);
     session_end(&session, env, reactor_run_once);
+    watchdog_end(r->watchdog);
     env_timer_stop(env, &s->end_timer);
     return st;
 }
@@ -393,6 +435,7 @@ enum status server_run(const struct server_config *config, struct err *e)
         reactor_free(s->lanes[i].reactor);
     http_free(r->http);
     tls_credentials_unref(s->tls);
+    watchdog_free(r->watchdog);
     free(s->lanes);
     free(r);
     return st;

@@ -68,8 +68,10 @@ struct server_config {
 
 /* Serves until SIGTERM or SIGINT (or SIGHUP, where the terminal it was started on is gone; any
  * other SIGHUP has the access file and the credentials of TLS read again, the latter for sessions
- * that begin later), then commits everything, gives all volumes back and returns
- * ST_OK. A second signal ends the wait for requests under way. Other than ST_OK: the server
+ * that begin later), or until another server takes its place; then commits everything, gives all
+ * volumes back and returns
+ * ST_OK. A second signal ends the wait for requests under way. A service manager is told what goes
+ * on (notify.h). Other than ST_OK: the server
  * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
  * ST_UNAVAIL: one that cannot be listened on, or where nobody may be replaced, or credentials that
  * cannot be used; what session_begin and shard_new give). */
