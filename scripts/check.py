@@ -180,6 +180,7 @@ def stages(long_run):
                pytest_suite("http", "http", BUILD, counts),
                pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("tls", "tls", BUILD, counts),
+               pytest_suite("service", "service", BUILD, counts),
                pytest_suite("failover", "failover", BUILD, counts)]
     alone = [*both(ALONE),
              pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),

@@ -6,3 +6,4 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.fixtures import *  # noqa: E402,F401,F403
+from harness.commands import run, store  # noqa: E402,F401
