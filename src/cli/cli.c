@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/check.h"
@@ -225,8 +226,9 @@ static void print_help(void)
     puts("\noptions:");
     print_options(global_options);
     puts("\nThe store is what --store says, else \"store\" in the configuration file, else the\n"
-         "environment variable FDB_NBD_STORE, else lmdb:/var/lib/fdb-nbd for root and\n"
-         "lmdb:~/.local/share/fdb-nbd (or below $XDG_DATA_HOME) for everybody else.\n"
+         "environment variable FDB_NBD_STORE, else lmdb:/var/lib/fdb-nbd for root and for\n"
+         "the owner of that folder, and lmdb:~/.local/share/fdb-nbd (or below\n"
+         "$XDG_DATA_HOME) for everybody else.\n"
          "The log level may also stand in FDB_NBD_LOG.\n\n"
          "exit status: 0 done, 1 refused or failed, 2 usage, 3 not found, 4 store unavailable");
 }
@@ -475,6 +477,15 @@ static enum status apply_settings(struct cli *cli,
     return ST_OK;
 }
 
+#define SYSTEM_STORE "/var/lib/fdb-nbd"
+
+/* Root's, and the service's, which runs as the user whose folder it is. */
+static bool has_system_store(void)
+{
+    struct stat folder;
+    return geteuid() == 0 || (stat(SYSTEM_STORE, &folder) == 0 && folder.st_uid == geteuid());
+}
+
 static void find_store(struct cli *cli)
 {
     const char *given = getenv("FDB_NBD_STORE");
@@ -484,8 +495,8 @@ static void find_store(struct cli *cli)
         set_text(&cli->store_uri, given);
         return;
     }
-    if (geteuid() == 0) {
-        set_text(&cli->store_uri, "lmdb:/var/lib/fdb-nbd");
+    if (has_system_store()) {
+        set_text(&cli->store_uri, "lmdb:" SYSTEM_STORE);
         return;
     }
     char uri[4096];

@@ -567,7 +567,8 @@ static enum status small_files_open(struct lm *lm, struct err *e)
         return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
                     "cannot write in the folder %s: %s", lm->dir, strerror(errno));
     struct stat sb;
-    if (fstat(lm->bell_fd, &sb) == 0 && (sb.st_mode & 0777) != lm->mode)
+    if (fstat(lm->bell_fd, &sb) == 0 &&
+        ((sb.st_mode & 0777) != lm->mode || sb.st_uid != lm->uid || sb.st_gid != lm->gid))
         lm_file_adopt(lm, lm->bell_fd);
     return lm_processes_open(lm, e);
 }
@@ -580,12 +581,15 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     uint64_t disk = (uint64_t)vfs.f_blocks * vfs.f_frsize;
     lm->emergency_bytes = min_u64(max_u64(disk / 64, EMERGENCY_BYTES_MIN), EMERGENCY_BYTES_MAX);
     bool create = flags & STORE_CREATE;
-    bool fresh = faccessat(lm->dir_fd, "data.mdb", F_OK, AT_EACCESS) < 0;
+    /* (A copy of a store may lack the second.) */
+    static const char *const names[] = {"data.mdb", "lock.mdb"};
+    bool fresh[2];
+    for (int i = 0; i < 2; i++)
+        fresh[i] = faccessat(lm->dir_fd, names[i], F_OK, AT_EACCESS) < 0;
     enum status st = lm_env_open(lm, create, e);
-    if (fresh) {
-        adopt_by_name(lm, "data.mdb");
-        adopt_by_name(lm, "lock.mdb");
-    }
+    for (int i = 0; i < 2; i++)
+        if (fresh[i])
+            adopt_by_name(lm, names[i]);
     if (!st)
         st = lm_datafile_open(lm, false, e);
     if (st)
@@ -598,6 +602,17 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     if (!st)
         lm_ballast_make(lm);
     return st;
+}
+
+/* Root at work on the store of a user who has no such rights, an administrator's command beside a
+ * service: that user's processes must be able to end this one, should it stand still while it
+ * holds the writer lock (minder.c). A signal is allowed where the real user is the sender. What
+ * this process may do stays as it is, that goes by the effective user; and files take the owner
+ * of the folder. */
+static void belong_to_owner(const struct lm *lm)
+{
+    if (geteuid() == 0 && getuid() == 0 && lm->uid != 0)
+        (void)!setresuid(lm->uid, (uid_t)-1, (uid_t)-1);
 }
 
 static enum status lm_open(const char *rest, const struct store_options *options,
@@ -618,6 +633,8 @@ static enum status lm_open(const char *rest, const struct store_options *options
     enum status st = folder_open(lm, options->flags, e);
     if (!st)
         st = registered(lm, e);
+    if (!st)
+        belong_to_owner(lm);
     if (!st)
         st = folder_lock(lm, e);
     if (!st)
