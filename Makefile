@@ -2,7 +2,10 @@
 
 BUILD = build
 
-.PHONY: all run check check-long simulate mutants simulate-mutants bench clean
+PREFIX = /usr/local
+SYSCONFDIR = /etc
+
+.PHONY: all run install deb check check-long simulate mutants simulate-mutants bench clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -25,8 +28,21 @@ run:
 	@$(MAKE) --no-print-directory all
 	@exec $(BUILD)/fdb-nbd serve --create example:1G --listen localhost:10809
 
+# Installs the program and what belongs to it below $(DESTDIR)$(PREFIX): units, the service's user
+# and directories, man pages, completions; settings below $(DESTDIR)$(SYSCONFDIR). On the machine
+# itself systemd-sysusers, systemd-tmpfiles --create and systemctl daemon-reload come next.
+install: $(BUILD)/build.ninja
+	@meson configure $(BUILD) --prefix=$(PREFIX) --sysconfdir=$(SYSCONFDIR)
+	@ninja -C $(BUILD) fdb-nbd
+	@DESTDIR=$(DESTDIR) meson install -C $(BUILD) --no-rebuild
+
+# Builds the Debian package, build/deb/fdb-nbd_*.deb.
+deb:
+	@scripts/install-deps.sh build package
+	@scripts/make-deb.sh $(BUILD)/deb
+
 check:
-	@scripts/install-deps.sh build test
+	@scripts/install-deps.sh build test package
 	@/usr/bin/python3 scripts/check.py
 
 check-long:

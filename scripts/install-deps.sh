@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that are missing: those the build needs ("build", the default),
-# those the tests need ("test"), those the comparison with other servers needs ("bench"), or
-# several of these. Asks apt for nothing when nothing is missing.
+# those the tests need ("test"), those the Debian package is made and tested with ("package"),
+# those the comparison with other servers needs ("bench"), or several of these. Asks apt for nothing when nothing is missing.
 set -eu
 
 build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
@@ -12,6 +12,8 @@ test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nb
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
 e2fsprogs fuse3 util-linux procps openssl gnutls-bin nbdkit nbd-server python3-matplotlib"
 
+package_packages="debhelper lintian debootstrap systemd zstd"
+
 bench_packages="libcmocka-dev python3 python3-matplotlib nbdkit qemu-utils nbd-server fio
 util-linux"
 
@@ -21,9 +23,10 @@ for what in "$@"; do
     case $what in
     build) wanted="$wanted $build_packages" ;;
     test) wanted="$wanted $test_packages" ;;
+    package) wanted="$wanted $package_packages" ;;
     bench) wanted="$wanted $bench_packages" ;;
     *)
-        echo "usage: $0 [build] [test] [bench]" >&2
+        echo "usage: $0 [build] [test] [package] [bench]" >&2
         exit 2
         ;;
     esac

@@ -58,12 +58,14 @@ enum {
     HTTP,
     CONTROL,
     SLOW_MS,
+    CREATE_STORE,
 };
 
 static const struct cli_option options[] = {
     {LISTEN, "listen", "ADDRESS",
      "HOST:PORT, [V6]:PORT, :PORT or unix:PATH; repeatable (default: localhost:10809)"},
     {CREATE, "create", "NAME:SIZE", "make this volume if there is none of that name; repeatable"},
+    {CREATE_STORE, "create-store", NULL, "make the store if it is not there (default: refuse)"},
     {DEFAULT, "default", "NAME",
      "the volume of clients that name none (default: the only one, if it is)"},
     {READ_ONLY, "read-only", NULL, "let nobody write (default: clients may)"},
@@ -107,7 +109,7 @@ struct serve_options {
     struct volume_spec *creates;
     size_t n_creates, cap_creates;
     const char *default_export, *access_file;
-    bool read_only, shared, replace;
+    bool read_only, shared, replace, create_store;
     bool tls_given;
     enum nbd_tls_mode tls;
     struct tls_config tls_files;
@@ -258,6 +260,9 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return *value ? ST_OK : fail(e, ST_INVAL, "a path, or off");
     case SLOW_MS:
         return cli_parse_number(value, 0, TIME_MS_MAX, &o->slow_ms, e);
+    case CREATE_STORE:
+        o->create_store = true;
+        return ST_OK;
     default:
         o->shared = true;
         return ST_OK;
@@ -473,9 +478,9 @@ static int run_serve(struct cli *cli, int argc, char **argv)
         cli->wait_for_store = true;
         notify_status("opening %s", cli->store_uri);
         status = run_begin(&run, cli,
-                           o.n_creates   ? RUN_CREATE
-                           : o.read_only ? RUN_READ
-                                         : RUN_WRITE);
+                           o.n_creates || o.create_store ? RUN_CREATE
+                           : o.read_only                 ? RUN_READ
+                                                         : RUN_WRITE);
         if (status == CLI_DONE)
             status = serve(&run, &o, access);
         run_end(&run);
@@ -493,7 +498,7 @@ const struct cli_command serve_command = {
         "All volumes of the store are served, also those made later. With --config FILE each\n"
         "option may stand in the file as \"name = value\" (flags: yes or no; # begins a comment\n"
         "line); what the command line says comes before what the file says. The store is made\n"
-        "if it is not there and --create is given. SIGTERM and SIGINT end it cleanly.\n\n"
+        "if it is not there and --create or --create-store is given. SIGTERM and SIGINT end it cleanly.\n\n"
         "Sockets that a service manager hands over (LISTEN_FDS; a systemd .socket unit) are served\n"
         "instead of the default address, and --listen adds others. With --replace servers of the\n"
         "same store that listen at these addresses are told to end, once this one has taken their\n"

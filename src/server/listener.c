@@ -241,6 +241,11 @@ static enum status open_tcp(struct listeners *l, const char *text, bool replace,
 
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found;
     int rc = getaddrinfo(len ? host : NULL, colon + 1, &hints, &found);
+    /* A bare system may have no /etc/hosts, where this name usually stands. */
+    if (rc == EAI_NONAME && strcmp(host, "localhost") == 0) {
+        hints.ai_flags = 0;
+        rc = getaddrinfo(NULL, colon + 1, &hints, &found);
+    }
     if (rc != 0)
         return fail(e, rc == EAI_SERVICE ? ST_INVAL : ST_UNAVAIL, "cannot listen on %s: %s", text,
                     gai_strerror(rc));
