@@ -9,6 +9,7 @@ What differs from a real one, all of it in /usr/local/bin:
   fdb-nbd    the program that is tested
   sudo       runs its words: one is root there
   qemu-system-x86_64   without a window
+and SERVER and SERVICE, which stand for hosts in examples, are names of localhost.
 What belongs to the kernel (nbd-client, mkfs, mount) is run in a Linux guest (harness/uml.py) that
 has the machine's files and reaches what listens on the machine's localhost as its own localhost.
 """
@@ -49,7 +50,7 @@ mount -t tmpfs none usr/local
 mkdir -p usr/local/bin usr/local/guest ".$repo" ".$folder"
 mount --bind "$repo" ".$repo"
 mount --bind "$folder" ".$folder"
-printf '127.0.0.1 localhost\\n::1 localhost\\n127.0.1.1 %s\\n' "$name" > etc/hosts
+printf '127.0.0.1 localhost SERVER SERVICE\\n::1 localhost\\n127.0.1.1 %s\\n' "$name" > etc/hosts
 hostname "$name"
 ip link set lo up
 cd /

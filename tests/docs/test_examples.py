@@ -95,6 +95,8 @@ class Reader:
             if "file" in parts:
                 machine.write(parts["file"], example.text,
                               0o755 if example.text.startswith("#!") else 0o644)
+                if parts["file"].endswith(".service"):
+                    machine.run(["systemd-analyze", "verify", parts["file"]])
             elif "shows" in parts:
                 assert shape(example.text) == shape(self.printed), (
                     f"{example.place} shows\n{example.text}\nbut it was\n{self.printed}")
@@ -126,6 +128,9 @@ class Reader:
             assert process.poll() is None, f"{example.place} ended with {process.returncode}:\n{said}"
             return text in said
         wait_until(ready, BLOCK_LIMIT_S * SLOW, f"{example.place} says \"{text}\"")
+        if "replaces" in example.parts:
+            _, old, _ = self.staying.pop()
+            assert old.wait(BLOCK_LIMIT_S * SLOW) == 0, f"what {example.place} replaces"
         self.staying.append((example, process, log))
 
 
