@@ -181,7 +181,8 @@ def stages(long_run):
                pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("tls", "tls", BUILD, counts),
                pytest_suite("service", "service", BUILD, counts),
-               pytest_suite("failover", "failover", BUILD, counts)]
+               pytest_suite("failover", "failover", BUILD, counts),
+               pytest_suite("docs", "docs", BUILD, counts)]
     alone = [*both(ALONE),
              pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),
              pytest_suite("tls (sanitizers)", "tls", ASAN, dict(counts, **ASAN_ENV))]

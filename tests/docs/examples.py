@@ -15,7 +15,8 @@ else is said in a comment right above it, which readers do not see; several of t
     ends with N           its exit status
     given COMMANDS        run before it: what the reader has, and the file does not make
     file PATH             a file: written there, mode 0755 where it begins with #!
-    shows                 what the block before it prints, but for numbers and blanks
+    shows                 the last of what the block before it prints, but for numbers and blanks
+    kills                 what stays on this machine need not do so any longer
     cluster               a FoundationDB cluster is needed; started with the first that says so
     in FILE               it is run by another test, which reads it from here
     not run: REASON       and why; it is still checked as far as its language can be
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 
 COMMENT = re.compile(r"<!-- example:\s(.*?)\s-->", re.S)
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
-PARTS = ("on", "source", "kernel", "stays", "instead", "replaces", "ends", "given", "file", "shows", "cluster", "in", "not")
+PARTS = ("on", "source", "kernel", "stays", "instead", "replaces", "ends", "given", "file", "shows", "kills", "cluster", "in", "not")
 
 
 @dataclass

@@ -8,6 +8,7 @@ goes with it. Several machines on one Network reach each other under addresses, 
 What differs from a real one, all of it in /usr/local/bin:
   fdb-nbd    the program that is tested
   sudo       runs its words: one is root there
+  systemctl  starts what units say, and FoundationDB (systemctl.py)
   qemu-system-x86_64   without a window
 and SERVER and SERVICE, which stand for hosts in examples, are names of localhost.
 What belongs to the kernel (nbd-client, mkfs, mount) is run in a Linux guest (harness/uml.py) that
@@ -43,6 +44,7 @@ ln -s ../run var/run
 cp -a /etc etc 2>/dev/null || true
 mount --rbind /usr usr
 mount --rbind /dev dev
+mount -t tmpfs none dev/shm  # FoundationDB knows by it what is on one machine
 mount --rbind /sys sys
 mount -t proc none proc
 mount --bind /var/lib/dpkg var/lib/dpkg
@@ -59,6 +61,7 @@ exec chroot "$root" sleep infinity
 
 SHIMS = {
     "bin/fdb-nbd": f"exec {shlex.join(program())} \"$@\"",
+    "bin/systemctl": f"exec {sys.executable} {Path(__file__).with_name('systemctl.py')} \"$@\"",
     "bin/sudo": "exec \"$@\"",
     "bin/qemu-system-x86_64": "exec /usr/bin/qemu-system-x86_64 -display none \"$@\"",
     # Before /usr/sbin in the guest's PATH: its modules are where they were put for it.

@@ -70,7 +70,7 @@ class Reader:
 
     def stop_all(self):
         """As Ctrl-C in each terminal."""
-        for example, process, log in self.staying:
+        for _, process, _ in self.staying:
             os.killpg(process.pid, signal.SIGINT)
             process.wait(BLOCK_LIMIT_S * SLOW)
         self.staying = []
@@ -91,6 +91,8 @@ class Reader:
         if "given" in parts:
             self.first.run(["bash", "-ec", parts["given"]])
         names = parts.get("on", "").replace(",", " ").split()
+        if "kills" in parts:
+            self.staying = [s for s in self.staying if s[2].name not in names]
         for machine in [self.machines[n] for n in names] or [self.first]:
             if "file" in parts:
                 machine.write(parts["file"], example.text,
@@ -98,7 +100,8 @@ class Reader:
                 if parts["file"].endswith(".service"):
                     machine.run(["systemd-analyze", "verify", parts["file"]])
             elif "shows" in parts:
-                assert shape(example.text) == shape(self.printed), (
+                shown = shape(example.text)
+                assert shown == shape(self.printed)[-len(shown):], (
                     f"{example.place} shows\n{example.text}\nbut it was\n{self.printed}")
             elif "stays" in parts:
                 self.leave_running(example, machine)
@@ -131,7 +134,7 @@ class Reader:
         if "replaces" in example.parts:
             _, old, _ = self.staying.pop()
             assert old.wait(BLOCK_LIMIT_S * SLOW) == 0, f"what {example.place} replaces"
-        self.staying.append((example, process, log))
+        self.staying.append((example, process, machine))
 
 
 @pytest.mark.limit(120)
