@@ -11,6 +11,7 @@ else is said in a comment right above it, which readers do not see; several of t
     kernel                in the machine's Linux guest (what needs a kernel: nbd-client, mount)
     stays until "TEXT"    it runs on until the end of the file; it is ready when it has said TEXT
     instead               what has stayed until here is ended first, as by Ctrl-C
+    closes                the last one that stayed is ended first
     replaces              the last one that stayed ends by itself, with status 0
     ends with N           its exit status
     given COMMANDS        run before it: what the reader has, and the file does not make
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 
 COMMENT = re.compile(r"<!-- example:\s(.*?)\s-->", re.S)
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
-PARTS = ("on", "source", "kernel", "stays", "instead", "replaces", "ends", "given", "file", "shows", "kills", "cluster", "in", "not")
+PARTS = ("on", "source", "kernel", "stays", "instead", "closes", "replaces", "ends", "given", "file", "shows", "kills", "cluster", "in", "not")
 
 
 @dataclass

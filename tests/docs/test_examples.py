@@ -68,12 +68,11 @@ class Reader:
             self.network.end()
         return ended
 
-    def stop_all(self):
-        """As Ctrl-C in each terminal."""
-        for _, process, _ in self.staying:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(BLOCK_LIMIT_S * SLOW)
-        self.staying = []
+    def close_last(self):
+        """As Ctrl-C in its terminal."""
+        _, process, _ = self.staying.pop()
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(BLOCK_LIMIT_S * SLOW)
 
     def have_cluster(self):
         if self.cluster:
@@ -86,8 +85,10 @@ class Reader:
         parts = example.parts
         if "cluster" in parts:
             self.have_cluster()
-        if "instead" in parts:
-            self.stop_all()
+        while self.staying and ("instead" in parts or "closes" in parts):
+            self.close_last()
+            if "closes" in parts:
+                break
         if "given" in parts:
             self.first.run(["bash", "-ec", parts["given"]])
         names = parts.get("on", "").replace(",", " ").split()
