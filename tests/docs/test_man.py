@@ -11,7 +11,7 @@ from harness.server import REPO
 
 FOLDER = REPO / "docs" / "man"
 PAGES = sorted(FOLDER.glob("*.[1-8]"))
-OTHER_PAGES = {"fdb-nbd.1", "fdb-nbd.conf.5", "fdb-nbd-format.5"}
+OTHER_PAGES = {"fdb-nbd.1", "fdb-nbd.conf.5", "fdb-nbd-access.5", "fdb-nbd-format.5"}
 
 
 def page_of(command):
