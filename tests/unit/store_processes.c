@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
+#include "store/lmdb/engine.h"
 #include "store_test.h"
 
 /* The folder; each process opens the store for itself. */
@@ -168,6 +169,13 @@ static void commit_forever(int ready_fd)
     }
 }
 
+/* Whether the process was killed; its parent need not have been told yet. */
+static bool has_ended(pid_t pid)
+{
+    char state = 0;
+    return lm_process_start_time(pid, &state) == 0 || state == 'Z' || state == 'X';
+}
+
 /* Who is stopped while it holds the writer lock is killed after a lease, and its half-done
  * transaction leaves nothing behind. */
 static void test_stopped_lock_holder_is_killed(void **state)
@@ -185,16 +193,53 @@ static void test_stopped_lock_holder_is_killed(void **state)
         waitpid(pid, &status, WUNTRACED);
         assert_int_equal(test_set(&t, "after", "x"), ST_OK);
         test_expect(&t, "after", "x");
-        killed = waitpid(pid, &status, WNOHANG) == pid && WIFSIGNALED(status);
-        if (!killed) {
+        killed = has_ended(pid);
+        if (!killed)
             kill(pid, SIGKILL);
-            waitpid(pid, &status, 0);
-        }
+        waitpid(pid, &status, 0);
         assert_int_equal(test_set(&t, "after", "y"), ST_OK);
         store_leave(&t);
         close(fd);
     }
     assert_true(killed);
+}
+
+/* Says that it holds the lock, which it does not: as one that is dying, whose writes are not through
+ * yet. */
+static void haunt(int ready_fd)
+{
+    struct test_store t = {0};
+    store_here(&t, 60000);
+    lm_lock_state_set((struct lm *)(void *)t.store, LM_LOCK_HELD);
+    say_ready(ready_fd);
+    for (;;)
+        pause();
+}
+
+/* The writer lock of one who died is free at once, but what it wrote last may come to the disk
+ * later: until it is gone nobody may write, perhaps to the same place. */
+static void test_writes_of_one_who_dies_are_waited_for(void **state)
+{
+    (void)state;
+    int fd, status;
+    pid_t ghost = child(haunt, &fd);
+    wait_ready(fd);
+    pid_t killer = fork();
+    assert_true(killer >= 0);
+    if (killer == 0) {
+        usleep(300000);
+        kill(ghost, SIGKILL);
+        _exit(0);
+    }
+    struct test_store t = {0};
+    store_here(&t, 60000);
+    assert_int_equal(test_set(&t, "after", "x"), ST_OK);
+    assert_true(has_ended(ghost));
+    test_expect(&t, "after", "x");
+    waitpid(ghost, &status, 0);
+    waitpid(killer, &status, 0);
+    store_leave(&t);
+    close(fd);
 }
 
 /* A process that is stopped without the lock is left alone. */
@@ -395,6 +440,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_concurrent_counters, begin, end),
         cmocka_unit_test_setup_teardown(test_stopped_lock_holder_is_killed, begin, end),
+        cmocka_unit_test_setup_teardown(test_writes_of_one_who_dies_are_waited_for, begin, end),
         cmocka_unit_test_setup_teardown(test_idle_stopped_process_lives, begin, end),
         cmocka_unit_test_setup_teardown(test_watch_across_processes, begin, end),
         cmocka_unit_test_setup_teardown(test_session_killed_and_log_replayed, begin, end),

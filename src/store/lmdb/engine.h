@@ -418,6 +418,10 @@ struct lm_holder {
 };
 bool lm_lock_holder(struct lm *lm, struct lm_holder *holder);
 
+/* Whether another process that has not ended says that it holds the writer lock, which this one got:
+ * it is dying, and may have writes under way; or has only just given it up. Commit thread. */
+bool lm_lock_has_ghost(struct lm *lm);
+
 /* Start time of `pid` in clock ticks after boot, 0 where there is no such process; `state`
  * (may be NULL) gets its state letter. */
 uint64_t lm_process_start_time(pid_t pid, char *state);

@@ -151,6 +151,15 @@ void lm_claims_share(struct lm *lm, const struct lm_claims *claims)
     atomic_store(&lm->slot->claim_index, claims->index);
 }
 
+bool lm_lock_has_ghost(struct lm *lm)
+{
+    for (int i = 0; i < SLOTS; i++)
+        if (i != lm->own_slot && atomic_load(&slot_at(lm, i)->lock_state) == LM_LOCK_HELD &&
+            slot_alive(lm, i))
+            return true;
+    return false;
+}
+
 bool lm_lock_holder(struct lm *lm, struct lm_holder *holder)
 {
     bool found = false;

@@ -17,6 +17,7 @@
 #include "store/lmdb/engine.h"
 
 #define READERS_IDLE_MAX 32u
+#define GHOST_LOOK_US 200u
 #define RESIDENT_FILE_BYTES_MAX (24ull << 20)
 
 static void reader_free(struct lm_reader *reader)
@@ -199,6 +200,10 @@ enum status lm_write_begin(struct lm *lm, MDB_txn **out)
     lm_lock_state_set(lm, LM_LOCK_WANTED);
     atomic_store(&lm->lock_wait_since_ns, lm_now_ns());
     int rc = mdb_txn_begin(lm->mdb, NULL, 0, out);
+    /* The lock of one who died is free at once, while bodies it wrote may still be on their way to
+     * the disk, into space that is free for us. Its slot is its own until they have arrived. */
+    while (rc == 0 && lm_lock_has_ghost(lm))
+        usleep(GHOST_LOOK_US);
     atomic_store(&lm->lock_wait_since_ns, 0);
     lm_lock_state_set(lm, rc ? LM_LOCK_NONE : LM_LOCK_HELD);
     if (rc) {
