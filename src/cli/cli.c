@@ -438,7 +438,7 @@ static enum status apply_global(struct cli *cli, const struct config_setting *s,
 {
     enum log_level level = LOG_LEVEL_INFO;
     struct err why = {0};
-    enum log_format format;
+    enum log_format format = LOG_FORMAT_TEXT;
     if ((option->code == GLOBAL_LOG_LEVEL && parse_log_level(s->value, &level, &why) != ST_OK) ||
         (option->code == GLOBAL_LOG_FORMAT && parse_log_format(s->value, &format, &why) != ST_OK))
         return fail(e, ST_INVAL, "%s:%u: %s: %s", cli->config_path, s->line, s->key, why.text);
@@ -532,7 +532,7 @@ static bool set_log_level(const struct cli *cli)
 static bool set_log_format(const struct cli *cli)
 {
     struct err e = {0};
-    enum log_format format;
+    enum log_format format = LOG_FORMAT_TEXT;
     if (!cli->log_format) {
         if (log_stderr_is_journal())
             (void)log_set_format(LOG_FORMAT_JOURNAL);
