@@ -280,7 +280,8 @@ def test_connections_that_lose_their_access_are_closed(guarded, threads):
     own.server.cli("snapshot", "create", "b@daily-1")
     own.server.cli("snapshot", "create", "b@weekly")
     alice, bob_a, bob_b = own.open(ALICE, "a"), own.open(BOB, "a"), own.open(BOB, "b")
-    daily, weekly, root = own.open(CAROL, "b@daily-1"), own.open(BOB, "b@weekly"), own.open(None, "a")
+    daily, weekly = own.open(CAROL, "b@daily-1"), own.open(BOB, "b@weekly")
+    root = own.open(None, "a")
     everybody = [alice, bob_a, bob_b, daily, weekly, root]
     assert all(map(is_open, everybody))
     alice.write(0, b"x" * 512)
@@ -348,8 +349,8 @@ def test_a_broken_new_file_keeps_the_old_rules(guarded, broken):
 
 
 def test_a_change_while_the_one_before_is_being_read(guarded):
-    """A pipe in the place of the file is read for as long as we like. Everybody is served meanwhile,
-    and the second change is not lost."""
+    """A pipe in the place of the file is read for as long as we like. Everybody is served
+    meanwhile, and the second change is not lost."""
     own = guarded()
     alice = own.open(ALICE, "a")
     pipe = own.path.with_name("pipe")
