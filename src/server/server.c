@@ -151,17 +151,26 @@ static void drop_access(void *loaded)
     access_release(loaded);
 }
 
-static void tell_about_access(const struct access *access)
+/* Rules that can't do what they were written for. */
+static void tell_about_access(const struct server_config *config, const struct access *access)
 {
-    if (access && access_count(access).rules == 0)
+    bool tls = config->tls != NBD_TLS_OFF;
+    struct access_count n = access ? access_count(access) : (struct access_count){0};
+    if (access && n.rules == 0)
         log_warning("the access rules let nobody in: the file has no rule");
+    if (n.certificates > 0 && !(tls && config->tls_files.verify_peer))
+        log_warning("access rules about certificates (%zu) fit nobody: this server does not ask "
+                    "for any (--tls with --tls-verify-peer)", n.certificates);
+    if (n.psk > 0 && !(tls && config->tls_files.psk))
+        log_warning("access rules about pre-shared keys (%zu) fit nobody: this server has none "
+                    "(--tls with --tls-psk)", n.psk);
 }
 
 static void use_access(void *arg, void *loaded)
 {
     struct running *r = arg;
     lanes_use_access(&r->server, loaded);
-    tell_about_access(loaded);
+    tell_about_access(r->server.config, loaded);
     drop_access(loaded);
 }
 
@@ -262,20 +271,29 @@ static void replace(struct env_timer *timer)
     accept_connections(r);
 }
 
+/* Whether everybody has to prove who he is before anything else. */
+static bool asks_for_proof(const struct server_config *config)
+{
+    return config->tls == NBD_TLS_REQUIRE &&
+           (config->tls_files.verify_peer || !config->tls_files.certificates);
+}
+
 /* A server that anybody on the network can use is seldom meant. */
 static void warn_of_open_doors(const struct running *r)
 {
     const struct server_config *config = r->server.config;
     size_t n;
     const char *const *addresses = listeners_addresses(r->listeners, &n);
-    bool closed = config->access || config->tls == NBD_TLS_REQUIRE;
-    for (size_t i = 0; i < n && !closed; i++)
+    bool open = !config->access && !asks_for_proof(config);
+    bool seen = config->tls != NBD_TLS_REQUIRE;
+    for (size_t i = 0; i < n && open; i++)
         if (listeners_is_exposed(r->listeners, i))
-            log_warning("OPEN TO THE NETWORK: whoever reaches %s can read%s every volume, nobody is "
-                        "asked who he is, and all can be read on the way; say who may do what "
-                        "(--access FILE), require TLS (--tls require), or listen on localhost or "
-                        "a Unix socket (--listen)",
-                        addresses[i], config->read_only ? "" : " and overwrite");
+            log_warning("OPEN TO THE NETWORK: whoever reaches %s can read%s every volume, since "
+                        "nobody has to prove who he is%s; say who may do what (--access FILE), ask "
+                        "for proof (--tls require with --tls-verify-peer or --tls-psk), or listen "
+                        "on localhost or a Unix socket (--listen)",
+                        addresses[i], config->read_only ? "" : " and overwrite",
+                        seen ? ", and data can be read and changed on its way" : "");
 }
 
 static void run_lanes(struct running *r)
@@ -291,7 +309,7 @@ static void run_lanes(struct running *r)
     for (size_t i = 0; i < n; i++)
         log_info("listening on %s", addresses[i]);
     warn_of_open_doors(r);
-    tell_about_access(s->config->access);
+    tell_about_access(s->config, s->config->access);
     if (r->rivals.n > 0)
         env_timer_start(s->lanes[0].env, &r->replace_timer, REPLACE_GRACE_MS);
     else
