@@ -124,7 +124,8 @@ struct access_view *access_view_new(struct access *a, const struct peer *p)
     for (size_t i = 0; i < a->n_rules; i++)
         if (fits_client(&a->rules[i], p))
             v->rules[v->n++] = &a->rules[i];
-    return v;
+    /* Kept for as long as a question is under way, maybe for many clients. */
+    return mem_realloc(v, sizeof *v + v->n * sizeof *v->rules);
 }
 
 void access_view_free(struct access_view *v)
