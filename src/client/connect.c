@@ -17,8 +17,11 @@
 /* An answer to GO that is longer, and more answers than so many, are no NBD server's. */
 #define REPLY_BYTES_MAX 8192u
 #define REPLIES_MAX 100u
+/* The longest data of an option: the name of an export, and a little more. */
+#define OPTION_BYTES_MAX (NBD_STRING_BYTES_MAX + 64u)
 /* Where a server states nothing ("Size constraints"). */
 #define BLOCK_MIN_UNSTATED 512u
+#define REPLY_IS_ERROR 0x80000000u
 #define OLDSTYLE_MAGIC 0x00420281861253ull
 
 struct hello {
@@ -171,7 +174,7 @@ static enum status greet(struct hello *h, struct err *e)
 static enum status put_option(struct hello *h, uint32_t option, const uint8_t *data, size_t len,
                               struct err *e)
 {
-    uint8_t all[NBD_OPTION_HEADER_BYTES + NBD_STRING_BYTES_MAX + 16];
+    uint8_t all[NBD_OPTION_HEADER_BYTES + OPTION_BYTES_MAX];
     put_be64(all, NBD_OPTION_MAGIC);
     put_be32(all + 8, option);
     put_be32(all + 12, (uint32_t)len);
@@ -217,10 +220,35 @@ static enum status refused(const struct hello *h, uint32_t type, const uint8_t *
     }
 }
 
+/* One answer to an option. */
+struct answer {
+    uint32_t type, len;
+    uint8_t data[REPLY_BYTES_MAX];
+};
+
+static enum status get_answer(struct hello *h, uint32_t option, struct answer *a, struct err *e)
+{
+    uint8_t head[NBD_OPTION_REPLY_BYTES];
+    enum status st = get(h, head, sizeof head, e);
+    if (st != ST_OK)
+        return st;
+    a->type = get_be32(head + 12);
+    a->len = get_be32(head + 16);
+    if (get_be64(head) != NBD_OPTION_REPLY_MAGIC || get_be32(head + 8) != option ||
+        a->len > sizeof a->data)
+        return fail(e, ST_IO, "the server answers in a way that is not NBD's");
+    return get(h, a->data, a->len, e);
+}
+
+static enum status too_many(struct err *e)
+{
+    return fail(e, ST_IO, "the server answers without end, in a way that is not NBD's");
+}
+
 /* GO or INFO. ST_UNSUP without a sentence: the server does not know it. */
 static enum status ask(struct hello *h, uint32_t option, struct err *e)
 {
-    uint8_t data[NBD_STRING_BYTES_MAX + 8], head[NBD_OPTION_REPLY_BYTES], reply[REPLY_BYTES_MAX];
+    uint8_t data[NBD_STRING_BYTES_MAX + 8];
     size_t len = strlen(h->uri->export);
     put_be32(data, (uint32_t)len);
     memcpy(data + 4, h->uri->export, len);
@@ -229,28 +257,67 @@ static enum status ask(struct hello *h, uint32_t option, struct err *e)
     enum status st = put_option(h, option, data, len + 8, e);
     bool described = false;
     for (unsigned n = 0; st == ST_OK && n < REPLIES_MAX; n++) {
-        st = get(h, head, sizeof head, e);
+        struct answer a;
+        st = get_answer(h, option, &a, e);
         if (st != ST_OK)
             return st;
-        uint32_t type = get_be32(head + 12), reply_len = get_be32(head + 16);
-        if (get_be64(head) != NBD_OPTION_REPLY_MAGIC || get_be32(head + 8) != option ||
-            reply_len > sizeof reply)
-            break;
-        st = get(h, reply, reply_len, e);
-        if (st != ST_OK)
-            return st;
-        if (type == NBD_REP_ACK && described)
+        if (a.type == NBD_REP_ACK && described)
             return ST_OK;
-        if (type == NBD_REP_ERR_UNSUP)
+        if (a.type == NBD_REP_ERR_UNSUP)
             return ST_UNSUP;
-        if (type & 0x80000000u)
-            return refused(h, type, reply, reply_len, e);
-        if (type == NBD_REP_INFO)
-            st = take_info(h, reply, reply_len, &described, e);
-        else
-            break;
+        if (a.type & REPLY_IS_ERROR)
+            return refused(h, a.type, a.data, a.len, e);
+        if (a.type != NBD_REP_INFO)
+            return fail(e, ST_IO, "the server answers in a way that is not NBD's");
+        st = take_info(h, a.data, a.len, &described, e);
     }
-    return st != ST_OK ? st : fail(e, ST_IO, "the server answers in a way that is not NBD's");
+    return st != ST_OK ? st : too_many(e);
+}
+
+/* Sends an option and takes the answers up to the last one, which may be an error: not one of ours.
+ * What tells who the volume is goes to the export. */
+static enum status ask_aside(struct hello *h, uint32_t option, const uint8_t *data, size_t len,
+                             bool *agreed, struct err *e)
+{
+    static const char prefix[] = NBD_CONTEXT_IDENTITY_PREFIX;
+    enum status st = put_option(h, option, data, len, e);
+    for (unsigned n = 0; st == ST_OK && n < REPLIES_MAX; n++) {
+        struct answer a;
+        char *identity = h->export->identity;
+        st = get_answer(h, option, &a, e);
+        if (st != ST_OK)
+            return st;
+        *agreed = a.type == NBD_REP_ACK;
+        if (*agreed || a.type & REPLY_IS_ERROR)
+            return ST_OK;
+        if (a.type == NBD_REP_META_CONTEXT && a.len >= 4 + sizeof prefix &&
+            a.len - 4 < NBD_CLIENT_IDENTITY_BYTES &&
+            memcmp(a.data + 4, prefix, sizeof prefix - 1) == 0 &&
+            !memchr(a.data + 4, 0, a.len - 4)) {
+            memcpy(identity, a.data + 4, a.len - 4);
+            identity[a.len - 4] = '\0';
+        }
+    }
+    return st != ST_OK ? st : too_many(e);
+}
+
+/* Finds out which volume it is, where the server tells such things. It may not be asked before
+ * structured replies are agreed on. */
+static enum status identify(struct hello *h, struct err *e)
+{
+    static const char query[] = NBD_NAMESPACE_OURS;
+    uint8_t data[NBD_STRING_BYTES_MAX + 12 + sizeof query];
+    size_t name_len = strlen(h->uri->export), query_len = sizeof query - 1;
+    put_be32(data, (uint32_t)name_len);
+    memcpy(data + 4, h->uri->export, name_len);
+    put_be32(data + 4 + name_len, 1);
+    put_be32(data + 8 + name_len, (uint32_t)query_len);
+    memcpy(data + 12 + name_len, query, query_len);
+    bool agreed = false;
+    enum status st = ask_aside(h, NBD_OPT_STRUCTURED_REPLY, NULL, 0, &agreed, e);
+    if (st == ST_OK && agreed)
+        st = ask_aside(h, NBD_OPT_LIST_META_CONTEXT, data, 12 + name_len + query_len, &agreed, e);
+    return st;
 }
 
 static enum status export_name(struct hello *h, struct err *e)
@@ -275,6 +342,8 @@ static enum status meet(struct hello *h, uint32_t option, struct err *e)
     enum status st = h->uri->is_unix ? reach_unix(h, e) : reach_tcp(h, e);
     if (st == ST_OK)
         st = greet(h, e);
+    if (st == ST_OK && option == NBD_OPT_INFO)
+        st = identify(h, e);
     if (st == ST_OK)
         st = ask(h, option, e);
     if (st == ST_UNSUP && e->text[0] == '\0')

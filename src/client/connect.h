@@ -11,11 +11,16 @@
 #include "base/status.h"
 #include "client/uri.h"
 
+/* Longer ones are taken as none. */
+#define NBD_CLIENT_IDENTITY_BYTES 100u
+
 struct nbd_client_export {
     uint64_t size;        /* bytes */
     uint16_t flags;       /* transmission flags */
     uint32_t block_min;   /* bytes: what offsets and lengths must be multiples of */
     uint32_t payload_max; /* bytes in a request; what the protocol has where it isn't said */
+    /* From a look at a server of our kind: which volume it is, whatever it is called. Else "". */
+    char identity[NBD_CLIENT_IDENTITY_BYTES];
 };
 
 /* Connects and enters transmission, within timeout_ns. ST_OK: *fd is a blocking socket, to be

@@ -45,8 +45,10 @@ static enum status detach_locked(int index, bool force, bool *lingers, struct er
                     "the kernel does not detach /dev/nbd%d: %s", index, strerror(error));
     if (st == ST_OK)
         st = keeper_dismiss(index, e);
-    if (st == ST_OK)
+    if (st == ST_OK) {
+        record_remove(index);
         *lingers = !is_gone(index, force ? FORCED_WAIT_NS : GONE_WAIT_NS);
+    }
     return st;
 }
 

@@ -107,6 +107,10 @@ static enum status check_new(const struct keeper *k, const struct nbd_client_exp
 static enum status check_same(const struct keeper *k, const struct nbd_client_export *x,
                               struct err *e)
 {
+    if (k->record.identity[0] && x->identity[0] && strcmp(k->record.identity, x->identity) != 0)
+        return fail(e, ST_CONFLICT,
+                    "%s is another volume of that name now, not the one the device was made of",
+                    k->backend);
     if (usable_size(x->size, k->block_size) < k->size)
         return fail(e, ST_CONFLICT,
                     "%s has %llu bytes now and the device %llu: it was shrunk or is another volume",
@@ -154,26 +158,35 @@ static enum status connect_one(const struct keeper *k, int *fd, struct nbd_clien
     return st;
 }
 
+/* What the export is like now. */
+static enum status look_at(const struct keeper *k, struct nbd_client_export *x, struct err *e)
+{
+    mask_signals(SIG_UNBLOCK);
+    enum status st = nbd_client_look(&k->options->uri, HANDSHAKE_NS, x, e);
+    mask_signals(SIG_BLOCK);
+    return st;
+}
+
 static void close_all(int *fds, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         close(fds[i]);
 }
 
-/* The first connections: all, or none. */
+/* The first connections: all, or none. *x is what the export is like, with its identity. */
 static enum status connect_all(const struct keeper *k, int fds[KEEPER_CONNECTIONS_MAX],
                                struct nbd_client_export *x, struct err *e)
 {
-    for (uint32_t n = 0; n < k->options->connections; n++) {
-        enum status st = connect_one(k, &fds[n], x, e);
-        if (st == ST_OK && (st = check_new(k, x, e)) != ST_OK)
-            close(fds[n]);
-        if (st != ST_OK) {
+    struct nbd_client_export same;
+    enum status st = look_at(k, x, e);
+    if (st == ST_OK)
+        st = check_new(k, x, e);
+    for (uint32_t n = 0; n < k->options->connections && st == ST_OK; n++) {
+        st = connect_one(k, &fds[n], &same, e);
+        if (st != ST_OK)
             close_all(fds, n);
-            return st;
-        }
     }
-    return ST_OK;
+    return st;
 }
 
 /* --- attaching ----------------------------------------------------------------------------- */
@@ -246,7 +259,10 @@ static enum status adopt(struct keeper *k, const struct nbd_client_export *x, co
                          struct err *e)
 {
     struct sysfs_device d;
+    struct record left;
     sysfs_read(k->index, &d);
+    if (record_read(k->index, &left) && strcmp(left.uri, k->backend) == 0)
+        strcpy(k->record.identity, left.identity);
     k->block_size = d.block_size;
     k->size = d.size;
     k->flags = x->flags;
@@ -354,6 +370,8 @@ enum status keeper_attach(struct keeper *k, const struct keeper_options *options
     if (options->connections == 1)
         sysfs_set_request_check(k->index, options->resend_ms);
     strcpy(k->record.uri, k->backend);
+    if (!k->record.identity[0])
+        strcpy(k->record.identity, x.identity);
     k->record.connections = options->connections;
     note(k, "");
     return ST_OK;
@@ -361,7 +379,7 @@ enum status keeper_attach(struct keeper *k, const struct keeper_options *options
 
 void keeper_end(struct keeper *k)
 {
-    if (k->attached)
+    if (k->detached)
         record_remove(k->index);
     if (k->lock_fd >= 0)
         close(k->lock_fd);
@@ -399,7 +417,12 @@ static enum status give_one(struct keeper *k, struct err *e)
 {
     int fd;
     struct nbd_client_export x;
-    enum status st = connect_one(k, &fd, &x, e);
+    /* A connection for the kernel can't be asked which volume it is to. */
+    enum status st = look_at(k, &x, e);
+    if (st == ST_OK)
+        st = check_same(k, &x, e);
+    if (st == ST_OK)
+        st = connect_one(k, &fd, &x, e);
     if (st != ST_OK)
         return st;
     st = check_same(k, &x, e);
@@ -446,9 +469,7 @@ static void look(struct keeper *k)
             st = give_one(k, &e);
         k->offer = st != ST_OK;
     } else {
-        mask_signals(SIG_UNBLOCK);
-        st = nbd_client_look(&k->options->uri, HANDSHAKE_NS, &x, &e);
-        mask_signals(SIG_BLOCK);
+        st = look_at(k, &x, &e);
         if (st == ST_OK)
             st = check_same(k, &x, &e);
         if (st == ST_OK)
@@ -521,9 +542,10 @@ void keeper_run(struct keeper *k)
         struct pollfd events = {.fd = netlink_events_fd(k->netlink), .events = POLLIN};
         ppoll(&events, 1, &wait, &none);
     }
+    k->detached = !is_still_ours(k);
     log_info("/dev/nbd%d: %s", k->index,
-             told_to_end ? "told to end: it stays attached, and nobody replaces its connections"
-                         : "is detached");
+             !k->detached ? "told to end: it stays attached, and nobody replaces its connections"
+                          : "is detached");
 }
 
 /* --- ending one ---------------------------------------------------------------------------- */

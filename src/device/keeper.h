@@ -47,7 +47,7 @@ struct keeper {
     struct netlink *netlink;
     char backend[SYSFS_BACKEND_BYTES_MAX + 1]; /* the URI in its one form */
     int index, lock_fd;
-    bool attached;
+    bool attached, detached;
     uint64_t size;       /* bytes: of the device */
     uint32_t block_size; /* bytes */
     uint16_t flags;      /* transmission flags the kernel goes by */

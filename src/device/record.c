@@ -69,9 +69,9 @@ void record_write(int index, const struct record *r)
     for (char *c = error; *c; c++)
         if ((unsigned char)*c < 0x20 || (unsigned char)*c >= 0x7f)
             *c = '?';
-    json_t *json = json_pack("{s:s, s:I, s:I, s:I, s:s}", "uri", r->uri, "connections",
-                             (json_int_t)r->connections, "dead", (json_int_t)r->dead, "since",
-                             (json_int_t)r->since_ns, "error", error);
+    json_t *json = json_pack("{s:s, s:s, s:I, s:I, s:I, s:s}", "uri", r->uri, "identity",
+                             r->identity, "connections", (json_int_t)r->connections, "dead",
+                             (json_int_t)r->dead, "since", (json_int_t)r->since_ns, "error", error);
     if (json && json_dump_file(json, path_of(index, "part", part), JSON_COMPACT) == 0)
         rename(part, path_of(index, "json", path));
     json_decref(json);
@@ -86,18 +86,19 @@ void record_remove(int index)
 bool record_read(int index, struct record *r)
 {
     char path[PATH_BYTES];
-    const char *uri = "", *error = "";
+    const char *uri = "", *identity = "", *error = "";
     json_int_t connections = 0, dead = 0, since = 0;
     *r = (struct record){0};
     json_t *json = json_load_file(path_of(index, "json", path), 0, NULL);
-    bool good =
-        json && json_unpack(json, "{s:s, s:I, s:I, s:I, s:s}", "uri", &uri, "connections",
-                            &connections, "dead", &dead, "since", &since, "error", &error) == 0;
+    bool good = json && json_unpack(json, "{s:s, s:s, s:I, s:I, s:I, s:s}", "uri", &uri, "identity",
+                                    &identity, "connections", &connections, "dead", &dead, "since",
+                                    &since, "error", &error) == 0;
     if (good) {
         r->connections = (uint32_t)connections;
         r->dead = (uint32_t)dead;
         r->since_ns = (uint64_t)since;
         snprintf(r->uri, sizeof r->uri, "%s", uri);
+        snprintf(r->identity, sizeof r->identity, "%s", identity);
         snprintf(r->error, sizeof r->error, "%s", error);
     }
     json_decref(json);

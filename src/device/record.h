@@ -11,12 +11,14 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "client/connect.h"
 #include "device/sysfs.h"
 
 #define RECORD_FOLDER "/run/fdb-nbd-device"
 
 struct record {
     char uri[SYSFS_BACKEND_BYTES_MAX + 1];
+    char identity[NBD_CLIENT_IDENTITY_BYTES]; /* of the volume; may be empty */
     uint32_t connections, dead; /* as many as there are to be, and how many of them are dead */
     uint64_t since_ns;          /* wall clock: when it came to be so */
     char error[sizeof((struct err *)0)->text]; /* what became of the last try; may be empty */

@@ -409,6 +409,8 @@ static void answer_meta_context(struct handshake *h, const struct nbd_export *ex
     }
     if (!listing)
         h->contexts_name = mem_strdup(export->name);
+    else if (export->identity && has_query(h, NBD_NAMESPACE_OURS, sizeof NBD_NAMESPACE_OURS - 1))
+        put_context(h, 0, export->identity);
     ack(h);
 }
 

@@ -62,6 +62,7 @@ struct nbd_export {
      * handshake_asks_for(). Only of use where the client asks about contexts. */
     const char *const *contexts;
     size_t n_contexts;
+    const char *identity; /* a name of NBD_CONTEXT_IDENTITY_PREFIX, or NULL */
 };
 
 /* What was agreed; valid from HANDSHAKE_READY until handshake_free, the contexts before that too. */

@@ -147,4 +147,9 @@
 #define NBD_CONTEXT_BITMAP_PREFIX "qemu:dirty-bitmap:"
 #define NBD_STATE_DIRTY (1u << 0)
 
+/* Our own: which volume an export is. Only listed, and only to who asks for the namespace by its
+ * name; there is nothing in it to select. */
+#define NBD_NAMESPACE_OURS "fdb-nbd:"
+#define NBD_CONTEXT_IDENTITY_PREFIX NBD_NAMESPACE_OURS "volume:"
+
 #endif

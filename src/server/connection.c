@@ -5,6 +5,7 @@
 #include "server/connection.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,8 @@
 #define RECEIVE_PIECES 256
 #define TLS_SHOWN_BYTES 96
 #define BITMAP_NAME_BYTES (sizeof NBD_CONTEXT_BITMAP_PREFIX + NAME_BYTES_MAX)
+/* Three numbers of 64 bits. */
+#define IDENTITY_BYTES (sizeof NBD_CONTEXT_IDENTITY_PREFIX + 3 * 17)
 /* Part of a reactor's cache that replies to all its connections may hold back. */
 #define REPLY_CACHE_PART 8
 
@@ -298,8 +301,14 @@ static const char *bitmap_snapshot(const char *context)
 static void answer_export(struct conn *c)
 {
     struct lookup *l = c->lookup;
-    char description[EXPORT_DESCRIPTION_BYTES], peer[PEER_TEXT_BYTES];
-    export_description(&l->search.entry, description);
+    const struct catalog_entry *e = &l->search.entry;
+    char description[EXPORT_DESCRIPTION_BYTES], identity[IDENTITY_BYTES],
+        peer[PEER_TEXT_BYTES];
+    export_description(e, description);
+    /* Other stores have branches of the same number, but not made in the same nanosecond. */
+    snprintf(identity, sizeof identity,
+             NBD_CONTEXT_IDENTITY_PREFIX "%" PRIx64 "-%" PRIx64 "-%" PRIx64, e->branch,
+             e->header.created_ns, e->snapshot.epoch);
     struct nbd_export x = {
         .name = l->name,
         .description = description,
@@ -307,7 +316,8 @@ static void answer_export(struct conn *c)
         .block_size = l->block_size,
         .read_only = c->lane->server->config->read_only || l->search.read_only,
         .contexts = l->contexts,
-        .n_contexts = l->n_contexts};
+        .n_contexts = l->n_contexts,
+        .identity = identity};
     enum status st = l->search.st;
     if (st != ST_OK)
         log_client_info(c->peer.address, NULL, "client %s: no export for it: %s%s",

@@ -250,6 +250,34 @@ def test_another_keeper_goes_on(devices, server):
 
 
 @pytest.mark.limit(120)
+def test_another_volume_of_that_name(devices, server):
+    """What was meant for one volume never goes to another, though that has its name and its size:
+    neither by the keeper nor by one that follows it."""
+    guest = devices.guest
+    pid = devices.attach("moved")["pid"]
+    guest.run("mkfs.ext4 -F -q /dev/nbd0; mount /dev/nbd0 /tmp/mnt")
+    server.kill()
+    server.cli("rename", "moved", "aside")
+    guest.run("(echo kept >/tmp/mnt/file; sync -f /tmp/mnt; touch /tmp/synced) >/dev/null 2>&1 &")
+    server.start()  # and makes a new one of that name
+    wait_until(lambda: "another volume" in (devices.about(0)["error"] or ""), 20 * SLOW,
+               "the list says that it is another one", 0.1)
+    guest.run(f"kill -9 {pid}")
+    assert "another volume" in devices.run(f"attach {devices.uri('moved')} {QUICK}", 1)
+    assert server.used_bytes("moved") == 0
+    guest.run("test ! -e /tmp/synced")
+    server.kill()
+    server.cli("remove", "moved", "--yes")
+    server.cli("rename", "aside", "moved")
+    server.start()
+    assert devices.run(f"attach {devices.uri('moved')} {QUICK}") == "/dev/nbd0"
+    guest.run("for i in $(seq 500); do test -e /tmp/synced && break; sleep 0.02; done\n"
+              "test -e /tmp/synced; umount /tmp/mnt; fsck.ext4 -f -n /dev/nbd0")
+    devices.no_errors()
+    devices.detach()
+
+
+@pytest.mark.limit(120)
 def test_snapshot_is_read_only(devices, server):
     """A snapshot is a device that can't be written to, over restarts too; and so is a volume that is
     attached so."""

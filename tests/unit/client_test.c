@@ -344,15 +344,59 @@ static void looks_and_leaves(void **state)
     struct nbd_client_export export;
     struct err e;
     say_greeting(GREETING);
+    say_end(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ERR_UNSUP);
     say_info(NBD_OPT_INFO, 123, NBD_FLAG_HAS_FLAGS);
     say_end(NBD_OPT_INFO, NBD_REP_ACK);
     assert_int_equal(shake(true, 10 * NS_PER_S, &export, &e), ST_OK);
     assert_true(export.size == 123);
+    assert_string_equal(export.identity, "");
     /* The last thing it said was ABORT, without data. */
     assert_true(script.heard_len >= 16);
     const uint8_t *last = script.heard + script.heard_len - 16;
     assert_true(get_be64(last) == NBD_OPTION_MAGIC && get_be32(last + 8) == NBD_OPT_ABORT);
     assert_int_equal(get_be32(last + 12), 0);
+}
+
+static void say_context(const char *name, size_t len)
+{
+    uint8_t b[300] = {0};
+    memcpy(b + 4, name, len);
+    say_reply(NBD_OPTION_REPLY_MAGIC, NBD_OPT_LIST_META_CONTEXT, NBD_REP_META_CONTEXT,
+              (uint32_t)(4 + len), b, 4 + len);
+}
+
+/* The identity a look gives where the server lists a context of that name. */
+static void identity_of(const char *name, size_t len, const char *identity)
+{
+    struct nbd_client_export export;
+    struct err e;
+    begin_script(NULL);
+    say_greeting(GREETING);
+    say_end(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK);
+    say_context(name, len);
+    say_end(NBD_OPT_LIST_META_CONTEXT, NBD_REP_ACK);
+    say_info(NBD_OPT_INFO, 123, NBD_FLAG_HAS_FLAGS);
+    say_end(NBD_OPT_INFO, NBD_REP_ACK);
+    assert_int_equal(shake(true, 10 * NS_PER_S, &export, &e), ST_OK);
+    assert_string_equal(export.identity, identity);
+    end_script(NULL);
+}
+
+static void looks_which_volume_it_is(void **state)
+{
+    (void)state;
+    char longest[NBD_CLIENT_IDENTITY_BYTES + 1];
+    memset(longest, 'x', sizeof longest);
+    memcpy(longest, NBD_CONTEXT_IDENTITY_PREFIX, sizeof NBD_CONTEXT_IDENTITY_PREFIX - 1);
+    longest[sizeof longest - 1] = '\0';
+    identity_of("fdb-nbd:volume:7-8-9", 20, "fdb-nbd:volume:7-8-9");
+    identity_of("base:allocation", 15, "");
+    identity_of("fdb-nbd:volume:", 15, "");
+    identity_of("fdb-nbd:volume:\0-8", 18, "");
+    identity_of("", 0, "");
+    identity_of(longest, sizeof longest - 1, "");
+    longest[sizeof longest - 2] = '\0';
+    identity_of(longest, sizeof longest - 2, longest);
 }
 
 static void enters_by_name_where_a_server_knows_no_go(void **state)
@@ -542,6 +586,7 @@ int main(void)
         cmocka_unit_test(uris_have_one_form),
         HANDSHAKE(enters_an_export),
         HANDSHAKE(looks_and_leaves),
+        cmocka_unit_test(looks_which_volume_it_is),
         HANDSHAKE(enters_by_name_where_a_server_knows_no_go),
         HANDSHAKE(nobody_speaks),
         HANDSHAKE(something_else_speaks),

@@ -130,7 +130,8 @@ static void answer(struct handshake *h, struct outcome *o)
                                .block_size = 16384,
                                .read_only = read_only,
                                .contexts = contexts,
-                               .n_contexts = 3};
+                               .n_contexts = 3,
+                               .identity = "fdb-nbd:volume:7"};
         if (strcmp(name, "other") == 0) {
             e.name = "other";
             e.description = "";
@@ -674,6 +675,29 @@ static void meta_contexts(void **state) /* A.10 */
     assert_int_equal(out.n_contexts, 1);
 }
 
+/* Which volume it is learns who asks for that, and nobody selects it. */
+static void identity_is_for_who_asks(void **state)
+{
+    (void)state;
+    begin(3);
+    option(NBD_OPT_STRUCTURED_REPLY, 0);
+    meta(NBD_OPT_LIST_META_CONTEXT, "disk", "fdb-nbd:");
+    meta(NBD_OPT_LIST_META_CONTEXT, "disk", "fdb-nbd:volume:7");
+    meta(NBD_OPT_SET_META_CONTEXT, "disk", "fdb-nbd:");
+    meta(NBD_OPT_SET_META_CONTEXT, "disk", "fdb-nbd:volume:7");
+    converse();
+    reply(NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK, NULL);
+    uint32_t len;
+    const uint8_t *p = reply(NBD_OPT_LIST_META_CONTEXT, NBD_REP_META_CONTEXT, &len);
+    assert_int_equal(len, 4 + 16);
+    assert_memory_equal(p + 4, "fdb-nbd:volume:7", 16);
+    for (int i = 0; i < 2; i++)
+        reply(NBD_OPT_LIST_META_CONTEXT, NBD_REP_ACK, NULL);
+    for (int i = 0; i < 2; i++)
+        reply(NBD_OPT_SET_META_CONTEXT, NBD_REP_ACK, NULL);
+    nothing_more(HANDSHAKE_BYTES);
+}
+
 /* A handshake that waits for an answer about the contexts of "disk". */
 static void ask_contexts(struct handshake *h, uint32_t number, uint32_t n,
                          const char *const *queries)
@@ -955,6 +979,7 @@ int main(void)
         cmocka_unit_test_setup(data_behind_starttls_closes, setup),
         cmocka_unit_test_setup(tls_required, setup),
         cmocka_unit_test_setup(meta_contexts, setup),
+        cmocka_unit_test_setup(identity_is_for_who_asks, setup),
         cmocka_unit_test_setup(owners_learn_what_is_asked_for, setup),
         cmocka_unit_test_setup(contexts_of_many_snapshots, setup),
         cmocka_unit_test_setup(failed_set_clears, setup),
