@@ -220,6 +220,15 @@ static enum status refused(const struct hello *h, uint32_t type, const uint8_t *
     }
 }
 
+static enum status not_nbd(uint32_t option, struct err *e)
+{
+    const char *name = option == NBD_OPT_GO                 ? "GO"
+                       : option == NBD_OPT_INFO             ? "INFO"
+                       : option == NBD_OPT_STRUCTURED_REPLY ? "STRUCTURED_REPLY"
+                                                            : "LIST_META_CONTEXT";
+    return fail(e, ST_IO, "the server answers %s in a way that is not NBD's", name);
+}
+
 /* One answer to an option. */
 struct answer {
     uint32_t type, len;
@@ -236,13 +245,8 @@ static enum status get_answer(struct hello *h, uint32_t option, struct answer *a
     a->len = get_be32(head + 16);
     if (get_be64(head) != NBD_OPTION_REPLY_MAGIC || get_be32(head + 8) != option ||
         a->len > sizeof a->data)
-        return fail(e, ST_IO, "the server answers in a way that is not NBD's");
+        return not_nbd(option, e);
     return get(h, a->data, a->len, e);
-}
-
-static enum status too_many(struct err *e)
-{
-    return fail(e, ST_IO, "the server answers without end, in a way that is not NBD's");
 }
 
 /* GO or INFO. ST_UNSUP without a sentence: the server does not know it. */
@@ -268,10 +272,10 @@ static enum status ask(struct hello *h, uint32_t option, struct err *e)
         if (a.type & REPLY_IS_ERROR)
             return refused(h, a.type, a.data, a.len, e);
         if (a.type != NBD_REP_INFO)
-            return fail(e, ST_IO, "the server answers in a way that is not NBD's");
+            return not_nbd(option, e);
         st = take_info(h, a.data, a.len, &described, e);
     }
-    return st != ST_OK ? st : too_many(e);
+    return st != ST_OK ? st : not_nbd(option, e);
 }
 
 /* Sends an option and takes the answers up to the last one, which may be an error: not one of ours.
@@ -298,7 +302,7 @@ static enum status ask_aside(struct hello *h, uint32_t option, const uint8_t *da
             identity[a.len - 4] = '\0';
         }
     }
-    return st != ST_OK ? st : too_many(e);
+    return st != ST_OK ? st : not_nbd(option, e);
 }
 
 /* Finds out which volume it is, where the server tells such things. It may not be asked before
