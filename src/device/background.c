@@ -3,10 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
 #include <string.h>
-#include <syslog.h>
-#include <systemd/sd-journal.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -46,15 +43,12 @@ void background_report(struct background *b, const struct background_report *rep
     if (chdir("/") != 0)
         log_debug("cannot leave the folder: %s", strerror(errno));
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    int journal = sd_journal_stream_fd("fdb-nbd-device", LOG_INFO, true);
     dup2(null, STDIN_FILENO);
     dup2(null, STDOUT_FILENO);
-    dup2(journal >= 0 ? journal : null, STDERR_FILENO);
-    close(null);
-    if (journal >= 0) {
-        close(journal);
-        setenv("JOURNAL_STREAM", "yes", true); /* which says how to write lines, see log.c */
-    }
+    dup2(null, STDERR_FILENO);
+    if (null > STDERR_FILENO)
+        close(null);
+    (void)log_set_format(LOG_FORMAT_JOURNAL);
     if (write(b->pipe, report, sizeof *report) < 0)
         log_warning("nobody waits for the device any more");
     close(b->pipe);
