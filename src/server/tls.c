@@ -45,6 +45,7 @@ struct tls_session {
     bool more;   /* see tls_has_more() */
     unsigned n_odd;
     size_t barren;    /* ciphertext since the last data */
+    bool dry;         /* the socket had no more when it was read last */
     struct run in;    /* ciphertext */
     struct run out;   /* ciphertext */
     struct run ahead; /* plaintext: tls_peek() */
@@ -86,6 +87,7 @@ static ssize_t pull(gnutls_transport_ptr_t arg, void *out, size_t len)
     if (!run_left(&s->in)) {
         s->in.bytes = mem_alloc(TLS_IN_BYTES);
         ssize_t n;
+        s->dry = true;
         do
             n = recv(s->fd, s->in.bytes, TLS_IN_BYTES, MSG_DONTWAIT);
         while (n < 0 && errno == EINTR);
@@ -99,6 +101,7 @@ static ssize_t pull(gnutls_transport_ptr_t arg, void *out, size_t len)
             return n;
         }
         s->in.len = (size_t)n;
+        s->dry = false;
     }
     size_t n = run_take(&s->in, out, len);
     s->barren += n;
@@ -410,12 +413,17 @@ static void break_off(struct tls_session *s, int rc)
 static size_t receive_some(struct tls_session *s, void *out, size_t len)
 {
     while (!s->ended && !s->broken) {
+        size_t barren = s->barren;
+        s->dry = false;
         ssize_t n = gnutls_record_recv(s->gnutls, out, len);
         if (n > 0) {
             s->barren = 0;
             return (size_t)n;
         }
         int rc = (int)n;
+        /* After a message of its own, like new keys, GnuTLS says so, too, whatever lies behind it. */
+        if (rc == GNUTLS_E_AGAIN && !s->dry && s->barren > barren)
+            continue;
         if (rc == GNUTLS_E_AGAIN)
             return 0;
         if (rc == GNUTLS_E_INTERRUPTED)

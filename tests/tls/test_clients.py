@@ -63,7 +63,7 @@ def entered(proof):
 def test_nbdinfo(server, pki, way):
     said = json.loads(run("nbdinfo", "--json", uri(server, pki, way)))
     assert said["TLS"] is True and said["exports"][0]["export-size"] == 64 * MIB
-    assert f", {entered(way[0])}" in server.log()
+    assert f", {entered(way[0])} entered export v over TLS1.3 (AES-" in server.log()
     names = json.loads(run("nbdinfo", "--list", "--json", uri(server, pki, way)))
     assert [e["export-name"] for e in names["exports"]] == ["v", "w"]
 

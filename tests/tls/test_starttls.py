@@ -1,9 +1,12 @@
 """STARTTLS and what is before and behind it (checklist A8, A9, A12)."""
 
 import os
+import select
 import socket
 import ssl
 import struct
+import subprocess
+import threading
 import time
 
 import pytest
@@ -422,3 +425,93 @@ def test_A12_stalled_handshakes_hold_up_nobody(choosing, fresh, alice):
         client.expect_closed(limit_s=15 * SLOW)
     assert time.monotonic() - began >= 9
     assert choosing.log().count("its TLS handshake did not come to an end within 10000 ms") == 8
+
+
+# -- what clients may do later in a session ------------------------------------------------------
+
+
+class Relay:
+    """Does the part before TLS and passes the rest on, so that `openssl s_client` can connect.
+    With `gather`, what the client sends goes on in pieces of at least so many bytes."""
+
+    gather = 0
+
+    def __init__(self, server):
+        self.nbd = tlsnbd.Client(server.addresses()[1])
+        self.nbd.handshake()
+        self.nbd.option_ok(OPT_STARTTLS)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        client, _ = self.listener.accept()
+        pair = {client: self.nbd.sock, self.nbd.sock: client}
+        held = b""
+        while True:
+            for sock in select.select(list(pair), [], [])[0]:
+                try:
+                    data = sock.recv(1 << 16)
+                    if sock is client and data:
+                        held += data
+                        if len(held) < self.gather:
+                            continue
+                        self.nbd.sock.sendall(held)
+                        held = b""
+                    else:
+                        pair[sock].sendall(data)
+                except OSError:
+                    data = b""
+                if not data:
+                    client.close()
+                    self.nbd.close()
+                    return
+
+
+def read_until(stream, text):
+    said = b""
+    while text not in said:
+        piece = os.read(stream.fileno(), 4096)
+        assert piece, said
+        said += piece
+
+
+@pytest.mark.limit(30)
+@pytest.mark.parametrize("version, command, answer, served", [
+    ("-tls1_3", b"K", b"KEYUPDATE", True),   # both sides take new keys
+    ("-tls1_3", b"k", b"KEYUPDATE", True),   # the client alone
+    ("-tls1_2", b"R", b"RENEGOTIATING", False),  # another handshake is refused
+])
+def test_new_keys_and_another_handshake(choosing, pki, alice, version, command, answer, served):
+    relay = Relay(choosing)
+    s_client = subprocess.Popen(
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{relay.port}", version, "-quiet",
+         "-no_ign_eof", "-cert", pki.alice / "client-cert.pem", "-key",
+         pki.alice / "client-key.pem"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    try:
+        lone = struct.pack(">QLL", rawnbd.IHAVEOPT, 4711, 0)
+        expected = struct.pack(">QLLL", rawnbd.OPT_REPLY_MAGIC, 4711, REP_ERR_UNSUP, 14)
+        for _ in range(3):
+            s_client.stdin.write(lone)
+            reply = b""
+            while len(reply) < 34:
+                piece = os.read(s_client.stdout.fileno(), 34 - len(reply))
+                if not piece:
+                    break
+                reply += piece
+            if not served and not reply:
+                break
+            assert reply == expected + b"unknown option"
+            if served:
+                relay.gather = 27 + 38  # the new keys and the next option come together
+            s_client.stdin.write(command + b"\n")
+            read_until(s_client.stderr, answer)
+    except BrokenPipeError:
+        assert not served
+    finally:
+        s_client.kill()
+        s_client.communicate()
+        relay.thread.join(20 * SLOW)
+    works(tlsnbd.connect(choosing, alice))
