@@ -337,11 +337,19 @@ static void split_address(const char *address, char host[128], const char **port
             snprintf(host, 128, "localhost");
 }
 
-static void print_examples(const char *address, const char *name)
+static void print_examples(const struct serve_options *o, const char *address, const char *name)
 {
+    /* Only where nothing works without TLS; IDENTITY, FILE and DIR are the client's. */
+    bool tls = o->tls == NBD_TLS_REQUIRE;
+    const char *user = o->tls_files.psk ? "IDENTITY@" : "";
+    const char *query = o->tls_files.psk ? "tls-psk-file=FILE" : "tls-certificates=DIR";
     puts("\nIn another terminal, for example:");
     if (strncmp(address, "unix:", 5) == 0) {
         const char *path = address + 5;
+        if (tls) {
+            printf("  nbdinfo 'nbds+unix://%s/%s?socket=%s&%s'\n", user, name, path, query);
+            return;
+        }
         printf("  sudo nbd-client -unix %s -N %s /dev/nbd0\n", path, name);
         printf("  nbdinfo 'nbd+unix:///%s?socket=%s'\n", name, path);
         printf("  qemu-img info 'nbd+unix:///%s?socket=%s'\n", name, path);
@@ -351,15 +359,25 @@ static void print_examples(const char *address, const char *name)
         split_address(address, host, &port);
         bool bare_v6 = strchr(host, ':');
         const char *l = bare_v6 ? "[" : "", *r = bare_v6 ? "]" : "";
+        if (tls) {
+            printf("  nbdinfo 'nbds://%s%s%s%s:%s/%s?%s'\n", user, l, host, r, port, name, query);
+            return;
+        }
         printf("  sudo nbd-client -N %s %s %s /dev/nbd0\n", name, host, port);
         printf("  nbdinfo nbd://%s%s%s:%s/%s\n", l, host, r, port, name);
         printf("  qemu-img info nbd://%s%s%s:%s/%s\n", l, host, r, port, name);
     }
 }
 
+struct ready {
+    struct run *run;
+    const struct serve_options *options;
+};
+
 static void print_ready(void *arg, const char *const *addresses, size_t n)
 {
-    struct run *run = arg;
+    const struct ready *ready = arg;
+    struct run *run = ready->run;
     const struct catalog_entry *entries = run->op.entries;
     size_t n_volumes = run->op.n_entries;
     char size[24];
@@ -381,7 +399,7 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
     if (n_volumes == 0)
         puts("  no volumes yet; make one: fdb-nbd create NAME SIZE");
     else if (n > 0)
-        print_examples(addresses[0], entries[0].name);
+        print_examples(ready->options, addresses[0], entries[0].name);
     puts("Ctrl-C ends it cleanly.");
     fflush(stdout);
     /* Nobody asks again, and the list may be long. */
@@ -409,6 +427,7 @@ static int serve(struct run *run, const struct serve_options *o, struct access *
     if (run_wait(run) != ST_OK)
         return cli_failed(&run->op.err);
 
+    struct ready ready = {run, o};
     struct server_config config = {.store = run->store,
                                    .listen = o->listen,
                                    .n_listen = o->n_listen,
@@ -433,7 +452,7 @@ static int serve(struct run *run, const struct serve_options *o, struct access *
                                    .files = page_files,
                                    .n_files = page_n_files,
                                    .ready = print_ready,
-                                   .arg = run};
+                                   .arg = &ready};
     struct err e = {0};
     enum status st = server_run(&config, &e);
     run->store = NULL;

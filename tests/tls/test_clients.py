@@ -107,6 +107,14 @@ def test_nbd_client_lists(server, pki):
     assert said.split()[-2:] == ["v", "w"]
 
 
+def test_the_examples_at_the_start_work(server, pki):
+    """With what only the client knows put in."""
+    line = next(line for line in server.log().splitlines() if line.startswith("  nbdinfo "))
+    uri = line.split("'")[1].replace("IDENTITY", "alice").replace("FILE", str(pki.psk))
+    assert "nbd-client" not in server.log()
+    assert json.loads(run("nbdinfo", "--json", uri))["TLS"] is True
+
+
 def test_without_tls_nobody_is_served(server):
     done = subprocess.run(["nbdcopy", server.uri("v", tcp=True), "null:"], capture_output=True,
                           text=True, timeout=60)
