@@ -23,7 +23,7 @@ from harness.server import REPO
 from harness.waiting import SLOW, wait_until
 from sandbox import Machine, Network
 
-FILES = ["README.md", "docs/operations.md", "docs/foundationdb.md",
+FILES = ["README.md", "docs/operations.md", "docs/foundationdb.md", "docs/tls.md",
          *sorted(str(p.relative_to(REPO)) for p in (REPO / "docs" / "guides").glob("*.md"))]
 # Where a guide's hosts are. The first is where a block is run that names none.
 HOSTS = {"host1": "10.0.0.11", "host2": "10.0.0.12", "host3": "10.0.0.13"}
