@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/audit.h"
 #include "cli/run.h"
 
 enum { DESCRIPTION = 1 };
@@ -39,8 +40,8 @@ static int run_clone(struct cli *cli, int argc, char **argv)
         if (run_wait(&run) != ST_OK)
             status = cli_failed(&run.op.err);
         else
-            printf("cloned \"%s\" to volume \"%s\" of %s in %s\n", from, name,
-                   cli_size(entry.snapshot.rec.size, size), cli->store_uri);
+            audit_changed(cli, "cloned \"%s\" to volume \"%s\" of %s in %s", from, name,
+                          cli_size(entry.snapshot.rec.size, size), cli->store_uri);
     }
     run_end(&run);
     return status;

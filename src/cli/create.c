@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/audit.h"
 #include "cli/run.h"
 
 enum { BLOCK_SIZE = 1, COMPRESSION, DESCRIPTION };
@@ -76,8 +77,8 @@ static int run_create(struct cli *cli, int argc, char **argv)
             status = cli_failed(&run.op.err);
         } else {
             char size[24];
-            printf("created volume \"%s\" of %s in %s\n", spec.name, cli_size(spec.size, size),
-                   cli->store_uri);
+            audit_changed(cli, "created volume \"%s\" of %s in %s", spec.name,
+                          cli_size(spec.size, size), cli->store_uri);
         }
     }
     run_end(&run);

@@ -7,6 +7,7 @@
  */
 #include <stdio.h>
 
+#include "cli/audit.h"
 #include "cli/change.h"
 #include "cli/progress.h"
 
@@ -91,9 +92,12 @@ static int flatten(struct flattening *f, const char *name)
             return status;
         if (!clone) {
             progress_end(&f->progress);
-            printf(f->began ? "flattened volume \"%s\" in %s\n"
-                            : "volume \"%s\" in %s is not a clone: there is nothing to flatten\n",
-                   name, f->run->cli->store_uri);
+            if (f->began)
+                audit_changed(f->run->cli, "flattened volume \"%s\" in %s", name,
+                              f->run->cli->store_uri);
+            else
+                printf("volume \"%s\" in %s is not a clone: there is nothing to flatten\n", name,
+                       f->run->cli->store_uri);
             return CLI_DONE;
         }
         if (!f->began)

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "base/mem.h"
+#include "cli/audit.h"
 #include "cli/progress.h"
 #include "cli/source.h"
 #include "cli/view.h"
@@ -647,9 +648,9 @@ static int import(struct import *m, const char *file)
         snprintf(states, sizeof states, " in %u state%s", m->n_states,
                  m->n_states == 1 ? "" : "s");
     if (status == CLI_DONE)
-        printf("imported %s to volume \"%s\" in %s: %s of data%s\n",
-               m->source.is_stream ? "a stream" : "an image", m->name, m->run->cli->store_uri,
-               cli_size(m->data_bytes, data), states);
+        audit_changed(m->run->cli, "imported %s to volume \"%s\" in %s: %s of data%s",
+                      m->source.is_stream ? "a stream" : "an image", m->name,
+                      m->run->cli->store_uri, cli_size(m->data_bytes, data), states);
     return status;
 }
 

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/date.h"
+#include "cli/audit.h"
 #include "cli/describe.h"
 
 enum { YES = 1 };
@@ -68,7 +69,8 @@ static int evict(struct run *run, const struct catalog_entry *entry, bool yes)
         cli_failed(&run->op.err);
         return CLI_FAILED;
     }
-    printf("volume \"%s\" in %s is free\n", entry->name, run->cli->store_uri);
+    audit_changed(run->cli, "evicted volume \"%s\" in %s, which is free", entry->name,
+                  run->cli->store_uri);
     return CLI_DONE;
 }
 

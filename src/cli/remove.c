@@ -12,6 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/audit.h"
 #include "cli/run.h"
 
 /* After an owner that was to be evicted was gone already. */
@@ -137,8 +138,8 @@ static int remove_once(struct run *run, const char *name, const struct remove_op
             enum status st = run_wait(run);
             if (st == ST_OK) {
                 *aside = '\0';
-                printf("removed volume \"%s\" from %s\n", name, run->cli->store_uri);
-                fflush(stdout);
+                audit_changed(run->cli, "removed volume \"%s\" from %s", name,
+                              run->cli->store_uri);
                 return run_clear_removed(run);
             }
             if (st != ST_BUSY)

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/audit.h"
 #include "cli/run.h"
 
 static int run_rename(struct cli *cli, int argc, char **argv)
@@ -19,8 +20,8 @@ static int run_rename(struct cli *cli, int argc, char **argv)
         if (run_wait(&run) != ST_OK)
             status = cli_failed(&run.op.err);
         else
-            printf("renamed volume \"%s\" to \"%s\" in %s\n", argv[first], argv[first + 1],
-                   cli->store_uri);
+            audit_changed(cli, "renamed volume \"%s\" to \"%s\" in %s", argv[first],
+                          argv[first + 1], cli->store_uri);
     }
     run_end(&run);
     return status;

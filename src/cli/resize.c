@@ -6,6 +6,7 @@
  */
 #include <stdio.h>
 
+#include "cli/audit.h"
 #include "cli/change.h"
 
 enum { SHRINK = 1, YES };
@@ -80,8 +81,8 @@ static int resize(struct run *run, const char *name, uint64_t size, const struct
     r.plan.mail.shrink = o->shrink;
     int status = change_volume(run, &r.plan);
     if (status == CLI_DONE && !r.plan.over)
-        printf("resized volume \"%s\" in %s from %s to %s\n", name, run->cli->store_uri,
-               cli_size(r.old, was), cli_size(size, is));
+        audit_changed(run->cli, "resized volume \"%s\" in %s from %s to %s", name,
+                      run->cli->store_uri, cli_size(r.old, was), cli_size(size, is));
     return status;
 }
 

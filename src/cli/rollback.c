@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/date.h"
+#include "cli/audit.h"
 #include "cli/snapshot.h"
 
 /* What is lost, to be said before; false: it is not to be. */
@@ -94,9 +95,8 @@ int snapshot_rollback(struct run *run, const char *name, bool destroy_newer, boo
         if (!run_wait_leaving(run, &to, state, &patience, ""))
             return CLI_FAILED;
     }
-    printf("rolled volume \"%s\" back to \"%s\" in %s\n", to.name, to.snapshot.rec.name,
-           run->cli->store_uri);
-    fflush(stdout);
+    audit_changed(run->cli, "rolled volume \"%s\" back to \"%s\" in %s", to.name,
+                  to.snapshot.rec.name, run->cli->store_uri);
     clear(run, &to);
     return CLI_DONE;
 }

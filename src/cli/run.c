@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/audit.h"
 #include "server/reactor.h"
 #include "volume/volume.h"
 
@@ -243,10 +244,11 @@ enum run_owner run_owner_wait(struct run *run, const struct owner_record *owner)
 struct mail_record run_mail(enum mail_kind kind)
 {
     struct mail_record mail = {.kind = (uint8_t)kind};
-    char host[HOST_BYTES_MAX - 20] = "";
+    char host[HOST_BYTES_MAX - 20 - AUDIT_USER_BYTES] = "", user[AUDIT_USER_BYTES];
     if (gethostname(host, sizeof host - 1) != 0)
         host[0] = '\0';
-    snprintf(mail.from, sizeof mail.from, "%s pid %d", host, (int)getpid());
+    snprintf(mail.from, sizeof mail.from, "%s pid %d user %s", host, (int)getpid(),
+             audit_user(user));
     return mail;
 }
 

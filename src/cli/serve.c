@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/memlimit.h"
+#include "cli/audit.h"
 #include "cli/run.h"
 #include "server/access.h"
 #include "server/notify.h"
@@ -279,7 +280,8 @@ static int create_volumes(struct run *run, const struct serve_options *o)
         if (st == ST_EXISTS)
             printf("volume \"%s\" is there already: not made, and left as it is\n", spec->name);
         else if (st == ST_OK)
-            printf("created volume \"%s\" of %s\n", spec->name, cli_size(spec->size, size));
+            audit_changed(run->cli, "created volume \"%s\" of %s", spec->name,
+                          cli_size(spec->size, size));
         else
             return cli_failed(&run->op.err);
     }

@@ -12,6 +12,7 @@
 
 #include "base/date.h"
 #include "base/mem.h"
+#include "cli/audit.h"
 #include "cli/describe.h"
 #include "cli/progress.h"
 
@@ -89,7 +90,7 @@ static int create(struct run *run, const struct snapshot_options *o, char **word
     }
     int status = n == 1 ? create_one(run, names) : snapshot_group_create(run, names, (size_t)n);
     for (int i = 0; i < n && status == CLI_DONE; i++)
-        printf("created snapshot \"%s\" in %s\n", words[i], run->cli->store_uri);
+        audit_changed(run->cli, "created snapshot \"%s\" in %s", words[i], run->cli->store_uri);
     return status;
 }
 
@@ -134,8 +135,7 @@ static int look_before_removing(struct change_plan *plan, struct run *run,
 
 static void say_removed(const struct removing *r, struct run *run)
 {
-    printf("removed snapshot \"%s\" from %s\n", r->text, run->cli->store_uri);
-    fflush(stdout);
+    audit_changed(run->cli, "removed snapshot \"%s\" from %s", r->text, run->cli->store_uri);
 }
 
 static void removed(struct change_plan *plan, struct change *c)
@@ -226,8 +226,8 @@ static int rename_one(struct run *run, const struct snapshot_options *o, char **
     snprintf(r.plan.mail.to, sizeof r.plan.mail.to, "%s", words[1]);
     int status = change_volume(run, &r.plan);
     if (status == CLI_DONE)
-        printf("renamed snapshot \"%s\" to \"%s\" in %s\n", words[0], words[1],
-               run->cli->store_uri);
+        audit_changed(run->cli, "renamed snapshot \"%s\" to \"%s\" in %s", words[0], words[1],
+                      run->cli->store_uri);
     return status;
 }
 

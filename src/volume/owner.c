@@ -990,6 +990,38 @@ static void mailbox_answered(struct store_commit *commit, enum status st)
     volume_progress(m->vol);
 }
 
+/* Tells who had what changed: the log is where people look for it later. */
+static void audit(const struct mailbox *m)
+{
+    const struct mail_record *mail = &m->mail;
+    const char *name = m->vol->name;
+    switch (mail->kind) {
+    case MAIL_RESIZE:
+        log_info("audit: %s: resized volume \"%s\" to %llu bytes", mail->from, name,
+                 (unsigned long long)mail->size);
+        break;
+    case MAIL_EVICT:
+        log_info("audit: %s: evicted volume \"%s\"", mail->from, name);
+        break;
+    case MAIL_SNAPSHOT_CREATE:
+        log_info("audit: %s: created snapshot \"%s@%s\"", mail->from, name, mail->name);
+        break;
+    case MAIL_SNAPSHOT_REMOVE:
+        log_info("audit: %s: removed snapshot \"%s@%s\"", mail->from, name, mail->name);
+        break;
+    case MAIL_SNAPSHOT_RENAME:
+        log_info("audit: %s: renamed snapshot \"%s@%s\" to \"%s\"", mail->from, name, mail->name,
+                 mail->to);
+        break;
+    case MAIL_FLATTEN:
+        if (mail->number == 0)
+            log_info("audit: %s: began to flatten volume \"%s\"", mail->from, name);
+        break;
+    default:
+        break; /* changes nothing that stays */
+    }
+}
+
 static void mailbox_answer_number(struct mailbox *m, enum status st, const char *text,
                                   uint64_t number)
 {
@@ -1003,6 +1035,8 @@ static void mailbox_answer_number(struct mailbox *m, enum status st, const char 
         m->handling = false;
         return;
     }
+    if (st == ST_OK)
+        audit(m);
     snprintf(answer.text, sizeof answer.text, "%s", text);
     size_t len = answer_encode(&answer, key_slice(&m->answer), m->reply);
     m->checks[0] = (struct store_check){.kind = STORE_CHECK_VALUE,
