@@ -407,6 +407,17 @@ json_t *http_heat_json(struct http_source *s, const char *name)
 
 /* --- clients --------------------------------------------------------------------------------- */
 
+/* Who a client is known to be; text that is no UTF-8 is not shown. */
+static json_t *peer_json(const struct peer *p)
+{
+    json_t *name = NULL;
+    if (*p->tls_name)
+        name = json_string(p->tls_name);
+    else if (p->has_uid)
+        name = json_sprintf("uid %lu", (unsigned long)p->uid);
+    return name ? name : json_null();
+}
+
 json_t *http_clients_json(struct http_source *s)
 {
     json_t *list = json_array(), *o = json_object();
@@ -419,8 +430,9 @@ json_t *http_clients_json(struct http_source *s)
             const struct report_client *c = &l->clients[k];
             json_t *v = json_object();
             set(v, "id", number(c->id));
-            set(v, "address", json_string(c->address));
-            set(v, "peer", json_null());
+            set(v, "address", json_string(c->peer.address));
+            set(v, "peer", peer_json(&c->peer));
+            set(v, "tls", json_boolean(c->peer.tls != PEER_PLAIN));
             set(v, "export", *c->export ? json_string(c->export) : json_null());
             set(v, "phase", json_string(*c->export ? "serving" : "handshake"));
             set(v, "since", date(c->begun_ns));

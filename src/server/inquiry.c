@@ -16,7 +16,8 @@
 #include "volume/catalog.h"
 #include "volume/keys.h"
 
-#define SPACE_EVERY_MS 10000u
+#define SPACE_EVERY_MS 5000u
+#define SPACE_AGE_MS 1000u /* where somebody asks */
 #define LIST_LONG 5000u
 #define LIST_LONG_FACTOR 10u
 /* Of all there is room for, in per mille: space is short, very short, and no more so again. */
@@ -337,7 +338,7 @@ bool inquiry_space(struct inquiry *q, unsigned wait_ms, struct store_info *out)
     pthread_mutex_lock(&q->lock);
     uint64_t began_ns = now_ns(q);
     if (!q->space_answered_ns ||
-        began_ns - q->space_answered_ns > (uint64_t)SPACE_EVERY_MS * 1000000) {
+        began_ns - q->space_answered_ns > (uint64_t)SPACE_AGE_MS * 1000000) {
         bool open = q->space_asked_ns;
         want(q, ASK_SPACE);
         wait_for(q, &q->space_answered_ns, q->space_answered_ns + 1, open ? 0 : wait_ms);

@@ -82,7 +82,7 @@ static void look_at_conn(struct report_lane *out, const struct conn *c)
                                 .errors = c->metrics.errors,
                                 .read_bytes = c->metrics.read_bytes,
                                 .written_bytes = c->metrics.written_bytes};
-    memcpy(r->address, c->peer.address, sizeof r->address);
+    r->peer = c->peer;
     if (c->phase != CONN_SERVING)
         return;
     memcpy(r->export, c->client.export->name, sizeof r->export);

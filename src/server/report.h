@@ -30,7 +30,7 @@ struct report_volume {
 
 struct report_client {
     uint64_t id, begun_ns; /* since 1970 */
-    char address[96];
+    struct peer peer;
     char export[FULL_NAME_BYTES]; /* empty during the handshake */
     bool read_only;
     unsigned in_flight;

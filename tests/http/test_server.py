@@ -66,6 +66,7 @@ def test_volumes_and_clients(folder, port):
             assert client["export"] == "v" and client["phase"] == "serving"
             assert client["requests"] == 21 and client["written_bytes"] == MIB
             assert client["in_flight"] == 0 and client["errors"] == 0
+            assert client["peer"] == f"uid {os.getuid()}" and not client["tls"]
             with rawnbd.Client(server) as other:
                 other.greeting()
                 assert http.get_json(at, "/v1/clients")["total"] == 2

@@ -6,11 +6,11 @@ is there, and after a trim there is room again without a restart.
 """
 
 import errno
-import subprocess
 
 import nbd
 import pytest
 
+from harness.disk import disk
 from harness.server import SLOW, Server
 
 pytestmark = pytest.mark.lmdb("about the disk its files are on")
@@ -21,16 +21,8 @@ PIECE = 1 << 20
 
 @pytest.fixture
 def small_disk(tmp_path):
-    image, mount = tmp_path / "disk.img", tmp_path / "disk"
-    mount.mkdir()
-    with open(image, "wb") as f:
-        f.truncate(DISK_MIB << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], check=True)
-    done = subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no loop mounts on this machine: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with disk(tmp_path, DISK_MIB) as mount:
+        yield mount
 
 
 def pattern(number, rng_seed):

@@ -1,0 +1,23 @@
+"""A small file system of a test's own, to be filled."""
+
+import contextlib
+import subprocess
+
+import pytest
+
+
+@contextlib.contextmanager
+def disk(folder, mib):
+    """An ext4 of so many MiB, mounted in `folder`; skips the test where nothing can be mounted."""
+    image, mount = folder / "disk.img", folder / "disk"
+    mount.mkdir()
+    with open(image, "wb") as f:
+        f.truncate(mib << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], check=True)
+    done = subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no loop mounts on this machine: {done.stderr.strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True)
