@@ -179,6 +179,7 @@ def stages(long_run):
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
     waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
                pytest_suite("http", "http", BUILD, counts),
+               pytest_suite("page", "page", BUILD, counts),
                pytest_suite("fdb", "fdb", BUILD, counts),
                pytest_suite("tls", "tls", BUILD, counts),
                pytest_suite("service", "service", BUILD, counts),

@@ -3,6 +3,16 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.fixtures import *  # noqa: E402,F401,F403
+from browser import Browser  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def browser():
+    one = Browser()
+    yield one
+    one.close()

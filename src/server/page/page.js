@@ -10,6 +10,7 @@ const POLL_MS = 1000;
 const TIMEOUT_MS = 4000;
 const ROWS_PER_PAGE = 15;
 const ROWS_PER_PAGE_NARROW = 8;
+const CLIENT_ROWS = 200;
 const SPARK_SECONDS = 60;
 const SORT_AGAIN_MS = 5000;
 const NEWS_MS = 10000;
@@ -295,6 +296,8 @@ function latencyPlot(figure) {
 
 /* --- tables ---------------------------------------------------------------------------- */
 
+const classOf = (column) => [column.kind, column.number && 'number'].filter(Boolean).join(' ');
+
 /*
  * A table whose rows stay the same nodes from one answer to the next, so that the keyboard's place
  * and a selection survive. columns: [{title, number, value (for the order), fill(cell, thing)}].
@@ -303,7 +306,7 @@ class Table {
   constructor(heads, rows, columns, key) {
     Object.assign(this, {heads, body: rows, columns, key, rows: new Map(), order: null, down: false});
     for (const column of columns) {
-      column.head = el('th', {scope: 'col', class: column.number ? 'number' : column.kind || ''});
+      column.head = el('th', {scope: 'col', class: classOf(column)});
       if (column.value) {
         const button = el('button', {type: 'button'}, column.title);
         button.addEventListener('click', () => this.sort(column));
@@ -343,7 +346,7 @@ class Table {
 
   row(thing) {
     const cells = this.columns.map((column) => el('td',
-      {'data-label': column.title, class: [column.kind, column.number && 'number'].filter(Boolean).join(' ')}));
+      {'data-label': column.title, class: classOf(column)}));
     const node = el('tr', {}, ...cells);
     const row = {node, cells, thing};
     this.columns.forEach((column, i) => column.begin && column.begin(cells[i], row));
@@ -449,8 +452,15 @@ volumeTable.sorted = () => {
 };
 
 const clientTable = new Table(id('client-heads'), id('client-rows'), [
-  {title: 'Client', kind: 'name', value: (c) => c.address, fill: (cell, c) => say(cell, c.address)},
-  {title: 'Who', kind: 'whole', value: (c) => c.peer || '', fill: (cell, c) => figure(cell, c.peer || '–', !c.peer)},
+  {title: 'Client', kind: 'name', value: (c) => c.address,
+    fill: (cell, c) => {
+      if (!cell.firstChild) {
+        cell.append(el('div', {}, el('span', {class: 'address'}), el('span', {class: 'who'})));
+      }
+      const [address, who] = cell.firstChild.children;
+      say(address, c.address);
+      say(who, c.peer || '');
+    }},
   {title: 'Volume', kind: 'whole', value: (c) => c.export || '',
     fill: (cell, c) => {
       if (!cell.firstChild) {
@@ -462,7 +472,7 @@ const clientTable = new Table(id('client-heads'), id('client-rows'), [
     }},
   {title: 'Connected', number: true, value: (c) => -Date.parse(c.since),
     fill: (cell, c) => say(cell, span(Math.max(0, (view.now - Date.parse(c.since)) / 1000)))},
-  {title: 'Requests', number: true, value: (c) => c.requests,
+  {title: 'Requests', kind: 'extra', number: true, value: (c) => c.requests,
     fill: (cell, c) => figure(cell, whole(c.requests), !c.requests)},
   {title: 'Read', number: true, value: (c) => c.read_bytes,
     fill: (cell, c) => figure(cell, bytes(c.read_bytes), !c.read_bytes)},
@@ -592,17 +602,19 @@ class BlockMap {
   tell(most) {
     const {reads, writes, half_life_s: half} = this.heat;
     const frequency = (n) => perSecond(n * Math.LN2 / half);
-    const hottest = (counts) => counts.indexOf(Math.max(...counts));
+    /* Where it is worth a look: one place with several times the usual. */
+    const hottest = (counts, done) => {
+      const top = Math.max(...counts);
+      const mean = counts.reduce((sum, n) => sum + n, 0) / counts.length;
+      return top < .5 ? '' : top < 3 * mean ? `Evenly ${done}.` : `Most ${done}: ${this.range(counts.indexOf(top))}.`;
+    };
     let text;
     if (this.at !== null) {
       text = `${this.range(this.at)}: ${frequency(reads[this.at])} reads, ${frequency(writes[this.at])} writes`;
     } else if (most < .5) {
       text = 'Nothing was read or written here lately.';
     } else {
-      const r = hottest(reads);
-      const w = hottest(writes);
-      text = [reads[r] >= .5 && `Most read: ${this.range(r)}.`, writes[w] >= .5 && `Most written: ${this.range(w)}.`]
-        .filter(Boolean).join(' ');
+      text = `${hottest(reads, 'read')} ${hottest(writes, 'written')}`.trim();
     }
     say(id('block-readout'), text);
     this.canvas.setAttribute('aria-label',
@@ -767,7 +779,7 @@ function orderedVolumes() {
 function showVolumes() {
   const {volumes, total, truncated} = view.volumes;
   const shown = orderedVolumes();
-  const perPage = matchMedia('(max-width: 640px)').matches ? ROWS_PER_PAGE_NARROW : ROWS_PER_PAGE;
+  const perPage = matchMedia('(max-width: 780px)').matches ? ROWS_PER_PAGE_NARROW : ROWS_PER_PAGE;
   const pages = Math.max(1, Math.ceil(shown.length / perPage));
   view.page = Math.min(view.page, pages - 1);
   const first = view.page * perPage;
@@ -791,11 +803,11 @@ function showVolumes() {
 
 function showClients() {
   const {clients, total} = view.clients;
-  clientTable.show(clientTable.ordered(clients).slice(0, 200));
+  clientTable.show(clientTable.ordered(clients).slice(0, CLIENT_ROWS));
   id('client-heads').parentNode.hidden = !clients.length;
   id('client-nothing').hidden = clients.length > 0;
   say(id('client-nothing'), 'Nobody is connected.');
-  say(id('clients-count'), total > 200 ? `${count(total, 'client')}, 200 shown` : total ? count(total, 'client') : '');
+  say(id('clients-count'), total > CLIENT_ROWS ? `${count(total, 'client')}, ${CLIENT_ROWS} shown` : total ? count(total, 'client') : '');
 }
 
 function showVolume(volume) {
@@ -813,7 +825,7 @@ function showVolume(volume) {
     ['Used', bytes(volume.used_bytes)],
     ['Block size', bytes(volume.block_size_bytes)],
     ['Cached', bytes(volume.cached_bytes)],
-    ['Cache hits', looked ? `${threeDigits(Math.floor(1000 * volume.cache_hits / looked) / 10)} %` : '–'],
+    ['Cache hits', looked ? `${(Math.floor(1000 * volume.cache_hits / looked) / 10).toFixed(1)} %` : '–'],
     ['Dirty', bytes(volume.dirty_bytes)],
     ['Oldest dirty', volume.generation_age_ms === null ? '–' : duration(volume.generation_age_ms * 1000)],
   ]);
