@@ -1,11 +1,9 @@
 /* Asking the running servers over HTTP; see control.h. */
 #include "cli/control.h"
 
-#include <arpa/inet.h>
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
 #include <signal.h>
@@ -13,17 +11,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/un.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/mem.h"
+#include "server/control.h"
 
 /* A server answers from memory; one that does not is not well. */
 #define ANSWER_MS 5000u
 #define ANSWER_BYTES_MAX (64u << 20)
 #define RECEIVE_BYTES 65536u
-#define FOLDER_BYTES 200u
 #define UNIX_PREFIX "unix:"
 
 /* --- places ---------------------------------------------------------------------------- */
@@ -54,30 +52,16 @@ enum status control_take(struct control *c, int code, const char *value, struct 
     return add_place(c, "", value, e);
 }
 
-/* Where the servers of this user have their control sockets. */
-static void control_folder(char out[FOLDER_BYTES])
-{
-    const char *runtime = getenv("XDG_RUNTIME_DIR");
-    if (geteuid() == 0)
-        snprintf(out, FOLDER_BYTES, "/run/fdb-nbd");
-    else if (runtime && runtime[0] == '/')
-        snprintf(out, FOLDER_BYTES, "%.180s/fdb-nbd", runtime);
-    else
-        snprintf(out, FOLDER_BYTES, "/tmp/fdb-nbd-%u", (unsigned)geteuid());
-}
-
-static int connect_to(const char *place, struct err *e);
-
 /* Whether somebody listens at a socket of that folder. One whose process is gone is removed. */
-static bool is_alive(const char *place, pid_t pid)
+static bool is_alive(const char *path, pid_t pid)
 {
-    struct err ignored = {0};
-    int fd = connect_to(place, &ignored);
-    if (fd >= 0)
+    int fd;
+    enum status st = control_connect(path, &fd, NULL);
+    if (st == ST_OK)
         close(fd);
-    else if (errno == ECONNREFUSED && kill(pid, 0) != 0 && errno == ESRCH)
-        unlink(place + strlen(UNIX_PREFIX));
-    return fd >= 0;
+    else if (st == ST_NOTFOUND && kill(pid, 0) != 0 && errno == ESRCH)
+        unlink(path);
+    return st == ST_OK;
 }
 
 static pid_t pid_of_socket(const struct dirent *entry)
@@ -101,26 +85,34 @@ static int by_pid(const struct dirent **a, const struct dirent **b)
     return (x > y) - (x < y);
 }
 
+/* /tmp is everybody's: what others put there is not asked. */
+static bool is_ours(const char *folder)
+{
+    struct stat st;
+    return lstat(folder, &st) == 0 && S_ISDIR(st.st_mode) &&
+           (st.st_uid == geteuid() || geteuid() == 0);
+}
+
 enum status control_find(struct control *c, struct err *e)
 {
-    char folder[FOLDER_BYTES], path[FOLDER_BYTES + 32];
+    char folder[CONTROL_PATH_BYTES], path[CONTROL_PATH_BYTES + 32];
     struct dirent **entries = NULL;
     if (c->given)
         return ST_OK;
     c->n = 0;
-    control_folder(folder);
-    int n = scandir(folder, &entries, is_socket_name, by_pid);
-    int why = errno;
+    enum status st = control_directory(folder, e);
+    if (st != ST_OK)
+        return st;
+    int n = is_ours(folder) ? scandir(folder, &entries, is_socket_name, by_pid) : 0;
+    if (n < 0)
+        return fail(e, ST_UNAVAIL, "cannot look for servers in %s: %s", folder, strerror(errno));
     for (int i = 0; i < n; i++) {
         snprintf(path, sizeof path, "%s/%.24s", folder, entries[i]->d_name);
-        if (c->n < CONTROL_PLACES_MAX && add_place(c, UNIX_PREFIX, path, e) == ST_OK &&
-            !is_alive(c->places[c->n - 1], pid_of_socket(entries[i])))
-            c->n--;
+        if (c->n < CONTROL_PLACES_MAX && is_alive(path, pid_of_socket(entries[i])))
+            add_place(c, UNIX_PREFIX, path, e);
         free(entries[i]);
     }
     free(entries);
-    if (n < 0 && why != ENOENT)
-        return fail(e, ST_UNAVAIL, "cannot look for servers in %s: %s", folder, strerror(why));
     if (c->n == 0)
         return fail(e, ST_NOTFOUND, "no server of this user runs on this host (no control socket in "
                     "%s); ask one elsewhere with --http HOST:PORT, or another user's with "
@@ -173,7 +165,7 @@ static enum status nobody(const char *place, const char *why, struct err *e)
     return fail(e, ST_UNAVAIL, "no server answers at %.200s: %s", place, why);
 }
 
-static int connect_tcp(const char *place, struct err *e)
+static enum status connect_tcp(const char *place, int *fd, struct err *e)
 {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found;
     char host[CONTROL_PLACE_BYTES];
@@ -182,48 +174,29 @@ static int connect_tcp(const char *place, struct err *e)
     bool bracketed = len >= 2 && place[0] == '[' && place[len - 1] == ']';
     snprintf(host, sizeof host, "%.*s", (int)(bracketed ? len - 2 : len), place + bracketed);
     int problem = getaddrinfo(host[0] ? host : "localhost", colon + 1, &hints, &found);
-    if (problem) {
-        nobody(place, gai_strerror(problem), e);
-        errno = EHOSTUNREACH;
-        return -1;
-    }
-    int fd = -1;
-    for (const struct addrinfo *a = found; a && fd < 0; a = a->ai_next)
-        fd = connect_socket(a->ai_family, a->ai_addr, a->ai_addrlen);
+    if (problem)
+        return nobody(place, gai_strerror(problem), e);
+    *fd = -1;
+    for (const struct addrinfo *a = found; a && *fd < 0; a = a->ai_next)
+        *fd = connect_socket(a->ai_family, a->ai_addr, a->ai_addrlen);
     int why = errno;
     freeaddrinfo(found);
-    if (fd < 0)
-        nobody(place, strerror(why), e);
-    errno = why;
-    return fd;
+    return *fd >= 0 ? ST_OK : nobody(place, strerror(why), e);
 }
 
-/* -1 with a sentence and errno. */
-static int connect_to(const char *place, struct err *e)
+static enum status connect_to(const char *place, int *fd, struct err *e)
 {
     if (strncmp(place, UNIX_PREFIX, strlen(UNIX_PREFIX)) != 0)
-        return connect_tcp(place, e);
-    const char *path = place + strlen(UNIX_PREFIX);
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
-    int fd = -1;
-    if (strlen(path) >= sizeof sa.sun_path) {
-        errno = ENAMETOOLONG;
-    } else {
-        strcpy(sa.sun_path, path);
-        fd = connect_socket(AF_UNIX, (const struct sockaddr *)&sa, sizeof sa);
-    }
-    if (fd < 0) {
-        int why = errno;
-        nobody(place, why == ECONNREFUSED ? "its server is gone" : strerror(why), e);
-        errno = why;
-    }
-    return fd;
+        return connect_tcp(place, fd, e);
+    /* (That there is no socket is not that there is no volume, or the like.) */
+    enum status st = control_connect(place + strlen(UNIX_PREFIX), fd, e);
+    return st == ST_NOTFOUND ? ST_UNAVAIL : st;
 }
 
 static bool send_all(int fd, const char *text, size_t len, uint64_t until_ms)
 {
     while (len > 0) {
-        ssize_t n = send(fd, text, len, MSG_NOSIGNAL);
+        ssize_t n = send(fd, text, len, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0 && errno != EAGAIN)
             return false;
         if (n < 0 && !wait_for(fd, POLLOUT, until_ms))
@@ -241,7 +214,7 @@ static char *receive_all(int fd, size_t *len, uint64_t until_ms)
     size_t cap = 0;
     for (*len = 0;;) {
         mem_grow(&bytes, &cap, *len + RECEIVE_BYTES + 1, 1);
-        ssize_t n = recv(fd, bytes + *len, RECEIVE_BYTES, 0);
+        ssize_t n = recv(fd, bytes + *len, RECEIVE_BYTES, MSG_DONTWAIT);
         if (n == 0) {
             bytes[*len] = '\0';
             return bytes;
@@ -303,9 +276,10 @@ enum status control_ask(const char *place, const char *method, const char *path,
     char question[CONTROL_PLACE_BYTES + 512];
     uint64_t until_ms = now_ms() + ANSWER_MS;
     size_t len;
-    int fd = connect_to(place, e);
-    if (fd < 0)
-        return ST_UNAVAIL;
+    int fd;
+    enum status st = connect_to(place, &fd, e);
+    if (st != ST_OK)
+        return st;
     bool is_unix = strncmp(place, UNIX_PREFIX, strlen(UNIX_PREFIX)) == 0;
     /* HTTP/1.0: the answer comes in one piece and ends with the connection. */
     int n = snprintf(question, sizeof question,
@@ -318,7 +292,7 @@ enum status control_ask(const char *place, const char *method, const char *path,
     close(fd);
     if (!answer)
         return nobody(place, strerror(why), e);
-    enum status st = understand(place, answer, len, out, e);
+    st = understand(place, answer, len, out, e);
     free(answer);
     return st;
 }
