@@ -22,6 +22,9 @@
 
 #define STATUS_BYTES_MAX 512
 #define SIGNS_IN_TIME 4u
+/* Where the manager does not say: systemd tells its unit's watchdog to main processes alone, and a
+ * process that takes the place of one was no such thing when it was started. */
+#define WANTED_US_UNTOLD 2000000u
 
 /* Asked of a lane, and away until it has turned. */
 struct pulse {
@@ -120,7 +123,7 @@ static uint64_t wanted_us(bool took_over)
     const char *text = getenv("WATCHDOG_USEC");
     uint64_t us = 0;
     if (took_over)
-        return text ? strtoull(text, NULL, 10) : 0;
+        return text ? strtoull(text, NULL, 10) : WANTED_US_UNTOLD;
     return sd_watchdog_enabled(0, &us) > 0 ? us : 0;
 }
 

@@ -32,8 +32,8 @@ void notify_main_process(void);
 void notify_no_more(void);
 
 /* Where the manager wants signs of life (WATCHDOG_USEC): gives them, four times as often as asked
- * for, while all lanes turn. NULL: none are wanted. `took_over`: also those that were asked of the
- * process whose place was taken. Reactor 0, between lanes_open() and lanes_close(). */
+ * for, while all lanes turn. NULL: none are wanted. `took_over`: in any case, for they
+ * were asked of the process whose place was taken. Reactor 0, between lanes_open() and lanes_close(). */
 struct watchdog *watchdog_begin(struct server *s, bool took_over);
 
 /* The last sign was given; and, when no lane can turn any more, it is freed. NULL is let pass. */
