@@ -13,7 +13,8 @@ qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iprou
 e2fsprogs fuse3 util-linux procps openssl gnutls-bin nbdkit nbd-server python3-matplotlib
 python3-yaml mandoc man-db bash-completion zsh libxml2-utils libvirt0 iputils-arping chromium"
 
-package_packages="debhelper lintian debootstrap systemd zstd"
+package_packages="debhelper lintian debootstrap systemd
+systemd-container zstd"
 
 bench_packages="libcmocka-dev python3 python3-matplotlib nbdkit qemu-utils nbd-server fio
 util-linux"
