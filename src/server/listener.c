@@ -241,8 +241,8 @@ static enum status open_tcp(struct listeners *l, const char *text, bool replace,
 
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found;
     int rc = getaddrinfo(len ? host : NULL, colon + 1, &hints, &found);
-    /* A bare system may have no /etc/hosts, where this name usually stands. */
-    if (rc == EAI_NONAME && strcmp(host, "localhost") == 0) {
+    /* A bare system may have no /etc/hosts, where this name usually stands, and no name server. */
+    if (rc != 0 && strcmp(host, "localhost") == 0) {
         hints.ai_flags = 0;
         rc = getaddrinfo(NULL, colon + 1, &hints, &found);
     }

@@ -20,6 +20,8 @@ MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fdb-nbd"
 LIMIT_S = 120 * SLOW
 BOOT_LIMIT_S = 30 * SLOW
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
+               "DEBIAN_FRONTEND": "noninteractive"}
 
 
 def archive(packages):
@@ -65,9 +67,7 @@ class System:
 
     def run(self, *words, check=True):
         done = subprocess.run(self.words(*words), stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, timeout=LIMIT_S,
-                              env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
-                                   "DEBIAN_FRONTEND": "noninteractive"})
+                              text=True, timeout=LIMIT_S, env=ENVIRONMENT)
         assert not check or done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
         return done
 
@@ -121,7 +121,9 @@ class Booted:
         done = subprocess.run(["nsenter", "--all", f"--target={self.first}", "bash", "-c", script],
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               timeout=LIMIT_S, start_new_session=True)
-        assert not check or done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        if check and done.returncode:
+            journal = self.run("journalctl -q --no-pager -n 30", check=False).stdout
+            raise AssertionError(f"{script}\n{done.stdout}{done.stderr}\n{journal}")
         return done
 
     def show(self, prop, unit="fdb-nbd.service"):

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from harness.server import REPO, SLOW, wait_until
-from system import Booted, System
+from system import ENVIRONMENT, Booted, System
 
 PROGRAMS = ["systemd", "libnbd-bin"]  # what the tests use in it
 EXPOSURE_MAX = 20  # of systemd-analyze security, in tenths; below 20 is "OK"
@@ -126,7 +126,7 @@ def test_one_store_for_root_and_the_service(installed):
     server = subprocess.Popen(
         installed.words("setpriv", "--pdeathsig", "KILL", "--reuid=fdb-nbd", "--regid=fdb-nbd",
                         "--clear-groups", *start, "--listen", f"unix:{socket}"),
-        stdin=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin"})
+        stdin=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
         wait_until(lambda: server.poll() is not None or installed.path(socket).exists(), 30 * SLOW,
                    "it listens")
@@ -148,7 +148,7 @@ def test_one_store_for_root_and_the_service(installed):
 
 
 def test_units_are_sound(installed):
-    for unit in ("fdb-nbd.service", "fdb-nbd.socket", "fdb-nbd-attach@x.service"):
+    for unit in ("fdb-nbd.service", "fdb-nbd.socket", "fdb-nbd-attach@i.service"):
         done = installed.run("systemd-analyze", "verify", "--man=no", unit, check=False)
         said = [line for line in (done.stdout + done.stderr).splitlines() if "fdb-nbd" in line]
         assert not said, said
