@@ -175,6 +175,7 @@ def test_under_systemd(installed):
         assert all("booted" in volumes(text) for text in lists), lists
         fields = booted.run("journalctl -q -o verbose -u fdb-nbd VOLUME=booted").stdout
         assert re.search(r"CLIENT=127\.0\.0\.1:\d+\n", fields), fields
+        assert "booted" in booted.run("fdb-nbd status").stdout, "root finds its control socket"
         booted.run("systemctl reload fdb-nbd")
         assert booted.show("MainPID") == pid, "a reload ended it"
         # The way of docs/operations.md to replace it.
