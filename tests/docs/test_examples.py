@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ import yaml
 import examples
 from harness import uml
 from harness.cluster import Cluster, Programs, why_missing
+from harness.fixtures import new_folder
 from harness.server import REPO
 from harness.waiting import SLOW, wait_until
 from sandbox import Machine, Network
@@ -28,6 +30,7 @@ FILES = ["README.md", "docs/operations.md", "docs/foundationdb.md", "docs/tls.md
 # Where a guide's hosts are. The first is where a block is run that names none.
 HOSTS = {"host1": "10.0.0.11", "host2": "10.0.0.12", "host3": "10.0.0.13"}
 BLOCK_LIMIT_S = 60
+AT_ONCE = 3
 LIBVIRT_SCHEMAS = "/usr/share/libvirt/schemas"
 
 
@@ -98,6 +101,11 @@ class Reader:
             if "file" in parts:
                 machine.write(parts["file"], example.text,
                               0o755 if example.text.startswith("#!") else 0o644)
+                if parts["file"].endswith("fdb-nbd.conf"):
+                    # Mistakes in it would be said before the store is looked for.
+                    done = machine.run(["fdb-nbd", "--config", parts["file"], "--store",
+                                        "lmdb:/nowhere", "list"], check=False)
+                    assert done.returncode == 4, f"{example.place}: {done.stderr}"
                 if parts["file"].endswith(".service"):
                     machine.run(["systemd-analyze", "verify", parts["file"]])
             elif "shows" in parts:
@@ -138,9 +146,30 @@ class Reader:
         self.staying.append((example, process, machine))
 
 
-@pytest.mark.limit(120)
+@pytest.fixture(scope="module")
+def results(request):
+    """Goes through some files at a time, since most of what is done is waiting."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        names = [i.callspec.params["name"] for i in request.session.items
+                 if i.function is test_examples_of]
+        yield {name: pool.submit(try_out_file, name) for name in names}
+
+
+@pytest.mark.limit(240)
 @pytest.mark.parametrize("name", FILES)
-def test_examples_of(name, folder):
+def test_examples_of(name, results):
+    print("\n".join(results[name].result()))
+
+
+def try_out_file(name):
+    folder = new_folder()
+    try:
+        return list(_try_out_file(name, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_out_file(name, folder):
     found = examples.read(REPO / name, name)
     unmarked = [e.place for e in found if e.language != "sh" and not e.parts]
     assert not unmarked, f"not sh, and nothing says what becomes of them: {', '.join(unmarked)}"
@@ -159,10 +188,10 @@ def test_examples_of(name, folder):
         finally:
             ended = reader.end()
         assert not ended, ", ".join(ended)
-    print(f"{name}: {len(tried)} of {len(found)} examples were run")
+    yield f"{name}: {len(tried)} of {len(found)} examples were run"
     for example in found:
         if example.why_not_run:
-            print(f"  not run, {example.place}: {example.why_not_run}")
+            yield f"  not run, {example.place}: {example.why_not_run}"
 
 
 # --- what can be said of a text that is not run ------------------------------------------

@@ -85,3 +85,10 @@ def test_a_page_is_well_formed(page):
 def test_all_pages_are_installed():
     listed = re.findall(r"'(.*)'", (FOLDER / "meson.build").read_text())
     assert sorted(listed) == [p.name for p in PAGES]
+
+
+def test_the_readme_names_all_commands():
+    table = (REPO / "README.md").read_text().partition("\n## Commands\n")[2].partition("\n## ")[0]
+    named = {w for row in table.splitlines() if row.startswith("| ")
+             for w in re.findall(r"`([a-z]+)", row.split(" | ")[0])}
+    assert {c.name for c in program.commands()} <= named
