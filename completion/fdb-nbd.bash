@@ -35,6 +35,7 @@ _fdb_nbd_argument() {
                    _fdb_nbd_ask list
                fi ;;
     NAME | VOLUME | OLD | \[NAME\]) _fdb_nbd_ask list ;;
+    /dev/nbdN | \[/dev/nbdN\]) compgen -G '/dev/nbd[0-9]*' ;;
     esac
 }
 
@@ -43,6 +44,8 @@ _fdb_nbd_value() {
     case $1 in
     --store) printf '%s\n' lmdb: fdb: ;;
     --log-level) printf '%s\n' debug info warning error ;;
+    --log-format) printf '%s\n' text json journal ;;
+    --tls) printf '%s\n' off on require ;;
     --compression) printf '%s\n' none lz4 zstd ;;
     --workload) printf '%s\n' randread randwrite randrw read write rw ;;
     --default) _fdb_nbd_ask list ;;
@@ -83,7 +86,7 @@ _fdb_nbd() {
 
     if [[ -n $before ]]; then
         candidates=$(_fdb_nbd_value "$before" "${arguments[0]}")
-        [[ $before != --config ]] || compopt -o default 2>/dev/null
+        [[ $before != @(--config|--access|--tls-*|--control) ]] || compopt -o default 2>/dev/null
     elif [[ $current == -* ]]; then
         candidates=$({ _fdb_nbd_help; [[ -z $command ]] || echo "$help"; } |
             sed -n 's/^  \(--[a-z-]*\).*/\1/p')

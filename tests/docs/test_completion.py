@@ -134,6 +134,8 @@ def test_values(ask):
     assert ask("fdb-nbd create new 1G --compression ") == ["lz4", "none", "zstd"]
     assert ask("fdb-nbd serve --default d") == ["data", "disk"]
     assert ask("fdb-nbd --log-level in") == ["info"]
+    assert ask("fdb-nbd serve --tls re") == ["require"]
+    assert ask("fdb-nbd --log-format j") == ["journal", "json"]
 
 
 def test_a_person_at_bash(store, module_folder):

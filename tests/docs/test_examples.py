@@ -175,6 +175,9 @@ def _try_out_file(name, folder):
     assert not unmarked, f"not sh, and nothing says what becomes of them: {', '.join(unmarked)}"
     for example in found:
         check_language(example, folder)
+        if "in" in example.parts:
+            other = (REPO / example.parts["in"]).read_text()
+            assert name.rpartition("/")[2] in other, f"{example.place}: not read there"
     tried = [e for e in found if not e.why_not_run]
     if any("kernel" in e.parts for e in tried) and uml.missing():
         pytest.skip(f"no user-mode-linux here: {uml.missing()}")
