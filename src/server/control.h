@@ -13,20 +13,21 @@
 
 #define CONTROL_PATH_BYTES 108u /* as in struct sockaddr_un */
 
-/* The directory where this user's servers have their control sockets: /run/fdb-nbd for root; else what
- * a service manager gave ($RUNTIME_DIRECTORY), $XDG_RUNTIME_DIR/fdb-nbd, or /tmp/fdb-nbd-UID. */
+/* The directory where this user's servers have their control sockets: /run/fdb-nbd for root; else
+ * what a service manager gave ($RUNTIME_DIRECTORY), $XDG_RUNTIME_DIR/fdb-nbd, or /tmp/fdb-nbd-UID.
+ */
 enum status control_directory(char out[CONTROL_PATH_BYTES], struct err *e);
 
 /* The socket of the process `pid` in there. */
 enum status control_path(pid_t pid, char out[CONTROL_PATH_BYTES], struct err *e);
 
-/* Makes the socket at `path`, or, where that is NULL, this process's in the directory, which is made as
- * well: non-blocking, listening, for this user alone. One that a dead server left there is replaced;
- * ST_UNAVAIL where somebody listens, or it can't be made. */
+/* Makes the socket at `path`, or, where that is NULL, this process's in the directory, which is
+ * made as well: non-blocking, listening, for this user alone. One that a dead server left there is
+ * replaced; ST_UNAVAIL where somebody listens, or it can't be made. */
 enum status control_open(const char *path, char out[CONTROL_PATH_BYTES], int *fd, struct err *e);
 
-/* Connects to a control socket. ST_NOTFOUND: nobody listens, its server is gone (then the file may be
- * removed); ST_PERM, ST_UNAVAIL. */
+/* Connects to a control socket. ST_NOTFOUND: nobody listens, its server is gone (then the file may
+ * be removed); ST_PERM, ST_UNAVAIL. */
 enum status control_connect(const char *path, int *fd, struct err *e);
 
 #endif

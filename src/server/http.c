@@ -130,17 +130,17 @@ static enum MHD_Result send_bytes(struct http *h, struct MHD_Connection *connect
             const void *in;
             void *base;
         } text = {busy};
-        return send_response(connection, MHD_HTTP_SERVICE_UNAVAILABLE, TEXT_TYPE,
-                             MHD_create_response_from_buffer(sizeof busy - 1, text.base,
-                                                             MHD_RESPMEM_PERSISTENT));
+        return send_response(
+            connection, MHD_HTTP_SERVICE_UNAVAILABLE, TEXT_TYPE,
+            MHD_create_response_from_buffer(sizeof busy - 1, text.base, MHD_RESPMEM_PERSISTENT));
     }
     struct held *held = mem_alloc(sizeof *held + len + 1);
     held->http = h;
     held->len = len;
     if (len)
         memcpy(held->bytes, bytes, len);
-    struct MHD_Response *response = MHD_create_response_from_buffer_with_free_callback_cls(
-        len, held->bytes, held_sent, held);
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer_with_free_callback_cls(len, held->bytes, held_sent, held);
     if (!response) {
         free(held);
         return MHD_NO;
@@ -149,8 +149,8 @@ static enum MHD_Result send_bytes(struct http *h, struct MHD_Connection *connect
     return send_response(connection, status, type, response);
 }
 
-static enum MHD_Result send_json(struct http *h, struct MHD_Connection *connection,
-                                 unsigned status, json_t *json)
+static enum MHD_Result send_json(struct http *h, struct MHD_Connection *connection, unsigned status,
+                                 json_t *json)
 {
     char *text = json_dumps(json, JSON_COMPACT | JSON_REAL_PRECISION(9));
     json_decref(json);
@@ -182,8 +182,7 @@ static enum MHD_Result get_metrics(struct http *h, struct MHD_Connection *connec
 {
     struct http_text text = {0};
     http_metrics_text(&h->source, &text);
-    enum MHD_Result ok =
-        send_bytes(h, connection, MHD_HTTP_OK, METRICS_TYPE, text.bytes, text.len);
+    enum MHD_Result ok = send_bytes(h, connection, MHD_HTTP_OK, METRICS_TYPE, text.bytes, text.len);
     free(text.bytes);
     return ok;
 }
@@ -425,25 +424,27 @@ static enum status add_port(struct http *h, int listen_fd, bool is_control, stru
     int fd = fcntl(listen_fd, F_DUPFD_CLOEXEC, 0);
     port->http = h;
     port->is_control = is_control;
-    port->daemon = fd < 0 ? NULL : MHD_start_daemon(
-        MHD_USE_EPOLL | MHD_USE_ERROR_LOG, 0, NULL, NULL, on_request, port,
-        MHD_OPTION_EXTERNAL_LOGGER, on_trouble, NULL,
-        MHD_OPTION_LISTEN_SOCKET, fd,
-        MHD_OPTION_CONNECTION_LIMIT, HTTP_CONNECTIONS_MAX,
-        MHD_OPTION_PER_IP_CONNECTION_LIMIT, HTTP_PER_ADDRESS_MAX,
-        MHD_OPTION_CONNECTION_TIMEOUT, HTTP_IDLE_S,
-        MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HTTP_HEAD_BYTES_MAX,
-        MHD_OPTION_NOTIFY_CONNECTION, on_connection, port,
-        MHD_OPTION_NOTIFY_COMPLETED, on_answered, port,
-        MHD_OPTION_END);
+    /* clang-format off: one option a line */
+    if (fd >= 0)
+        port->daemon = MHD_start_daemon(
+            MHD_USE_EPOLL | MHD_USE_ERROR_LOG, 0, NULL, NULL, on_request, port,
+            MHD_OPTION_EXTERNAL_LOGGER, on_trouble, NULL,
+            MHD_OPTION_LISTEN_SOCKET, fd,
+            MHD_OPTION_CONNECTION_LIMIT, HTTP_CONNECTIONS_MAX,
+            MHD_OPTION_PER_IP_CONNECTION_LIMIT, HTTP_PER_ADDRESS_MAX,
+            MHD_OPTION_CONNECTION_TIMEOUT, HTTP_IDLE_S,
+            MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)HTTP_HEAD_BYTES_MAX,
+            MHD_OPTION_NOTIFY_CONNECTION, on_connection, port,
+            MHD_OPTION_NOTIFY_COMPLETED, on_answered, port,
+            MHD_OPTION_END);
+    /* clang-format on */
     if (!port->daemon) {
         if (fd >= 0)
             close(fd);
         return fail(e, ST_NOMEM, "cannot serve HTTP: libmicrohttpd does not start");
     }
     h->n_ports++;
-    const union MHD_DaemonInfo *info =
-        MHD_get_daemon_info(port->daemon, MHD_DAEMON_INFO_EPOLL_FD);
+    const union MHD_DaemonInfo *info = MHD_get_daemon_info(port->daemon, MHD_DAEMON_INFO_EPOLL_FD);
     return watch(h, info ? info->epoll_fd : -1, e);
 }
 

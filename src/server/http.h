@@ -13,10 +13,10 @@
 
 #include "base/status.h"
 
-#define HTTP_CONNECTIONS_MAX 64u     /* for each socket */
-#define HTTP_PER_ADDRESS_MAX 16u     /* of one client address */
-#define HTTP_IDLE_S 10u              /* silence that ends a connection */
-#define HTTP_REQUEST_S 15u           /* from its first byte to the last of its answer */
+#define HTTP_CONNECTIONS_MAX 64u /* for each socket */
+#define HTTP_PER_ADDRESS_MAX 16u /* of one client address */
+#define HTTP_IDLE_S 10u          /* silence that ends a connection */
+#define HTTP_REQUEST_S 15u       /* from its first byte to the last of its answer */
 #define HTTP_HEAD_BYTES_MAX (16u << 10)
 #define HTTP_BODY_BYTES_MAX (4u << 10)
 #define HTTP_HELD_BYTES_MAX (64u << 20) /* answers that clients have not taken yet */
@@ -32,9 +32,9 @@ struct http_file {
 struct http;
 struct server;
 
-/* Opens the sockets that the configuration asks for; nothing is served yet. An address of --http that
- * can't be listened on is an error as listeners_open() gives it; a control socket that can't be made
- * is a warning. */
+/* Opens the sockets that the configuration asks for; nothing is served yet. An address of --http
+ * that can't be listened on is an error as listeners_open() gives it; a control socket that can't
+ * be made is a warning. */
 enum status http_open(struct http **out, struct server *s, struct err *e);
 
 /* Begins to serve, on a thread of its own. The lanes are open, and nothing of them runs yet. */

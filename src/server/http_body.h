@@ -22,8 +22,8 @@ struct http_source {
     const char *const *listen, *const *http;
     size_t n_listen, n_http;
     const char *control; /* NULL: none */
-    uint64_t silent_ms; /* of the store, when http_reasons() asked last */
-    bool stopping; /* atomic: lane 0 writes it */
+    uint64_t silent_ms;  /* of the store, when http_reasons() asked last */
+    bool stopping;       /* atomic: lane 0 writes it */
 };
 
 struct http_text {

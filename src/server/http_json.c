@@ -154,9 +154,9 @@ static json_t *store_json(struct http_source *s, uint64_t silent_ms)
     set(o, "silent_ms", number(silent_ms));
     set(o, "used_bytes", known ? number(info.bytes_used) : json_null());
     set(o, "free_bytes", known ? number(info.bytes_free) : json_null());
-    set(o, "available_bytes", known && info.bytes_available != STORE_BYTES_UNKNOWN
-                                  ? number(info.bytes_available)
-                                  : json_null());
+    set(o, "available_bytes",
+        known && info.bytes_available != STORE_BYTES_UNKNOWN ? number(info.bytes_available)
+                                                             : json_null());
     return o;
 }
 
@@ -207,9 +207,9 @@ json_t *http_server_json(struct http_source *s)
     set(o, "draining", json_boolean(atomic_load(&server->draining)));
     set(o, "drained", json_boolean(atomic_load(&server->drained)));
     set(o, "stopping", json_boolean(__atomic_load_n(&s->stopping, __ATOMIC_RELAXED)));
-    set(o, "cache", json_pack("{s:o, s:o, s:o}", "limit_bytes", number(memory.limit_bytes),
-                              "used_bytes", number(memory.used_bytes), "dirty_bytes",
-                              number(memory.dirty_bytes)));
+    set(o, "cache",
+        json_pack("{s:o, s:o, s:o}", "limit_bytes", number(memory.limit_bytes), "used_bytes",
+                  number(memory.used_bytes), "dirty_bytes", number(memory.dirty_bytes)));
     set(o, "connections", number(atomic_load(&server->n_conns)));
     set(o, "connections_max", number(server->limits.connections_max));
     set(o, "volumes_owned", number(owned));
@@ -257,8 +257,7 @@ static json_t *volume_json(const struct http_source *s, const char *name,
     json_t *o = json_object();
     bool known = t->sum.open || stored;
     set(o, "name", json_string(name));
-    set(o, "size_bytes",
-        known ? number(t->sum.open ? t->sum.size : stored->size) : json_null());
+    set(o, "size_bytes", known ? number(t->sum.open ? t->sum.size : stored->size) : json_null());
     set(o, "used_bytes", stored ? number(stored->used_bytes) : json_null());
     set(o, "block_size_bytes",
         known ? number(t->sum.open ? t->sum.block_size : stored->block_size) : json_null());
@@ -344,9 +343,8 @@ json_t *http_volumes_json(struct http_source *s, bool with_series)
     set(o, "total", number(total));
     set(o, "truncated", json_boolean(json_array_size(list) < total));
     set(o, "age_ms",
-        all.stored.asked_ns
-            ? number((report_now_ns(s->report) - all.stored.asked_ns) / NS_PER_MS)
-            : json_null());
+        all.stored.asked_ns ? number((report_now_ns(s->report) - all.stored.asked_ns) / NS_PER_MS)
+                            : json_null());
     set(o, "volumes", list);
     inquiry_list_free(&all.stored);
     return o;

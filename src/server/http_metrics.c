@@ -76,8 +76,8 @@ static void histogram(struct metrics_out *m, const char *labels, const struct hi
     http_text_add(m->text, "fdbnbd_%s_bucket{%sle=\"+Inf\"} %" PRIu64 "\n", m->name, labels, below);
     http_text_add(m->text, "fdbnbd_%s_sum{%.*s} %.9g\n", m->name, (int)(len ? len - 1 : 0), labels,
                   (double)h->sum_ns / 1e9);
-    http_text_add(m->text, "fdbnbd_%s_count{%.*s} %" PRIu64 "\n", m->name,
-                  (int)(len ? len - 1 : 0), labels, below);
+    http_text_add(m->text, "fdbnbd_%s_count{%.*s} %" PRIu64 "\n", m->name, (int)(len ? len - 1 : 0),
+                  labels, below);
 }
 
 /* --- requests -------------------------------------------------------------------------------- */
@@ -116,8 +116,7 @@ static void show_bytes(struct metrics_out *m, const char *labels, const struct m
     http_text_add(m->text, "fdbnbd_%s{%s} %" PRIu64 "\n", m->name, labels, c->bytes);
 }
 
-static void show_latency(struct metrics_out *m, const char *labels,
-                         const struct metrics_command *c)
+static void show_latency(struct metrics_out *m, const char *labels, const struct metrics_command *c)
 {
     char with_comma[NAME_BYTES_MAX + 72];
     snprintf(with_comma, sizeof with_comma, "%s,", labels);
@@ -130,8 +129,7 @@ static void requests(struct metrics_out *m)
     each_command(m, show_requests);
     family(m, "request_errors_total", "counter", "Requests answered with an error.");
     each_command(m, show_errors);
-    family(m, "request_bytes_total", "counter",
-           "Bytes that requests without an error were about.");
+    family(m, "request_bytes_total", "counter", "Bytes that requests without an error were about.");
     each_command(m, show_bytes);
     family(m, "request_duration_seconds", "histogram",
            "Time from when a request was parsed until its answer was sent.");
@@ -146,18 +144,54 @@ struct volume_family {
     uint64_t (*value)(const struct report_total *t);
 };
 
-static uint64_t hits(const struct report_total *t) { return t->sum.stats.cache_hits; }
-static uint64_t misses(const struct report_total *t) { return t->sum.stats.cache_misses; }
-static uint64_t mismatches(const struct report_total *t) { return t->sum.stats.hash_errors; }
-static uint64_t retries(const struct report_total *t) { return t->sum.stats.commit_retries; }
-static uint64_t conflicts(const struct report_total *t) { return t->sum.stats.conflicts; }
-static uint64_t fencings(const struct report_total *t) { return t->sum.stats.fencings; }
-static uint64_t timeouts(const struct report_total *t) { return t->sum.stats.timeouts; }
-static uint64_t cached(const struct report_total *t) { return t->sum.stats.cached_bytes; }
-static uint64_t dirty(const struct report_total *t) { return t->sum.stats.dirty_bytes; }
-static uint64_t size(const struct report_total *t) { return t->sum.size; }
-static uint64_t clients(const struct report_total *t) { return t->sum.n_clients; }
-static uint64_t owned(const struct report_total *t) { return t->sum.owned; }
+static uint64_t hits(const struct report_total *t)
+{
+    return t->sum.stats.cache_hits;
+}
+static uint64_t misses(const struct report_total *t)
+{
+    return t->sum.stats.cache_misses;
+}
+static uint64_t mismatches(const struct report_total *t)
+{
+    return t->sum.stats.hash_errors;
+}
+static uint64_t retries(const struct report_total *t)
+{
+    return t->sum.stats.commit_retries;
+}
+static uint64_t conflicts(const struct report_total *t)
+{
+    return t->sum.stats.conflicts;
+}
+static uint64_t fencings(const struct report_total *t)
+{
+    return t->sum.stats.fencings;
+}
+static uint64_t timeouts(const struct report_total *t)
+{
+    return t->sum.stats.timeouts;
+}
+static uint64_t cached(const struct report_total *t)
+{
+    return t->sum.stats.cached_bytes;
+}
+static uint64_t dirty(const struct report_total *t)
+{
+    return t->sum.stats.dirty_bytes;
+}
+static uint64_t size(const struct report_total *t)
+{
+    return t->sum.size;
+}
+static uint64_t clients(const struct report_total *t)
+{
+    return t->sum.n_clients;
+}
+static uint64_t owned(const struct report_total *t)
+{
+    return t->sum.owned;
+}
 
 static const struct volume_family volume_families[] = {
     {"cache_hits_total", "counter", "Reads answered from the cache at once.", false, hits},
@@ -165,7 +199,8 @@ static const struct volume_family volume_families[] = {
      false, misses},
     {"hash_mismatches_total", "counter", "Blocks and index rows that were damaged or missing.",
      false, mismatches},
-    {"commit_retries_total", "counter", "Commits that failed and were tried again.", false, retries},
+    {"commit_retries_total", "counter", "Commits that failed and were tried again.", false,
+     retries},
     {"commit_conflicts_total", "counter",
      "Commits refused because another server owned the volume by then.", false, conflicts},
     {"fencings_total", "counter", "Sessions of silent servers that were fenced for the volume.",
@@ -173,7 +208,8 @@ static const struct volume_family volume_families[] = {
     {"store_timeouts_total", "counter",
      "Requests answered with an error because the store took too long.", false, timeouts},
     {"volume_cached_bytes", "gauge", "Bytes of the volume in the cache.", true, cached},
-    {"volume_dirty_bytes", "gauge", "Bytes of these that the store has not committed.", true, dirty},
+    {"volume_dirty_bytes", "gauge", "Bytes of these that the store has not committed.", true,
+     dirty},
     {"volume_size_bytes", "gauge", "Size of the volume.", true, size},
     {"volume_clients", "gauge", "Connections to the volume or its snapshots.", false, clients},
     {"volume_owned", "gauge", "1 while this server owns the volume.", true, owned},
@@ -206,7 +242,8 @@ static void volumes(struct metrics_out *m)
     }
 }
 
-/* --- connections, memory, store, process --------------------------------------------------------- */
+/* --- connections, memory, store, process ---------------------------------------------------------
+ */
 
 static void connections(struct metrics_out *m)
 {

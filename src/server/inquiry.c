@@ -190,11 +190,12 @@ static void judge_space(struct inquiry *q, const struct store_info *info)
     if (level == q->space_level)
         return;
     q->space_level = level;
-    log_warning("the store %s is filling up: room for %s is left (%llu.%llu%%), %s are in use; when "
-                "there is none, writes fail with \"no space left on device\": make room, or remove "
-                "what is not needed (fdb-nbd usage)",
-                info->uri, size_format(available, left), (unsigned long long)(per_mille / 10),
-                (unsigned long long)(per_mille % 10), size_format(info->bytes_used, used));
+    log_warning(
+        "the store %s is filling up: room for %s is left (%llu.%llu%%), %s are in use; when "
+        "there is none, writes fail with \"no space left on device\": make room, or remove "
+        "what is not needed (fdb-nbd usage)",
+        info->uri, size_format(available, left), (unsigned long long)(per_mille / 10),
+        (unsigned long long)(per_mille % 10), size_format(info->bytes_used, used));
 }
 
 static void space_work(struct env_work *work)

@@ -52,9 +52,11 @@ void inquiry_free(struct inquiry *q);
  * oldest question has been without an answer (ms); 0: it answers. Any thread but lane 0's. */
 uint64_t inquiry_silent_ms(struct inquiry *q, unsigned wait_ms);
 
-/* The volumes; asked for again where they are older than `age_ms` (many: ten times that), and waited
- * for, `wait_ms` at most. The caller frees it with inquiry_list_free(). Any thread but lane 0's. */
-void inquiry_volumes(struct inquiry *q, unsigned age_ms, unsigned wait_ms, struct inquiry_list *out);
+/* The volumes; asked for again where they are older than `age_ms` (many: ten times that), and
+ * waited for, `wait_ms` at most. The caller frees it with inquiry_list_free(). Any thread but lane
+ * 0's. */
+void inquiry_volumes(struct inquiry *q, unsigned age_ms, unsigned wait_ms,
+                     struct inquiry_list *out);
 void inquiry_list_free(struct inquiry_list *list);
 
 /* Space in the store and its name, as of some seconds ago. False where it did not say yet. */

@@ -15,14 +15,9 @@
 #define SLOW_WINDOW_NS 5000000000u
 
 const char *const metrics_command_names[METRICS_COMMANDS] = {
-    [NBD_CMD_READ] = "read",
-    [NBD_CMD_WRITE] = "write",
-    [METRICS_OTHER] = "other",
-    [NBD_CMD_FLUSH] = "flush",
-    [NBD_CMD_TRIM] = "trim",
-    [NBD_CMD_CACHE] = "cache",
-    [NBD_CMD_WRITE_ZEROES] = "zero",
-    [NBD_CMD_BLOCK_STATUS] = "status",
+    [NBD_CMD_READ] = "read",         [NBD_CMD_WRITE] = "write",         [METRICS_OTHER] = "other",
+    [NBD_CMD_FLUSH] = "flush",       [NBD_CMD_TRIM] = "trim",           [NBD_CMD_CACHE] = "cache",
+    [NBD_CMD_WRITE_ZEROES] = "zero", [NBD_CMD_BLOCK_STATUS] = "status",
 };
 
 void metrics_lane_init(struct metrics_lane *ml, struct metrics *all, struct env *env)
@@ -73,8 +68,7 @@ struct metrics_volume *metrics_volume(struct metrics_lane *ml, const char *expor
 void metrics_client_enter(struct metrics_lane *ml, struct metrics_client *mc, const char *who,
                           const char *export, bool is_snapshot, uint64_t size)
 {
-    *mc = (struct metrics_client){
-        .vol = metrics_volume(ml, export), .who = who, .export = export};
+    *mc = (struct metrics_client){.vol = metrics_volume(ml, export), .who = who, .export = export};
     mc->has_heat = !is_snapshot && mc->vol != ml->rest;
     metrics_client_resized(mc, size);
 }
@@ -138,10 +132,12 @@ static bool is_slow(const struct metrics_lane *ml, uint64_t took_ns)
 static void tell_slow(struct metrics_lane *ml, const struct metrics_ended *r, uint64_t now_ns)
 {
     if (may_show(ml, now_ns, 1))
-        log_warning("slow request: client %s, export %s: %s of %llu bytes at %llu took %llu ms",
-                    r->client->who, r->client->export, metrics_command_names[r->command],
-                    (unsigned long long)r->length, (unsigned long long)r->offset,
-                    (unsigned long long)((now_ns - r->begun_ns) / 1000000));
+        log_client_warning(
+            r->client->who, r->client->export,
+            "slow request: client %s, export %s: %s of %llu bytes at %llu took %llu ms",
+            r->client->who, r->client->export, metrics_command_names[r->command],
+            (unsigned long long)r->length, (unsigned long long)r->offset,
+            (unsigned long long)((now_ns - r->begun_ns) / 1000000));
 }
 
 /* What was answered at once, and yet so late: this process, or its machine, stood still. */
@@ -149,9 +145,10 @@ static void tell_slow_batch(struct metrics_lane *ml, const struct metrics_volume
                             unsigned command, uint64_t took_ns, uint64_t now_ns)
 {
     if (may_show(ml, now_ns, mv->fresh[command]))
-        log_warning("slow request: volume %s: %u of %s took %llu ms, all of it in this server",
-                    mv->name, mv->fresh[command], metrics_command_names[command],
-                    (unsigned long long)(took_ns / 1000000));
+        log_volume_warning(
+            mv->name, "slow request: volume %s: %u of %s took %llu ms, all of it in this server",
+            mv->name, mv->fresh[command], metrics_command_names[command],
+            (unsigned long long)(took_ns / 1000000));
 }
 
 /* --- counting --------------------------------------------------------------------------- */

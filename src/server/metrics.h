@@ -5,9 +5,9 @@
  * (report.h, series.h) needs no lock and disturbs nobody. Requests are counted when they are
  * answered, by volume and command; those of VOLUME@SNAPSHOT count for VOLUME.
  *
- * How long a request took is from when it was parsed until its reply was handed to the kernel (or to
- * the queue of a client that takes none). The clock is read once per receive and once per turn of
- * the loop, which the lane does anyway: what was answered between two readings is booked at the
+ * How long a request took is from when it was parsed until its reply was handed to the kernel (or
+ * to the queue of a client that takes none). The clock is read once per receive and once per turn
+ * of the loop, which the lane does anyway: what was answered between two readings is booked at the
  * second one.
  */
 #ifndef SERVER_METRICS_H
@@ -21,7 +21,8 @@
 #include "nbd/proto.h"
 #include "volume/volume.h"
 
-/* Volumes with counters of their own, all lanes together; what comes later counts as METRICS_REST. */
+/* Volumes with counters of their own, all lanes together; what comes later counts as METRICS_REST.
+ */
 #define METRICS_VOLUMES_MAX 1000u
 #define METRICS_REST "(others)" /* no volume can be called that */
 #define METRICS_HEAT_CELLS 256u
@@ -56,14 +57,14 @@ struct metrics_volume {
     uint64_t heat_bytes;        /* the size heat_shift was chosen for */
     struct metrics_volume *next_touched;
     bool touched;
-    uint32_t fresh_mask; /* commands with something in `fresh` */
+    uint32_t fresh_mask;              /* commands with something in `fresh` */
     uint32_t fresh[METRICS_COMMANDS]; /* answered since the clock was read last */
 };
 
 /* A connection's part. The lane's alone. */
 struct metrics_client {
     struct metrics_volume *vol;
-    bool has_heat; /* it is the volume, not a snapshot */
+    bool has_heat;            /* it is the volume, not a snapshot */
     const char *who, *export; /* for the log; as long as the connection */
     uint64_t requests, errors, read_bytes, written_bytes;
 };
@@ -92,7 +93,7 @@ struct metrics_lane {
     struct env *env;
     struct metrics_volume *volumes; /* metrics_first() */
     struct metrics_volume *rest;    /* NULL until it is needed */
-    uint64_t mark_ns; /* the clock when it was read last */
+    uint64_t mark_ns;               /* the clock when it was read last */
     struct metrics_volume *touched;
     unsigned n_ended;
     struct metrics_ended ended[METRICS_ENDED_MAX];
@@ -121,8 +122,8 @@ static inline struct metrics_volume *metrics_next(const struct metrics_volume *m
     return mv->next;
 }
 
-/* A connection serves its export from here on; `size` is the volume's now, and to be told when it has
- * become another. */
+/* A connection serves its export from here on; `size` is the volume's now, and to be told when it
+ * has become another. */
 void metrics_client_enter(struct metrics_lane *ml, struct metrics_client *mc, const char *who,
                           const char *export, bool is_snapshot, uint64_t size);
 void metrics_client_resized(struct metrics_client *mc, uint64_t size);
@@ -139,7 +140,8 @@ static inline void metrics_mark(struct metrics_lane *ml, uint64_t now_ns)
     ml->mark_ns = now_ns;
 }
 
-/* Says how many slow requests were left out of the log, once the next may be shown. Now and then. */
+/* Says how many slow requests were left out of the log, once the next may be shown. Now and then.
+ */
 void metrics_tick(struct metrics_lane *ml, uint64_t now_ns);
 
 static inline void metrics_heat(struct metrics_volume *mv, uint16_t command, uint64_t offset,
@@ -166,8 +168,8 @@ static inline void metrics_answered(struct metrics_lane *ml, struct metrics_clie
     struct metrics_volume *mv = mc->vol;
     if (command >= METRICS_COMMANDS)
         command = METRICS_OTHER;
-    bool is_change = command == NBD_CMD_WRITE || command == NBD_CMD_TRIM ||
-                     command == NBD_CMD_WRITE_ZEROES;
+    bool is_change =
+        command == NBD_CMD_WRITE || command == NBD_CMD_TRIM || command == NBD_CMD_WRITE_ZEROES;
     mc->requests++;
     if (failed) {
         mc->errors++;

@@ -22,7 +22,7 @@
 struct report_volume {
     const struct metrics_volume *counters; /* its name, too */
     struct volume_stats stats; /* of all that have had this name; gauges: of those open now */
-    bool open, owned; /* the volume itself, not just snapshots */
+    bool open, owned;          /* the volume itself, not just snapshots */
     uint64_t branch, size;
     uint32_t block_size;
     unsigned n_clients;
@@ -62,7 +62,7 @@ const struct report_lane *report_lane(const struct report *r, unsigned no);
 struct report_total {
     const char *name;
     struct metrics_command commands[METRICS_COMMANDS]; /* as they are now */
-    struct report_volume sum; /* (but for its counters) */
+    struct report_volume sum;                          /* (but for its counters) */
 };
 /* All that somebody had open here, by name, the rest last; *n of them. Freed with the next call. */
 const struct report_total *report_totals(struct report *r, size_t *n);

@@ -997,25 +997,27 @@ static void audit(const struct mailbox *m)
     const char *name = m->vol->name;
     switch (mail->kind) {
     case MAIL_RESIZE:
-        log_info("audit: %s: resized volume \"%s\" to %llu bytes", mail->from, name,
-                 (unsigned long long)mail->size);
+        log_volume_info(name, "audit: %s: resized volume \"%s\" to %llu bytes", mail->from, name,
+                        (unsigned long long)mail->size);
         break;
     case MAIL_EVICT:
-        log_info("audit: %s: evicted volume \"%s\"", mail->from, name);
+        log_volume_info(name, "audit: %s: evicted volume \"%s\"", mail->from, name);
         break;
     case MAIL_SNAPSHOT_CREATE:
-        log_info("audit: %s: created snapshot \"%s@%s\"", mail->from, name, mail->name);
+        log_volume_info(name, "audit: %s: created snapshot \"%s@%s\"", mail->from, name,
+                        mail->name);
         break;
     case MAIL_SNAPSHOT_REMOVE:
-        log_info("audit: %s: removed snapshot \"%s@%s\"", mail->from, name, mail->name);
+        log_volume_info(name, "audit: %s: removed snapshot \"%s@%s\"", mail->from, name,
+                        mail->name);
         break;
     case MAIL_SNAPSHOT_RENAME:
-        log_info("audit: %s: renamed snapshot \"%s@%s\" to \"%s\"", mail->from, name, mail->name,
-                 mail->to);
+        log_volume_info(name, "audit: %s: renamed snapshot \"%s@%s\" to \"%s\"", mail->from, name,
+                        mail->name, mail->to);
         break;
     case MAIL_FLATTEN:
         if (mail->number == 0)
-            log_info("audit: %s: began to flatten volume \"%s\"", mail->from, name);
+            log_volume_info(name, "audit: %s: began to flatten volume \"%s\"", mail->from, name);
         break;
     default:
         break; /* changes nothing that stays */
