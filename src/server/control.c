@@ -3,7 +3,9 @@
  */
 #include "server/control.h"
 
+#include <dirent.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +15,7 @@
 #include <unistd.h>
 
 #define BACKLOG 16
+#define SWEEP_MAX 1000u /* files looked at */
 
 static enum status too_long(const char *path, struct err *e)
 {
@@ -113,6 +116,32 @@ static enum status open_at(const char *path, int *fd, struct err *e)
     return fail(e, ST_UNAVAIL, "cannot listen on %s: %s", path, strerror(why));
 }
 
+/* Removes what servers that were killed left there: nobody listens, and their process is gone (one
+ * that is just starting does not listen yet). */
+static void sweep(const char *directory)
+{
+    DIR *dir = opendir(directory);
+    char path[CONTROL_PATH_BYTES];
+    unsigned n = 0;
+    if (!dir)
+        return;
+    for (const struct dirent *e; (e = readdir(dir)) && n < SWEEP_MAX; n++) {
+        long pid = 0;
+        int end = 0, fd;
+        if (sscanf(e->d_name, "%ld.sock%n", &pid, &end) != 1 || !end || e->d_name[end] ||
+            pid <= 0 || control_path((pid_t)pid, path, NULL) != ST_OK)
+            continue;
+        if (kill((pid_t)pid, 0) == 0 || errno != ESRCH)
+            continue;
+        enum status st = control_connect(path, &fd, NULL);
+        if (st == ST_OK)
+            close(fd);
+        else if (st == ST_NOTFOUND)
+            unlink(path);
+    }
+    closedir(dir);
+}
+
 enum status control_open(const char *path, char out[CONTROL_PATH_BYTES], int *fd, struct err *e)
 {
     enum status st = ST_OK;
@@ -125,6 +154,8 @@ enum status control_open(const char *path, char out[CONTROL_PATH_BYTES], int *fd
         st = control_directory(directory, e);
         if (st == ST_OK)
             st = make_directory(directory, e);
+        if (st == ST_OK)
+            sweep(directory);
         if (st == ST_OK)
             st = control_path(getpid(), out, e);
     }

@@ -2,7 +2,8 @@
  * Where the control socket of a server is: a Unix socket by which commands on the same machine talk
  * to it (http.h).
  *
- * One directory holds those of all servers of a user, each named after its process: PID.sock.
+ * One directory holds those of all servers of a user, each named after its process: PID.sock. A
+ * server that was killed leaves its own behind; the next one that starts removes it.
  */
 #ifndef SERVER_CONTROL_H
 #define SERVER_CONTROL_H

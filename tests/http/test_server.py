@@ -171,6 +171,12 @@ def test_control_socket_is_the_users_alone(folder):
         where = http.control(server.pid)
         assert stat.S_IMODE(os.stat(os.path.dirname(where)).st_mode) == 0o700
         assert stat.S_IMODE(os.stat(where).st_mode) == 0o600
+        server.kill()
+        assert os.path.exists(where)
+        server.start()
+        assert not os.path.exists(where)
+        where = http.control(server.pid)
+        assert http.get(where, "/healthz") == "ok\n"
     assert not os.path.exists(where)
 
 
