@@ -126,7 +126,7 @@ def test_one_store_for_root_and_the_service(installed):
     server = subprocess.Popen(
         installed.words("setpriv", "--pdeathsig", "KILL", "--reuid=fdb-nbd", "--regid=fdb-nbd",
                         "--clear-groups", *start, "--listen", f"unix:{socket}"),
-        stdin=subprocess.DEVNULL, env=ENVIRONMENT)
+        stdin=subprocess.DEVNULL, env=dict(ENVIRONMENT, RUNTIME_DIRECTORY="/run/fdb-nbd"))
     try:
         wait_until(lambda: server.poll() is not None or installed.path(socket).exists(), 30 * SLOW,
                    "it listens")
@@ -175,7 +175,8 @@ def test_under_systemd(installed):
         assert all("booted" in volumes(text) for text in lists), lists
         fields = booted.run("journalctl -q -o verbose -u fdb-nbd VOLUME=booted").stdout
         assert re.search(r"CLIENT=127\.0\.0\.1:\d+\n", fields), fields
-        assert "booted" in booted.run("fdb-nbd status").stdout, "root finds its control socket"
+        # (Root finds its control socket.)
+        assert f":{pid}  serving  lmdb:/var/lib/fdb-nbd" in booted.run("fdb-nbd status").stdout
         booted.run("systemctl reload fdb-nbd")
         assert booted.show("MainPID") == pid, "a reload ended it"
         # The way of docs/operations.md to replace it.
