@@ -11,7 +11,8 @@ libmicrohttpd-dev libnl-genl-3-dev"
 test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nbd-client
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
 e2fsprogs fuse3 util-linux procps openssl gnutls-bin nbdkit nbd-server python3-matplotlib
-python3-yaml mandoc man-db bash-completion zsh libxml2-utils libvirt0 iputils-arping chromium"
+python3-yaml mandoc man-db bash-completion zsh libxml2-utils libvirt0 iputils-arping chromium
+curl"
 
 package_packages="debhelper lintian debootstrap systemd
 systemd-container zstd"

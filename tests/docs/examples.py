@@ -57,7 +57,7 @@ def _parts(place, text):
     if text.startswith("not run:"):
         return {"not": " ".join(text.split()[1:]).replace("run:", ":", 1)}
     found = {}
-    for part in text.split(";"):
+    for part in re.split(rf";\s+(?=(?:{'|'.join(PARTS)})\b)", text):
         word, rest = (*part.split(None, 1), "")[:2]
         assert word in PARTS, f"{place}: \"{part.strip()}\" means nothing; see examples.py"
         found[word] = rest.strip()

@@ -25,7 +25,8 @@ from harness.server import REPO
 from harness.waiting import SLOW, wait_until
 from sandbox import Machine, Network
 
-FILES = ["README.md", "docs/operations.md", "docs/foundationdb.md", "docs/tls.md",
+FILES = ["README.md", *(f"docs/{name}.md" for name in
+                        ("access", "foundationdb", "http", "operations", "tls")),
          *sorted(str(p.relative_to(REPO)) for p in (REPO / "docs" / "guides").glob("*.md"))]
 # Where a guide's hosts are. The first is where a block is run that names none.
 HOSTS = {"host1": "10.0.0.11", "host2": "10.0.0.12", "host3": "10.0.0.13"}
@@ -105,6 +106,11 @@ class Reader:
                     # Mistakes in it would be said before the store is looked for.
                     done = machine.run(["fdb-nbd", "--config", parts["file"], "--store",
                                         "lmdb:/nowhere", "list"], check=False)
+                    assert done.returncode == 4, f"{example.place}: {done.stderr}"
+                if parts["file"].endswith("fdb-nbd/access"):
+                    # They are read before the store is.
+                    done = machine.run(["fdb-nbd", "--store", "lmdb:/nowhere", "serve", "--access",
+                                        parts["file"]], check=False)
                     assert done.returncode == 4, f"{example.place}: {done.stderr}"
                 if parts["file"].endswith(".service"):
                     machine.run(["systemd-analyze", "verify", parts["file"]])
@@ -202,7 +208,7 @@ def _try_out_file(name, folder):
 
 def check_language(example, folder):
     check = {"sh": check_shell, "yaml": check_yaml, "xml": check_libvirt,
-             "json": lambda e, f: json.loads(e.text)}.get(example.language)
+             "json": check_json}.get(example.language)
     if check:
         check(example, folder)
 
@@ -210,6 +216,12 @@ def check_language(example, folder):
 def check_shell(example, folder):
     done = subprocess.run(["bash", "-n"], input=example.text, capture_output=True, text=True)
     assert done.returncode == 0, f"{example.place}: {done.stderr}"
+
+
+def check_json(example, folder):
+    """An object, or some members of one."""
+    text = example.text.strip()
+    json.loads(text if text.startswith("{") else f"{{{text}}}")
 
 
 # What each kind of object must have, and may have at its top.
@@ -225,6 +237,8 @@ KUBERNETES = {
 
 def check_yaml(example, folder):
     for thing in yaml.safe_load_all(example.text):
+        if "kind" not in thing:
+            continue
         version, fields = KUBERNETES[thing["kind"]]
         assert thing["apiVersion"] == version, example.place
         assert set(thing) == {"apiVersion", "kind", "metadata"} | fields, example.place
