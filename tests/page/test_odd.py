@@ -81,7 +81,7 @@ def test_markup_stays_text(look):
     world.series[name] = world.series[world.volumes[0]["name"]]
     world.volumes[0].update(name=name, description=MARKUP)
     world.volumes[0]["owner"].update(ours=False, host=MARKUP)
-    world.clients[0].update(peer=MARKUP, export=MARKUP, address=MARKUP)
+    world.clients[0].update(peer=MARKUP + "peer", export=MARKUP, address=MARKUP)
     page, _ = look(world)
     assert page.text("#volume-title") == name
     assert page.texts("#volume-rows .name")[0] == name

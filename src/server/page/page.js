@@ -459,7 +459,7 @@ const clientTable = new Table(id('client-heads'), id('client-rows'), [
       }
       const [address, who] = cell.firstChild.children;
       say(address, c.address);
-      say(who, c.peer || '');
+      say(who, c.peer && !c.address.includes(c.peer) ? c.peer : '');
     }},
   {title: 'Volume', kind: 'whole', value: (c) => c.export || '',
     fill: (cell, c) => {
