@@ -15,6 +15,7 @@ store. The cluster is one process.
 import argparse
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -74,7 +75,7 @@ class Place:
     def end(self):
         if self.cluster:
             self.cluster.end()
-        os.system(f"rm -rf {self.folder}")
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def volumes(place, count):
