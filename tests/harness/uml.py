@@ -24,6 +24,7 @@ from .waiting import SLOW
 
 HOST_ADDRESS, GUEST_ADDRESS = "10.99.0.1", "10.99.0.2"
 MODULES = Path("/usr/lib/uml/modules")
+REPO = Path(__file__).resolve().parents[2]
 
 INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LC_ALL=C
@@ -34,6 +35,7 @@ mount -t tmpfs none /tmp
 mount -t tmpfs none /run
 mkdir -p /tmp/out /tmp/mnt /tmp/lib/modules
 mount -t hostfs none /tmp/out -o @OUT@
+@REPO@
 ip link set lo up
 ip addr add @GUEST@/24 dev vec0
 ip link set vec0 up
@@ -83,8 +85,11 @@ class Guest:
         self.out = self.folder / "out"
         self.out.mkdir()
         init = self.folder / "init"
+        # What is built lies where it lies outside, also where the guest has a folder of its own.
+        hidden = REPO.parts[1] in ("tmp", "run")
+        repo = f"mkdir -p '{REPO}'; mount -t hostfs none '{REPO}' -o '{REPO}'" if hidden else ""
         init.write_text(INIT.replace("@OUT@", str(self.out)).replace("@GUEST@", GUEST_ADDRESS)
-                        .replace("@MODULES@", str(MODULES)))
+                        .replace("@MODULES@", str(MODULES)).replace("@REPO@", repo))
         init.chmod(0o755)
         self.lines = []
         self._more = threading.Condition()
