@@ -193,9 +193,10 @@ struct tls_session *tls_session_new(struct tls_credentials *c, int fd, const cha
     if (c->psk)
         gnutls_credentials_set(s->gnutls, GNUTLS_CRD_PSK, c->psk);
     if (c->verify_peer) {
-        /* A certificate that is for servers only is none of a client. */
-        static char purpose[] = GNUTLS_KP_TLS_WWW_CLIENT;
-        gnutls_typed_vdata_st data = {GNUTLS_DT_KEY_PURPOSE_OID, (void *)purpose, 0};
+        /* A certificate that is for servers only is none of a client. (GnuTLS keeps the address of
+         * this, for when the client shows its certificate.) */
+        static unsigned char purpose[] = GNUTLS_KP_TLS_WWW_CLIENT;
+        static gnutls_typed_vdata_st data = {GNUTLS_DT_KEY_PURPOSE_OID, purpose, 0};
         gnutls_certificate_server_set_request(s->gnutls, GNUTLS_CERT_REQUIRE);
         gnutls_session_set_verify_cert2(s->gnutls, &data, 1, 0);
     } else {

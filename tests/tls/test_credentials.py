@@ -76,6 +76,28 @@ def test_certificate_for_servers(server, pki):
                "the client's certificate (CN=host,O=fdb-nbd) is not accepted", "purpose")
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_certificate_for_servers_in_pieces(server, pki, version):
+    """What the server does for others meanwhile changes nothing."""
+    alice = context(pki.alice)
+
+    def put(sock, data):
+        for at in range(0, len(data), 97):
+            sock.sendall(data[at:at + 97])
+            other = tlsnbd.connect(server, alice)
+            other.write(0, b"A" * 100000)
+            other.disc()
+
+    before = len(server.log())
+    wrong = context(pki.wrong_purpose, minimum_version=version, maximum_version=version)
+    with pytest.raises((OSError, rawnbd.Closed)):
+        tlsnbd.connect(server, wrong, put=put)
+    wait_until(lambda: "CN=host,O=fdb-nbd) is not accepted" in server.log()[before:], 20 * SLOW,
+               "the log tells of it")
+    assert "purpose" in server.log()[before:]
+    server.check_alive()
+
+
 def test_no_certificate(server, pki):
     is_refused(server, lambda: tlsnbd.connect(server, context(ca=pki.ca.cert)),
                "the client has no certificate, which --tls-verify-peer asks for",
