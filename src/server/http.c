@@ -8,6 +8,7 @@
  */
 #include "server/http.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -44,6 +46,7 @@ struct port {
     struct http *http;
     struct MHD_Daemon *daemon;
     bool is_control;
+    bool is_loopback; /* of TCP */
 };
 
 /* A connection. */
@@ -284,6 +287,23 @@ static enum MHD_Result post(struct port *port, struct MHD_Connection *connection
     return send_json(h, connection, MHD_HTTP_OK, http_server_json(&h->source));
 }
 
+/* Whether a Host header names this machine in a way that no name server has a part in. On loopback
+ * all others are refused: a page in a browser of this machine may have given its own name this
+ * address, and would read along (DNS rebinding). */
+static bool is_local_name(const char *host)
+{
+    char name[256];
+    uint8_t ip[16];
+    const char *end = host[0] == '[' ? strchr(host, ']') : strchr(host, ':');
+    size_t len = end ? (size_t)(end - host) : strlen(host);
+    if (len >= sizeof name)
+        return false;
+    memcpy(name, host, len);
+    name[len] = '\0';
+    return !name[0] || strcasecmp(name, "localhost") == 0 || inet_pton(AF_INET, name, ip) == 1 ||
+           (name[0] == '[' && inet_pton(AF_INET6, name + 1, ip) == 1);
+}
+
 static enum MHD_Result on_request(void *arg, struct MHD_Connection *connection, const char *path,
                                   const char *method, const char *version, const char *body,
                                   size_t *body_bytes, void **state)
@@ -303,6 +323,10 @@ static enum MHD_Result on_request(void *arg, struct MHD_Connection *connection, 
         /* (Nothing is answered in the middle of a body: the connection ends.) */
         return call->body_bytes <= HTTP_BODY_BYTES_MAX ? MHD_YES : MHD_NO;
     }
+    const char *host = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Host");
+    if (port->is_loopback && host && !is_local_name(host))
+        return refuse(port->http, connection, MHD_HTTP_FORBIDDEN,
+                      "on loopback only localhost and addresses are names of this server");
     if (strcmp(method, MHD_HTTP_METHOD_GET) == 0 || strcmp(method, MHD_HTTP_METHOD_HEAD) == 0)
         return get(port->http, connection, path);
     if (strcmp(method, MHD_HTTP_METHOD_POST) == 0)
@@ -417,13 +441,15 @@ static enum status watch(struct http *h, int fd, struct err *e)
 
 /* --- sockets ------------------------------------------------------------------------------ */
 
-static enum status add_port(struct http *h, int listen_fd, bool is_control, struct err *e)
+static enum status add_port(struct http *h, int listen_fd, bool is_control, bool is_loopback,
+                            struct err *e)
 {
     struct port *port = &h->ports[h->n_ports];
     /* The library closes what it is given. */
     int fd = fcntl(listen_fd, F_DUPFD_CLOEXEC, 0);
     port->http = h;
     port->is_control = is_control;
+    port->is_loopback = is_loopback;
     /* clang-format off: one option a line */
     if (fd >= 0)
         port->daemon = MHD_start_daemon(
@@ -525,9 +551,10 @@ enum status http_start(struct http *h, const char *const *listen, size_t n_liste
     if (st == ST_OK)
         st = listeners_take_names(h->listeners, e);
     for (size_t i = 0; i < h->source.n_http && st == ST_OK; i++)
-        st = add_port(h, listeners_descriptor(h->listeners, i), false, e);
+        st = add_port(h, listeners_descriptor(h->listeners, i), false,
+                      listeners_is_loopback(h->listeners, i), e);
     if (st == ST_OK && h->source.control)
-        st = add_port(h, h->control_fd, true, e);
+        st = add_port(h, h->control_fd, true, false, e);
     if (st != ST_OK)
         return st;
     int rc = pthread_create(&h->thread, NULL, thread_main, h);

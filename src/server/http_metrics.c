@@ -263,7 +263,7 @@ static void connections(struct metrics_out *m)
     gauge(m, "connections_max", "The most there may be.", server->limits.connections_max);
     count(m, "connections_accepted_total", "Connections accepted.", accepted);
     count(m, "connections_turned_away_total",
-          "Connections refused because there were too many, or the server was draining.",
+          "Connections refused because there were too many, or the server was stopping.",
           turned_away);
     family(m, "handshakes_total", "counter",
            "Handshakes that ended: in an export, without one, by a failure.");

@@ -670,3 +670,8 @@ bool listeners_is_exposed(const struct listeners *l, size_t i)
     return !s->is_unix && (getsockname(s->fd, (struct sockaddr *)&sa, &len) != 0 ||
                            !peer_is_loopback((const struct sockaddr *)&sa));
 }
+
+bool listeners_is_loopback(const struct listeners *l, size_t i)
+{
+    return !l->sockets[i]->is_unix && !listeners_is_exposed(l, i);
+}

@@ -75,5 +75,7 @@ const char *const *listeners_addresses(const struct listeners *l, size_t *n);
 
 /* Whether other machines can come to the one with that number in listeners_addresses(). */
 bool listeners_is_exposed(const struct listeners *l, size_t i);
+/* Whether only this machine can, over TCP. */
+bool listeners_is_loopback(const struct listeners *l, size_t i);
 
 #endif

@@ -37,11 +37,11 @@ def connection(where, timeout_s=30):
     return _UnixConnection(str(where), timeout_s)
 
 
-def request(where, path, method="GET", body=None, timeout_s=30):
+def request(where, path, method="GET", body=None, timeout_s=30, headers=None):
     """Status, headers, body as text."""
     c = connection(where, timeout_s)
     try:
-        c.request(method, path, body)
+        c.request(method, path, body, headers or {})
         answer = c.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read().decode()
     finally:

@@ -240,6 +240,28 @@ def test_addresses(folder, port):
         assert "beyond this machine" in server.log()
 
 
+def test_names_that_others_chose_are_refused(folder, port):
+    """A page in a browser on this machine can give its own name our address, and would then be let
+    read what it gets (DNS rebinding); the browser says by which name it came."""
+    def ask(where, host, path="/v1/volumes"):
+        return http.request(where, path, headers={"Host": host})[0]
+
+    with serve(folder, port, args=["--http", f"unix:{folder}/h"]) as server:
+        at = "127.0.0.1", port
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "[evil]",
+                     "127.0.0.1.evil.example", "x" * 4000):
+            for path in ("/", "/metrics", "/v1/volumes", "/v1/clients"):
+                assert ask(at, host, path) == 403, (host, path)
+        for host in ("localhost", f"LocalHost:{port}", "127.0.0.1", f"127.0.0.1:{port}",
+                     f"[::1]:{port}", "[::1]", "10.1.2.3:80", "", f":{port}"):
+            assert ask(at, host) == 200, host
+        # No browser comes there.
+        assert ask(str(folder / "h"), "anything") == 200
+        assert ask(http.control(server.pid), "anything") == 200
+    with Server(folder / "u", {"v": "1M"}, ["--http", f"0.0.0.0:{port}"]):
+        assert ask(at, "gw1.example") == 200
+
+
 def resident(pid):
     with open(f"/proc/{pid}/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE")
