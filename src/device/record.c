@@ -18,12 +18,19 @@ static const char *path_of(int index, const char *kind, char out[PATH_BYTES])
     return out;
 }
 
+/* Whoever asks may know which devices are kept, whatever the umask of whoever attached them: to
+ * one who can't read that they would all be "unkept". */
 static enum status open_lock(const char *path, int *fd, struct err *e)
 {
-    if (mkdir(RECORD_FOLDER, 0755) != 0 && errno != EEXIST)
+    if (mkdir(RECORD_FOLDER, 0755) == 0)
+        (void)!chmod(RECORD_FOLDER, 0755);
+    else if (errno != EEXIST)
         return fail(e, ST_IO, "cannot make the folder " RECORD_FOLDER ": %s", strerror(errno));
     *fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
-    return *fd >= 0 ? ST_OK : fail(e, ST_IO, "cannot open %s: %s", path, strerror(errno));
+    if (*fd < 0)
+        return fail(e, ST_IO, "cannot open %s: %s", path, strerror(errno));
+    (void)!fchmod(*fd, 0644);
+    return ST_OK;
 }
 
 enum status record_lock_all(int *fd, struct err *e)
@@ -72,7 +79,8 @@ void record_write(int index, const struct record *r)
     json_t *json = json_pack("{s:s, s:s, s:I, s:I, s:I, s:s}", "uri", r->uri, "identity",
                              r->identity, "connections", (json_int_t)r->connections, "dead",
                              (json_int_t)r->dead, "since", (json_int_t)r->since_ns, "error", error);
-    if (json && json_dump_file(json, path_of(index, "part", part), JSON_COMPACT) == 0)
+    if (json && json_dump_file(json, path_of(index, "part", part), JSON_COMPACT) == 0 &&
+        chmod(part, 0644) == 0)
         rename(part, path_of(index, "json", path));
     json_decref(json);
 }

@@ -236,11 +236,16 @@ def test_another_keeper_goes_on(devices, server):
     guest.run(f"kill {about['pid']}")
     wait_until(lambda: devices.about(0)["state"] == "unkept", 10 * SLOW, "it has ended", 0.1)
     # In the foreground, as a service runs it.
-    guest.run(f"{FDB_NBD} device attach --foreground {devices.uri('alone')} /dev/nbd0 {QUICK} "
+    guest.run("rm -r /run/fdb-nbd-device; umask 077\n"
+              f"{FDB_NBD} device attach --foreground {devices.uri('alone')} /dev/nbd0 {QUICK} "
               ">/tmp/device 2>/tmp/log & echo $! >/tmp/keeper\n"
               "for i in $(seq 500); do grep -q /dev/nbd0 /tmp/device && exit 0; sleep 0.02; done\n"
               "cat /tmp/log; exit 1")
     assert devices.about(0)["pid"] == int(guest.run("cat /tmp/keeper"))
+    # Others see that, too.
+    said = guest.run("setpriv --reuid 65534 --regid 65534 --clear-groups "
+                     f"{FDB_NBD} device list 2>&1")
+    assert "connected" in said and "attach it again" not in said, said
     server.restart("kill")
     load.goes_on()
     load.finish()
