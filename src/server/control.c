@@ -108,7 +108,7 @@ static enum status open_at(const char *path, int *fd, struct err *e)
         return fail(e, ST_UNAVAIL, "cannot make a socket: %s", strerror(errno));
     /* The file gets the mode that the socket has when it is bound. */
     if (fchmod(*fd, 0600) == 0 && bind(*fd, (const struct sockaddr *)&sa, sizeof sa) == 0 &&
-        chmod(path, 0600) == 0 && listen(*fd, BACKLOG) == 0)
+        listen(*fd, BACKLOG) == 0)
         return ST_OK;
     int why = errno;
     close(*fd);
