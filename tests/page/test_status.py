@@ -89,7 +89,12 @@ def test_under_load(start, host, rng):
                      if v["name"] == "v"][0]
             return rates["write_bytes"] > 0
         wait_until(busy, 20 * SLOW, "a second of load is over")
-        said = host.run("status").stdout
+        def has_dirty():
+            nonlocal said
+            said = host.run("status").stdout
+            return said.splitlines()[-2].split()[8:] not in ([], ["0B"])
+        said = ""
+        wait_until(has_dirty, 20 * SLOW, "something waits for its commit")
         head, _, table = said.partition("\n\n")
         assert f":{server.pid}  serving  {server.store}" in head and f"127.0.0.1:{server.port}" in head
         assert "2 clients, 1 volumes open, 1 owned" in head and "dirty" in head
@@ -107,8 +112,10 @@ def test_under_load(start, host, rng):
         rows = host.run("clients").stdout.splitlines()
         assert len(rows) == 3 and rows[0].startswith("CLIENT")
         assert sum("v" in row.split() for row in rows[1:]) == 2, rows
-        clients = host.json("clients")["servers"][0]["clients"]
-        assert all(c["export"] == "v" and c["written_bytes"] > 0 for c in clients)
+        def all_wrote():
+            clients = host.json("clients")["servers"][0]["clients"]
+            return [c["export"] for c in clients if c["written_bytes"] > 0] == ["v", "v"]
+        wait_until(all_wrote, 20 * SLOW, "both clients have written")
     load.close()
     with rawnbd.connect(server, "w"):
         wait_until(lambda: host.run("clients").stdout.count("\n") == 2, 20 * SLOW, "one is left")
