@@ -131,8 +131,7 @@ long syscall(long number, ...)
     long a[6], result;
     va_list args;
     va_start(args, number);
-    for (size_t i = 0; i < 6; i++)
-        a[i] = va_arg(args, long);
+    aio_double_arguments(a, args);
     va_end(args);
     if (aio_double_call(number, a, double_pwritev, &result)) {
         trace.n_at_once += number == SYS_io_getevents;

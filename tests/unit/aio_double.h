@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <linux/aio_abi.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -22,6 +23,13 @@ static __thread struct {
     struct iocb *writes[AIO_DOUBLE_WRITES_MAX];
     size_t begin, end;
 } aio_double;
+
+/* The arguments of syscall() behind its number. */
+static inline void aio_double_arguments(long a[6], va_list args)
+{
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(args, long);
+}
 
 /* A call of syscall() with arguments `a`: false where it is none of a double's; else *result is
  * what it gives. */

@@ -58,8 +58,7 @@ long syscall(long number, ...)
     long a[6];
     va_list args;
     va_start(args, number);
-    for (size_t i = 0; i < 6; i++)
-        a[i] = va_arg(args, long);
+    aio_double_arguments(a, args);
     va_end(args);
     if (number == refused_call) {
         n_refused++;

@@ -552,8 +552,7 @@ long syscall(long call, ...)
 	long a[6], result;
 	va_list args;
 	va_start(args, call);
-	for (int i = 0; i < 6; i++)
-		a[i] = va_arg(args, long);
+	aio_double_arguments(a, args);
 	va_end(args);
 	if (aio_double_call(call, a, pwritev, &result))
 		return result;
