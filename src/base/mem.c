@@ -1,6 +1,7 @@
 /* Allocation that aborts instead of failing; mem.h says why that is safe here. */
 #include "base/mem.h"
 
+#include <malloc.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,18 @@ static _Noreturn void out_of_memory(size_t size)
 {
     fprintf(stderr, "fdb-nbd: the system has no memory left (%zu bytes asked for)\n", size);
     abort();
+}
+
+/* By itself glibc takes the largest block that was ever freed for a usual size from then on: such
+ * blocks are cut from its heaps, of which there are eight for each processor, and each heap may keep
+ * twice as much. Set here, the limits stay as they are. */
+#define MAPPED_BYTES_MIN (1 << 20)   /* blocks of this size are mappings of their own */
+#define HEAP_SPARE_BYTES (2 << 20)   /* what a heap keeps at its end */
+
+void mem_give_back(void)
+{
+    mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES_MIN);
+    mallopt(M_TRIM_THRESHOLD, HEAP_SPARE_BYTES);
 }
 
 void *mem_alloc(size_t size)

@@ -17,6 +17,10 @@ void *mem_alloc_aligned(size_t align, size_t size) __attribute__((malloc, return
 void *mem_realloc(void *p, size_t size) __attribute__((returns_nonnull));
 char *mem_strdup(const char *text) __attribute__((malloc, returns_nonnull));
 
+/* Has the C library give back what is freed, instead of keeping tens of MiB for each thread that
+ * ever had a burst. Once, before the first thread. */
+void mem_give_back(void);
+
 /* Makes room for at least `want` elements in the growing array *items of *cap
  * elements of `size` bytes; doubles. */
 void mem_grow(void *items_ptr, size_t *cap, size_t want, size_t size);

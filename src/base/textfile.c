@@ -47,6 +47,13 @@ char *textfile_trim(char *text)
     return text;
 }
 
+struct textfile_lines textfile_begin(char *text, size_t len)
+{
+    static const char mark[] = "\xef\xbb\xbf";
+    size_t skip = len >= 3 && memcmp(text, mark, 3) == 0 ? 3 : 0;
+    return (struct textfile_lines){.at = text + skip, .end = text + len};
+}
+
 char *textfile_line(struct textfile_lines *l)
 {
     if (l->at == l->end)

@@ -20,6 +20,10 @@ struct textfile_lines {
     unsigned line; /* of the one that was given last; from 1 */
 };
 
+/* At the beginning of `text`, which has `len` bytes and room for one more; the mark that editors of
+ * other systems put before UTF-8 is none of its bytes. */
+struct textfile_lines textfile_begin(char *text, size_t len);
+
 /* Cuts the next line off, without the blanks around it, as a string in place: the text has room
  * for a NUL at `end`. NULL: there is none. */
 char *textfile_line(struct textfile_lines *l);

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/loglimit.h"
 
 /* What `say` writes to stderr. */
 static char *heard(void (*say)(const char *text), const char *text)
@@ -132,6 +133,35 @@ static void levels(void **state)
     log_set_level(LOG_LEVEL_INFO);
 }
 
+/* A thousand at once, some a moment later, and those of the next window. */
+static void refuse(const char *text)
+{
+    struct log_limit l = {.what = "refusals", .level = LOG_LEVEL_WARNING, .lines_max = 3};
+    uint64_t now_ns = 7 * LOG_LIMIT_WINDOW_NS;
+    (void)text;
+    for (int i = 0; i < 1000; i++)
+        if (log_limit_may(&l, now_ns, 1))
+            log_warning("refused %d", i);
+    log_limit_tick(&l, now_ns + LOG_LIMIT_WINDOW_NS - 1);
+    assert_false(log_limit_may(&l, now_ns + LOG_LIMIT_WINDOW_NS - 1, 5));
+    log_limit_tick(&l, now_ns + LOG_LIMIT_WINDOW_NS);
+    log_limit_tick(&l, now_ns + LOG_LIMIT_WINDOW_NS);
+    if (log_limit_may(&l, now_ns + LOG_LIMIT_WINDOW_NS, 1))
+        log_warning("again");
+}
+
+static void limits(void **state)
+{
+    (void)state;
+    const char *all = heard(refuse, "");
+    assert_non_null(strstr(all, "refused 2"));
+    assert_null(strstr(all, "refused 3"));
+    const char *told = strstr(all, "warning: refusals: 1002 more were not shown\n");
+    assert_non_null(told);
+    assert_null(strstr(strchr(told, '\n'), "not shown"));
+    assert_non_null(strstr(told, "again"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -139,6 +169,7 @@ int main(void)
         cmocka_unit_test(json_lines),
         cmocka_unit_test(long_lines),
         cmocka_unit_test(levels),
+        cmocka_unit_test(limits),
     };
     return cmocka_run_group_tests_name("base_log", tests, NULL, NULL);
 }

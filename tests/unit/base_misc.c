@@ -1,4 +1,7 @@
-/* Sizes, error sentences, growing arrays, hashes. */
+/* Sizes, error sentences, growing arrays, hashes, memory that is given back. */
+#include <pthread.h>
+#include <stdio.h>
+
 #include "test.h"
 
 #include "base/bytes.h"
@@ -119,12 +122,73 @@ static void lists(void **state)
     assert_ptr_equal(list_pop(&b), &items[1].link);
 }
 
+#define BURSTS 4
+#define BURST_PARTS 32
+#define PART_BYTES (600u << 10)
+
+static pthread_barrier_t burst_over, looked;
+
+static void *burst(void *arg)
+{
+    uint8_t *parts[BURST_PARTS];
+    for (int i = 0; i < BURST_PARTS; i++)
+        memset(parts[i] = mem_alloc(PART_BYTES), 1, PART_BYTES);
+    for (int i = BURST_PARTS; i-- > 0;)
+        free(parts[i]);
+    pthread_barrier_wait(&burst_over);
+    pthread_barrier_wait(&looked);
+    return arg;
+}
+
+static uint64_t anonymous_kib(void)
+{
+    char line[200];
+    unsigned long kib = 0;
+    FILE *f = fopen("/proc/self/status", "re");
+    assert_non_null(f);
+    while (fgets(line, sizeof line, f) && sscanf(line, "RssAnon: %lu", &kib) != 1)
+        continue;
+    fclose(f);
+    return kib;
+}
+
+/* G6: what threads that live on took for a moment does not stay with them. */
+static void bursts_are_given_back(void **state)
+{
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    print_message("# the sanitizer has an allocator of its own\n");
+    return;
+#endif
+    mem_give_back();
+    /* A large block first, as there is in any program: glibc would learn from it to keep more. */
+    uint8_t *large = mem_alloc(24u << 20);
+    memset(large, 1, 24u << 20);
+    free(large);
+    uint64_t before = anonymous_kib();
+    pthread_t threads[BURSTS];
+    pthread_barrier_init(&burst_over, NULL, BURSTS + 1);
+    pthread_barrier_init(&looked, NULL, BURSTS + 1);
+    for (int i = 0; i < BURSTS; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, burst, NULL), 0);
+    pthread_barrier_wait(&burst_over);
+    uint64_t after = anonymous_kib();
+    pthread_barrier_wait(&looked);
+    for (int i = 0; i < BURSTS; i++)
+        pthread_join(threads[i], NULL);
+    pthread_barrier_destroy(&burst_over);
+    pthread_barrier_destroy(&looked);
+    print_message("# %lu KiB before, %lu after\n", (unsigned long)before, (unsigned long)after);
+    assert_true(after < before + BURSTS * (4u << 10));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes_are_read), cmocka_unit_test(sizes_are_written),
         cmocka_unit_test(sentences),      cmocka_unit_test(arrays_grow),
         cmocka_unit_test(hashes),         cmocka_unit_test(lists),
+        cmocka_unit_test(bursts_are_given_back),
     };
     return cmocka_run_group_tests_name("base_misc", tests, NULL, NULL);
 }
