@@ -36,6 +36,7 @@ struct store_log_sync {
     void (*done)(struct store_log_sync *sync, enum status st);
 
     struct list link; /* the engine's, from here on */
+    struct store_log *log;
     struct env_task task;
     enum status result;
 };

@@ -435,6 +435,53 @@ static void test_session_at_work_is_not_killed(void **state)
     close(fd);
 }
 
+static void *live_on(void *arg)
+{
+    while (pause())
+        continue;
+    return arg;
+}
+
+_Noreturn static void session_whose_first_thread_ends(int ready_fd)
+{
+    struct test_store t = {0};
+    struct err e = {0};
+    pthread_t other;
+    store_here(&t, 5000);
+    CHECK(store_session_begin(t.store, session, &e) == ST_OK);
+    CHECK(pthread_create(&other, NULL, live_on, NULL) == 0);
+    say_ready(ready_fd);
+    pthread_exit(NULL);
+}
+
+/* A process that is being killed is a zombie as soon as its first thread has ended; its files, and
+ * so the session, go with the last one. Who is late in killing it waits for that. */
+static void test_session_of_a_half_dead_process(void **state)
+{
+    (void)state;
+    int fd, status;
+    pid_t pid = child(session_whose_first_thread_ends, &fd);
+    wait_ready(fd);
+    struct test_store t = {0};
+    struct err e = {0};
+    store_here(&t, 5000);
+    char run_state = 0;
+    for (int ms = 0; ms < 30000 && run_state != 'Z'; ms++) {
+        assert_int_not_equal(lm_process_start_time(pid, &run_state), 0);
+        usleep(1000);
+    }
+    assert_int_equal(run_state, 'Z');
+    assert_int_equal(store_session_probe(t.store, session), STORE_SESSION_ALIVE);
+    if (store_session_kill(t.store, session, &e) != ST_OK)
+        fail_msg("%s", e.text);
+    assert_int_equal(store_session_probe(t.store, session), STORE_SESSION_DEAD);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    /* Killed for good, and so it is. */
+    assert_int_equal(store_session_kill(t.store, session, &e), ST_OK);
+    store_leave(&t);
+    close(fd);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -445,6 +492,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_watch_across_processes, begin, end),
         cmocka_unit_test_setup_teardown(test_session_killed_and_log_replayed, begin, end),
         cmocka_unit_test_setup_teardown(test_session_at_work_is_not_killed, begin, end),
+        cmocka_unit_test_setup_teardown(test_session_of_a_half_dead_process, begin, end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -146,7 +146,7 @@ static void test_against_model(void **state)
         if (reader && reader_version < oldest)
             oldest = reader_version;
         struct space sp;
-        assert_int_equal(space_load(&sp, txn, &m->dbis), ST_OK);
+        assert_int_equal(space_load(&sp, txn, &m->dbis, NULL), ST_OK);
         assert_int_equal(space_reclaim(&sp, oldest, 1 + chance_below(&chance, 50)), ST_OK);
         bool undo = chance_below(&chance, 10) == 0;
         if (undo) {
@@ -181,7 +181,7 @@ static void test_against_model(void **state)
         MDB_txn *txn;
         struct space sp;
         assert_int_equal(mdb_txn_begin(m->env, NULL, 0, &txn), 0);
-        assert_int_equal(space_load(&sp, txn, &m->dbis), ST_OK);
+        assert_int_equal(space_load(&sp, txn, &m->dbis, NULL), ST_OK);
         assert_int_equal(space_reclaim(&sp, mdb_txn_id(txn) - 1, SIZE_MAX), ST_OK);
         for (size_t s = 0; i == 0 && s < LIVE_MAX; s++)
             model_free(m, &sp, s);
@@ -212,7 +212,7 @@ static void test_damage_is_noticed(void **state)
     struct space sp;
     struct space_extents got = {0};
     assert_int_equal(mdb_txn_begin(m->env, NULL, 0, &txn), 0);
-    assert_int_equal(space_load(&sp, txn, &m->dbis), ST_OK);
+    assert_int_equal(space_load(&sp, txn, &m->dbis, NULL), ST_OK);
     sp.data_units = 101;
     assert_int_equal(space_free_now(&sp, 1, 100), ST_OK);
     assert_int_equal(space_free_now(&sp, 50, 10), ST_IO);

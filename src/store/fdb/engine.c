@@ -120,6 +120,7 @@ static void counted(FDBFuture *future, void *arg)
 {
     struct fd_wait *wait = arg;
     (void)future;
+    fd_take_over(wait);
     atomic_fetch_add(&n_callbacks, 1);
     if (atomic_fetch_sub(&wait->left, 1) == 1)
         env_post(wait->env, &wait->task);
@@ -138,6 +139,7 @@ void fd_wait_begin(struct fr *fr, struct fd_wait *wait, uint32_t n,
 
 void fd_wait_add(struct fd_wait *wait, FDBFuture *future)
 {
+    fd_hand_over(wait);
     int code = fdb.future_set_callback(future, counted, wait);
     CHECK(code == 0);
 }
@@ -217,6 +219,7 @@ static void block_ready(FDBFuture *future, void *arg)
 {
     struct block *b = arg;
     (void)future;
+    fd_take_over(b);
     pthread_mutex_lock(&b->lock);
     b->ready = true;
     pthread_cond_signal(&b->cond);
@@ -233,6 +236,7 @@ static struct block *block_begin(FDBFuture *future)
     pthread_cond_init(&b->cond, &attr);
     pthread_condattr_destroy(&attr);
     b->users = 2;
+    fd_hand_over(b);
     int code = fdb.future_set_callback(future, block_ready, b);
     CHECK(code == 0);
     return b;

@@ -52,6 +52,18 @@ struct fd_key {
     int len;
 };
 
+/* What a callback of the library finds in memory was put there before the callback was set. The
+ * library sees to that by means which ThreadSanitizer knows only where it was built with it. */
+#ifdef __SANITIZE_THREAD__
+void __tsan_release(void *what);
+void __tsan_acquire(void *what);
+#define fd_hand_over(what) __tsan_release(what)
+#define fd_take_over(what) __tsan_acquire(what)
+#else
+#define fd_hand_over(what) ((void)(what))
+#define fd_take_over(what) ((void)(what))
+#endif
+
 /* One or more futures somebody waits for: `ready` runs on the reactor when all are. The
  * memory is the waiter's; it stays valid until then. */
 struct fd_wait {

@@ -120,7 +120,7 @@ static void clear_folder(int folder_fd, const char *name)
 static void clear_store(int folder_fd)
 {
     static const char *const files[] = {"data.mdb",  "lock.mdb", "blocks",
-                                        "processes", "bell",     "reserve"};
+                                        "processes", "bell",     "reserve", "making"};
     static const char *const folders[] = {"log", "session"};
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++)
         unlinkat(folder_fd, files[i], 0);
@@ -244,17 +244,17 @@ static enum status folder_begin(struct copy *c)
     return ST_OK;
 }
 
-/* Removes an unfinished copy. */
-static void folder_drop(struct copy *c)
+/* Removes a copy that is not complete, or not sure to last; `path`: where it is by now. */
+static void folder_drop(struct copy *c, const char *path)
 {
     if (c->marker_fd < 0)
         return;
     clear_store(c->folder_fd);
     unlinkat(c->folder_fd, marker, 0);
-    (void)!rmdir(c->path);
+    (void)!rmdir(path);
 }
 
-/* The copy is complete: it gets its name. */
+/* The copy is complete: it gets its name, or is removed. */
 static enum status folder_finish(struct copy *c)
 {
     char parent[sizeof c->final_path];
@@ -266,22 +266,28 @@ static enum status folder_finish(struct copy *c)
         *slash = '\0';
     else
         snprintf(parent, sizeof parent, ".");
-    if (unlinkat(c->folder_fd, marker, 0) < 0 || fsync(c->folder_fd) < 0)
-        return fail_errno(c, "write in", c->path);
-    if (rename(c->path, c->final_path) < 0)
-        return errno == ENOTEMPTY || errno == EEXIST
-                   ? fail(c->e, ST_EXISTS, "there is something in %s by now: the backup is in %s",
-                          c->final_path, c->path)
-                   : fail_errno(c, "give the backup its name,", c->final_path);
-    int fd = open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || fsync(fd) < 0) {
-        enum status st = fail_errno(c, "sync the folder", parent);
-        if (fd >= 0)
-            close(fd);
+    if (unlinkat(c->folder_fd, marker, 0) < 0 || fsync(c->folder_fd) < 0) {
+        enum status st = fail_errno(c, "write in", c->path);
+        folder_drop(c, c->path);
         return st;
     }
-    close(fd);
-    return ST_OK;
+    if (rename(c->path, c->final_path) < 0) {
+        if (errno == ENOTEMPTY || errno == EEXIST)
+            return fail(c->e, ST_EXISTS, "there is something in %s by now: the backup is in %s",
+                        c->final_path, c->path);
+        enum status st = fail_errno(c, "give the backup its name,", c->final_path);
+        folder_drop(c, c->path);
+        return st;
+    }
+    int fd = open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    enum status st = ST_OK;
+    if (fd < 0 || fsync(fd) < 0) {
+        st = fail_errno(c, "sync the folder", parent);
+        folder_drop(c, c->final_path);
+    }
+    if (fd >= 0)
+        close(fd);
+    return st;
 }
 
 /* ---- logs ---- */
@@ -290,19 +296,15 @@ static enum status folder_finish(struct copy *c)
 static enum status logs_list(struct copy *c, struct lm_reader *reader,
                              void (*each)(struct copy *c, uint64_t id))
 {
-    MDB_cursor *cursor;
+    struct lm_cursor cursor = lm_cursor(&reader->tree, LM_DB_LOGS);
     MDB_val k, v;
-    int rc = mdb_cursor_open(reader->txn, c->lm->logs_dbi, &cursor);
-    if (rc)
-        return lm_status(rc);
-    rc = mdb_cursor_get(cursor, &k, &v, MDB_FIRST);
-    for (unsigned n = 0; !rc && n < LOGS_MAX; n++) {
+    enum status st = lm_cursor_first(&cursor, &k, &v);
+    for (unsigned n = 0; !st && n < LOGS_MAX; n++) {
         if (k.mv_size == 8)
             each(c, get_be64(k.mv_data));
-        rc = mdb_cursor_get(cursor, &k, &v, MDB_NEXT);
+        st = lm_cursor_next(&cursor, &k, &v);
     }
-    mdb_cursor_close(cursor);
-    return rc == MDB_NOTFOUND ? ST_OK : lm_status(rc);
+    return st == ST_NOTFOUND ? ST_OK : st;
 }
 
 static void log_note(struct copy *c, uint64_t id)
@@ -327,7 +329,7 @@ static enum status logs_copy(struct copy *c)
     enum status st = lm_read_begin(c->lm, &reader);
     if (!st) {
         st = logs_list(c, reader, log_note);
-        lm_read_end(c->lm, reader, st != ST_OK);
+        lm_read_end(c->lm, reader);
     }
     if (st)
         return fail(c->e, st, "cannot read which write logs the store %s has", c->lm->dir);
@@ -356,7 +358,7 @@ static void log_wanted(struct copy *c, uint64_t id)
     /* Begun since the others were copied: empty here. */
     struct lm_log_start start;
     int fd = log_file(c, id, O_CREAT | O_EXCL);
-    bool known = lm_log_start_get(c->lm, c->reader->txn, id, &start) == ST_OK;
+    bool known = lm_log_start_get(&c->reader->tree, id, &start) == ST_OK;
     if (fd < 0 || !known) {
         if (fd >= 0)
             close(fd);
@@ -508,6 +510,9 @@ struct put_job {
 static enum status put_run(struct lm_job *job, MDB_txn *txn)
 {
     struct copy *c = container_of(job, struct put_job, job)->c;
+    enum status ends_st = lm_guard_ends(c->to->guard, LM_DB_KEYS);
+    if (ends_st)
+        return ends_st;
     for (size_t i = 0; i < c->n_entries; i++) {
         const struct entry *x = &c->entries[i];
         MDB_val k = {x->key_len, c->text + x->key_at}, v = {x->head_len, c->text + x->head_at};
@@ -519,6 +524,10 @@ static enum status put_run(struct lm_job *job, MDB_txn *txn)
                                        (struct slice){c->text + x->head_at, x->head_len},
                                        x->body_len, &piece, units ? 1 : 0);
         }
+        enum status guard_st =
+            lm_guard_key(c->to->guard, LM_DB_KEYS, (struct slice){k.mv_data, k.mv_size}, v.mv_size);
+        if (guard_st)
+            return guard_st;
         int rc = x->stray ? MDB_KEYEXIST : mdb_put(txn, c->to->keys_dbi, &k, &v, MDB_APPEND);
         if (rc == MDB_KEYEXIST) {
             rc = mdb_put(txn, c->to->keys_dbi, &k, &v, MDB_NOOVERWRITE);
@@ -577,24 +586,25 @@ static enum status look_around(struct copy *c)
 
 static enum status keys_copy(struct copy *c)
 {
+    struct lm_cursor cursor = lm_cursor(&c->reader->tree, LM_DB_KEYS);
     MDB_val k, data;
-    enum status st = ST_OK;
-    int rc = mdb_cursor_get(c->reader->cursor, &k, &data, MDB_FIRST);
-    while (!rc && !st) {
+    enum status key_st = lm_cursor_first(&cursor, &k, &data);
+    while (!key_st) {
         if (c->n_entries == BATCH_ENTRIES_MAX || c->text_len > BATCH_TEXT_BYTES ||
             c->bodies_len > BATCH_BODY_BYTES) {
-            st = batch_write(c);
+            enum status st = batch_write(c);
             if (!st)
                 st = look_around(c);
             if (st)
                 return st;
         }
         entry_add(c, &k, &data);
-        rc = mdb_cursor_get(c->reader->cursor, &k, &data, MDB_NEXT);
+        key_st = lm_cursor_next(&cursor, &k, &data);
     }
-    if (rc != MDB_NOTFOUND)
-        return fail(c->e, ST_IO, "the index of the store %s is damaged: %s", c->lm->dir,
-                    mdb_strerror(rc));
+    if (key_st != ST_NOTFOUND)
+        return fail(c->e, ST_IO,
+                    "the index of the store %s is damaged (the log names a page): no copy was made",
+                    c->lm->dir);
     return c->n_entries ? batch_write(c) : ST_OK;
 }
 
@@ -610,7 +620,7 @@ static enum status end_run(struct lm_job *job, MDB_txn *txn)
     }
     struct space sp;
     uint64_t token;
-    enum status st = space_load(&sp, txn, &c->to->space_dbis);
+    enum status st = space_load(&sp, txn, &c->to->space_dbis, c->to->guard);
     if (!st && getrandom(&token, sizeof token, 0) != (ssize_t)sizeof token)
         st = ST_UNAVAIL;
     if (!st) {
@@ -628,8 +638,7 @@ static enum status version_begin(struct copy *c)
     if (st)
         return fail(c->e, st, "cannot read the store %s", c->lm->dir);
     struct space sp;
-    st = space_load(&sp, c->reader->txn, &c->lm->space_dbis);
-    space_release(&sp);
+    st = lm_space_read(c->reader, &sp);
     if (st)
         return fail(c->e, st, "the record of free space in the store %s is damaged", c->lm->dir);
     c->from_units = sp.data_units;
@@ -679,7 +688,7 @@ static enum status copy_run(struct copy *c)
     if (!st && (fsync(c->to->blocks_fd) < 0 || fsync(c->to->log_fd) < 0))
         st = fail_errno(c, "sync", c->path);
     if (c->reader)
-        lm_read_end(c->lm, c->reader, st == ST_IO);
+        lm_read_end(c->lm, c->reader);
     store_close(to);
     return st;
 }
@@ -699,7 +708,7 @@ enum status lm_backup(struct store *store, struct store_backup *backup, struct e
     if (!st)
         st = folder_finish(c);
     else
-        folder_drop(c);
+        folder_drop(c, c->path);
     if (c->marker_fd >= 0)
         close(c->marker_fd);
     if (c->folder_fd >= 0)

@@ -110,21 +110,44 @@ static void body_place(struct round *r, struct slice body, uint64_t *pieces, uin
 
 /* ---- one commit ---- */
 
-static int slice_compare(const MDB_val *a, struct slice b)
+/* A value as the transaction sees it. */
+static enum status value_get(struct round *r, struct slice key, struct lm_value *v)
 {
-    int c = memcmp(a->mv_data, b.data, a->mv_size < b.len ? a->mv_size : b.len);
-    return c ? c : a->mv_size < b.len ? -1 : a->mv_size > b.len;
+    MDB_val k = to_val(key), data;
+    enum status st = lm_guard_key(r->lm->guard, LM_DB_KEYS, key, 0);
+    if (!st && !r->lm->sealed && lm_lookup(&r->lm->guard->base, key, v) == ST_IO)
+        st = ST_IO;
+    if (st)
+        return st;
+    int rc = mdb_cursor_get(r->keys, &k, &data, MDB_SET);
+    return rc == MDB_NOTFOUND ? ST_NOTFOUND : rc ? ST_IO : lm_value_parse(&k, &data, v);
+}
+
+/* Whether there is no key in [begin, end). */
+static enum status range_check_empty(struct round *r, struct slice begin, struct slice end)
+{
+    MDB_val k = to_val(begin), data;
+    struct lm_guard *g = r->lm->guard;
+    struct lm_cursor base = lm_cursor(&g->base, LM_DB_KEYS);
+    enum status st = begin.len ? lm_guard_key(g, LM_DB_KEYS, begin, 0) : lm_guard_ends(g, LM_DB_KEYS);
+    MDB_val base_k, base_data;
+    if (!st && !r->lm->sealed && lm_seek(&base, begin, &base_k, &base_data) == ST_IO)
+        st = ST_IO;
+    if (st)
+        return st;
+    int rc = mdb_cursor_get(r->keys, &k, &data, begin.len ? MDB_SET_RANGE : MDB_FIRST);
+    if (rc)
+        return rc == MDB_NOTFOUND ? ST_OK : ST_IO;
+    return lm_key_compare(&k, end) < 0 ? ST_CONFLICT : ST_OK;
 }
 
 static enum status check_one(struct round *r, const struct store_check *check)
 {
     struct lm_value v;
-    MDB_val k, data;
-    bool failed = false;
     enum status st;
     switch (check->kind) {
     case STORE_CHECK_VALUE:
-        st = lm_lookup(r->keys, check->key, &v, &failed);
+        st = value_get(r, check->key, &v);
         if (st)
             return st == ST_NOTFOUND ? ST_CONFLICT : st;
         return v.head.len == check->value.len &&
@@ -132,13 +155,10 @@ static enum status check_one(struct round *r, const struct store_check *check)
                    ? ST_OK
                    : ST_CONFLICT;
     case STORE_CHECK_ABSENT:
-        st = lm_lookup(r->keys, check->key, &v, &failed);
+        st = value_get(r, check->key, &v);
         return st == ST_NOTFOUND ? ST_OK : st == ST_OK ? ST_CONFLICT : st;
     case STORE_CHECK_EMPTY:
-        st = lm_seek(r->keys, check->key, &k, &data, &failed);
-        if (st)
-            return st == ST_NOTFOUND ? ST_OK : st;
-        return slice_compare(&k, check->value) < 0 ? ST_CONFLICT : ST_OK;
+        return range_check_empty(r, check->key, check->value);
     }
     return ST_INVAL;
 }
@@ -211,6 +231,8 @@ static int set_put(struct round *r, const struct store_mutation *m, const uint64
                    uint32_t n_pieces)
 {
     MDB_val k = to_val(m->key), old;
+    if (lm_guard_key(r->lm->guard, LM_DB_KEYS, m->key, m->head.len))
+        return MDB_CORRUPTED;
     int rc = mdb_cursor_get(r->keys, &k, &old, MDB_SET);
     if (rc == 0)
         pieces_free(r, &k, &old);
@@ -228,7 +250,7 @@ static size_t stretch_length(const struct store_mutation *m, size_t n)
     size_t i = 0;
     while (i < n && i < STRETCH_MAX && m[i].kind == STORE_SET) {
         MDB_val k = to_val(m[i].key);
-        if (i > 0 && slice_compare(&k, m[i - 1].key) <= 0)
+        if (i > 0 && lm_key_compare(&k, m[i - 1].key) <= 0)
             break;
         i++;
     }
@@ -254,6 +276,8 @@ static int mutate_stretch(struct round *r, const struct store_mutation *m, size_
     s->first[i] = (uint32_t)used;
     *n = i;
     MDB_val k = to_val(m->key), old;
+    if (lm_guard_key(r->lm->guard, LM_DB_KEYS, m->key, 0))
+        return MDB_CORRUPTED;
     int rc = i < STRETCH_MIN ? 0 : mdb_cursor_get(r->keys, &k, &old, MDB_SET);
     bool twice = rc == MDB_NOTFOUND;
     if (rc && !twice)
@@ -273,24 +297,34 @@ static int mutate_stretch(struct round *r, const struct store_mutation *m, size_
     return 0;
 }
 
+/* Removes the entry that the cursor is at. */
+static int entry_del(struct round *r, const MDB_val *k, const MDB_val *old)
+{
+    if (lm_guard_around(r->lm->guard, LM_DB_KEYS, (struct slice){k->mv_data, k->mv_size}))
+        return MDB_CORRUPTED;
+    pieces_free(r, k, old);
+    return mdb_cursor_del(r->keys, 0);
+}
+
 static int mutate_clear(struct round *r, struct slice key)
 {
     MDB_val k = to_val(key), old;
+    if (lm_guard_key(r->lm->guard, LM_DB_KEYS, key, 0))
+        return MDB_CORRUPTED;
     int rc = mdb_cursor_get(r->keys, &k, &old, MDB_SET);
-    if (rc)
-        return rc == MDB_NOTFOUND ? 0 : rc;
-    pieces_free(r, &k, &old);
-    return mdb_cursor_del(r->keys, 0);
+    return rc == MDB_NOTFOUND ? 0 : rc ? rc : entry_del(r, &k, &old);
 }
 
 static int mutate_clear_range(struct round *r, struct slice begin, struct slice end)
 {
     MDB_val k = to_val(begin), old;
     unsigned n = 0;
+    struct lm_guard *g = r->lm->guard;
+    if (begin.len ? lm_guard_key(g, LM_DB_KEYS, begin, 0) : lm_guard_ends(g, LM_DB_KEYS))
+        return MDB_CORRUPTED;
     int rc = mdb_cursor_get(r->keys, &k, &old, begin.len ? MDB_SET_RANGE : MDB_FIRST);
-    while (rc == 0 && slice_compare(&k, end) < 0) {
-        pieces_free(r, &k, &old);
-        rc = mdb_cursor_del(r->keys, 0);
+    while (rc == 0 && lm_key_compare(&k, end) < 0) {
+        rc = entry_del(r, &k, &old);
         if (rc)
             return rc;
         if (++n % PROGRESS_EVERY == 0)
@@ -388,7 +422,7 @@ static enum status attempt_begin(struct round *r)
     enum status st = lm_write_begin(r->lm, &r->txn);
     if (st)
         return st;
-    st = space_load(&r->sp, r->txn, &r->lm->space_dbis);
+    st = space_load(&r->sp, r->txn, &r->lm->space_dbis, r->lm->guard);
     if (st) {
         log_error("store %s: the record of free space is damaged", r->lm->dir);
         return ST_IO;
@@ -446,7 +480,7 @@ static bool settle(struct lm *lm, uint64_t token)
         if (lm_write_begin(lm, &txn))
             continue;
         bool happened = false;
-        enum status st = space_load(&sp, txn, &lm->space_dbis);
+        enum status st = space_load(&sp, txn, &lm->space_dbis, lm->guard);
         if (!st) {
             happened = sp.token == token;
             /* Keeps the token if it is ours, so that another round of this sees it too. */

@@ -16,7 +16,9 @@
 #include "base/log.h"
 #include "store/lmdb/engine.h"
 
+#define HEADER_FLAGS_AT 28u
 #define HEADER_HASHED_BYTES 32u
+#define HEADER_SEALED 1u
 #define BALLAST_BYTES (1ull << 20)
 #define BALLAST_BYTES_MIN (64ull << 10)
 
@@ -62,7 +64,31 @@ static void header_build(const struct lm *lm, uint8_t unit[SPACE_UNIT_BYTES])
     memcpy(unit, magic, sizeof magic);
     memcpy(unit + 8, lm->uuid, STORE_ID_BYTES);
     put_le32(unit + 24, SPACE_UNIT_BYTES);
+    put_le32(unit + HEADER_FLAGS_AT, lm->sealed ? HEADER_SEALED : 0);
     put_le64(unit + 32, hash64(unit, HEADER_HASHED_BYTES, 0));
+}
+
+/* It says so too, beside the description of the store in LMDB, because it can be read before LMDB
+ * is let loose on its file. */
+enum status lm_datafile_look(struct lm *lm, struct err *e)
+{
+    lm->sealed = false;
+    int fd = openat(lm->dir_fd, "blocks", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return ST_OK; /* missed, or made, later */
+    uint8_t header[HEADER_HASHED_BYTES + 8];
+    ssize_t n = pread(fd, header, sizeof header, 0);
+    close(fd);
+    if (n == 0)
+        return ST_OK;
+    if (n != (ssize_t)sizeof header || memcmp(header, magic, sizeof magic) != 0 ||
+        get_le64(header + 32) != hash64(header, HEADER_HASHED_BYTES, 0))
+        return fail(e, ST_FORMAT,
+                    "%s/blocks is not the data file of this store: its first block is damaged; "
+                    "restore the whole folder from one backup",
+                    lm->dir);
+    lm->sealed = get_le32(header + HEADER_FLAGS_AT) & HEADER_SEALED;
+    return ST_OK;
 }
 
 enum status lm_datafile_open(struct lm *lm, bool create, struct err *e)

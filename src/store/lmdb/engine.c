@@ -24,7 +24,8 @@
 
 #define FORMAT_VERSION 1u
 #define FEATURES_COMPAT_KNOWN 0ull
-#define FEATURES_RO_COMPAT_KNOWN 0ull
+#define FEATURE_SEALED 1ull /* every page of data.mdb has a seal (seal.c) */
+#define FEATURES_RO_COMPAT_KNOWN FEATURE_SEALED
 #define FEATURES_INCOMPAT_KNOWN 0ull
 
 #define META_BYTES 64u
@@ -36,8 +37,12 @@
 #define EMERGENCY_BYTES_MAX (32ull << 20)
 #define LEASE_MS_MIN 100u
 #define FLOCK_WAIT_NS 5000000000u
+#define OPEN_SLOTS 64u
+#define LOOK_TRIES 5u
+#define LOOK_PAUSE_US 1000u
 
 static const char meta_key[] = "store";
+static const char making_name[] = "making";
 
 /* LMDB must not be opened twice in one process: closing one would drop the other's locks. */
 static pthread_mutex_t open_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -48,6 +53,13 @@ uint64_t lm_now_ns(void)
     struct timespec ts;
     clock_gettime(CLOCK_BOOTTIME, &ts);
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+bool lm_may_tell(_Atomic uint64_t *told_ns, uint64_t every_ns)
+{
+    uint64_t now = lm_now_ns(), told = atomic_load(told_ns);
+    return (told == 0 || now - told >= every_ns) &&
+           atomic_compare_exchange_strong(told_ns, &told, now);
 }
 
 void lm_id_text(const uint8_t id[STORE_ID_BYTES], char text[LM_ID_TEXT_BYTES])
@@ -120,6 +132,12 @@ static int env_try(struct lm *lm, size_t map_bytes)
         rc = mdb_env_set_maxdbs(lm->mdb, NAMED_DBS_MAX);
     if (!rc)
         rc = mdb_env_open(lm->mdb, lm->dir, MDB_NORDAHEAD | MDB_NOTLS, lm->mode);
+    if (!rc) {
+        mdb_filehandle_t fd;
+        mdb_env_get_fd(lm->mdb, &fd);
+        /* Else it is another copy of LMDB, one that does not call what it must. */
+        CHECK(lm_seal_map(fd, &lm->map, &lm->map_bytes));
+    }
     if (rc)
         lm_env_close(lm);
     return rc;
@@ -127,16 +145,13 @@ static int env_try(struct lm *lm, size_t map_bytes)
 
 static int dbis_open(struct lm *lm, MDB_txn *txn, unsigned flags)
 {
-    struct {
-        const char *name;
-        MDB_dbi *dbi;
-    } dbs[] = {
-        {"store", &lm->store_dbi},        {"keys", &lm->keys_dbi},
-        {"logs", &lm->logs_dbi},          {"free", &lm->space_dbis.free},
-        {"holes", &lm->space_dbis.holes}, {"pending", &lm->space_dbis.pending},
+    MDB_dbi *const dbis[LM_DBS] = {
+        [LM_DB_STORE] = &lm->store_dbi,        [LM_DB_KEYS] = &lm->keys_dbi,
+        [LM_DB_LOGS] = &lm->logs_dbi,          [LM_DB_FREE] = &lm->space_dbis.free,
+        [LM_DB_HOLES] = &lm->space_dbis.holes, [LM_DB_PENDING] = &lm->space_dbis.pending,
     };
-    for (size_t i = 0; i < sizeof dbs / sizeof dbs[0]; i++) {
-        int rc = mdb_dbi_open(txn, dbs[i].name, flags, dbs[i].dbi);
+    for (size_t i = 0; i < LM_DBS; i++) {
+        int rc = mdb_dbi_open(txn, lm_db_names[i], flags, dbis[i]);
         if (rc)
             return rc;
     }
@@ -144,12 +159,14 @@ static int dbis_open(struct lm *lm, MDB_txn *txn, unsigned flags)
     return 0;
 }
 
-static enum status meta_read(struct lm *lm, MDB_txn *txn, struct err *e)
+static enum status meta_read(struct lm *lm, struct lm_tree *tree, struct err *e)
 {
-    MDB_val k = {sizeof meta_key - 1, (void *)(uintptr_t)meta_key}, v;
-    int rc = mdb_get(txn, lm->store_dbi, &k, &v);
-    if (rc)
-        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
+    MDB_val v;
+    enum status st =
+        lm_tree_get(tree, LM_DB_STORE, (struct slice){meta_key, sizeof meta_key - 1}, &v);
+    if (st)
+        return fail(e, st, "cannot read the description of the store %s: %s", lm->dir,
+                    status_text(st));
     uint8_t meta[META_BYTES];
     if (v.mv_size != META_BYTES)
         return fail(e, ST_FORMAT, "%s is no store this program knows", lm->dir);
@@ -167,6 +184,11 @@ static enum status meta_read(struct lm *lm, MDB_txn *txn, struct err *e)
                     "features %#llx): use that version",
                     lm->dir, version, (unsigned long long)(incompat | ro_compat));
     memcpy(lm->uuid, meta + 40, STORE_ID_BYTES);
+    if (lm->sealed != ((get_le64(meta + 24) & FEATURE_SEALED) != 0))
+        return fail(e, ST_FORMAT,
+                    "%s/blocks and %s/data.mdb do not belong together: restore the whole folder from "
+                    "one backup",
+                    lm->dir, lm->dir);
     return ST_OK;
 }
 
@@ -176,7 +198,7 @@ static int meta_write(struct lm *lm, MDB_txn *txn)
     put_le32(meta + 8, FORMAT_VERSION);
     put_le32(meta + 12, SPACE_UNIT_BYTES);
     put_le64(meta + 16, FEATURES_COMPAT_KNOWN);
-    put_le64(meta + 24, FEATURES_RO_COMPAT_KNOWN);
+    put_le64(meta + 24, lm->sealed ? FEATURE_SEALED : 0);
     put_le64(meta + 32, FEATURES_INCOMPAT_KNOWN);
     memcpy(meta + 40, lm->uuid, STORE_ID_BYTES);
     put_le64(meta, hash64(meta + 8, META_BYTES - 8, 0));
@@ -188,6 +210,7 @@ static int meta_write(struct lm *lm, MDB_txn *txn)
  * holds its lock. */
 static enum status store_format(struct lm *lm, struct err *e)
 {
+    lm->sealed = true;
     if (getrandom(lm->uuid, sizeof lm->uuid, 0) != (ssize_t)sizeof lm->uuid)
         return fail(e, ST_UNAVAIL, "cannot draw a random store id: %s", strerror(errno));
     MDB_txn *txn;
@@ -209,8 +232,6 @@ static enum status store_format(struct lm *lm, struct err *e)
     close(lm->blocks_fd);
     lm->blocks_fd = -1;
     rc = mdb_txn_commit(txn);
-    if (!rc && fsync(lm->dir_fd) < 0)
-        rc = errno;
     if (rc)
         return fail(e, lm_status(rc), "cannot write the store %s: %s", lm->dir, mdb_strerror(rc));
     return ST_OK;
@@ -225,26 +246,46 @@ static int env_begin(struct lm *lm)
     return rc;
 }
 
+/* The newest version, before others may read. */
+static enum status version_open(struct lm *lm, MDB_txn **txn, struct lm_tree *tree)
+{
+    lm_tree_init(tree, lm, OPEN_SLOTS);
+    enum status st = ST_BUSY;
+    for (unsigned i = 0; i < LOOK_TRIES && st == ST_BUSY; i++) {
+        int rc = mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, txn);
+        st = rc ? lm_status(rc) : lm_tree_load(tree, mdb_txn_id(*txn));
+        if (!rc && st)
+            mdb_txn_abort(*txn);
+    }
+    if (st)
+        lm_tree_free(tree);
+    return st == ST_BUSY ? ST_IO : st;
+}
+
+static void version_close(MDB_txn *txn, struct lm_tree *tree)
+{
+    lm_tree_free(tree);
+    mdb_txn_abort(txn);
+}
+
 /* How many pages from `first` on LMDB's free list names. */
 static uint64_t pages_free_from(struct lm *lm, uint64_t first)
 {
     MDB_txn *txn;
-    MDB_cursor *c;
+    struct lm_tree tree;
     uint64_t pages = 0;
-    if (mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &txn))
+    if (version_open(lm, &txn, &tree))
         return 0;
-    if (!mdb_cursor_open(txn, 0, &c)) {
-        MDB_val k, v;
-        int rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
-        for (; !rc; rc = mdb_cursor_get(c, &k, &v, MDB_NEXT)) {
-            const size_t *list = v.mv_data;
-            size_t n = v.mv_size / sizeof *list;
-            for (size_t i = 1; i < n && i <= list[0]; i++)
-                pages += list[i] >= first;
-        }
-        mdb_cursor_close(c);
+    struct lm_cursor c = lm_cursor(&tree, LM_DB_PAGES);
+    MDB_val k, v;
+    enum status st = lm_cursor_first(&c, &k, &v);
+    for (; !st; st = lm_cursor_next(&c, &k, &v)) {
+        const size_t *list = v.mv_data;
+        size_t n = v.mv_size / sizeof *list;
+        for (size_t i = 1; i < n && i <= list[0]; i++)
+            pages += list[i] >= first;
     }
-    mdb_txn_abort(txn);
+    version_close(txn, &tree);
     return pages;
 }
 
@@ -259,20 +300,19 @@ static enum status length_check(struct lm *lm, struct err *e)
     /* In this order: the file may grow in between, and does not shrink. */
     mdb_env_info(lm->mdb, &info);
     mdb_env_stat(lm->mdb, &stat);
+    lm->page_bytes = stat.ms_psize;
     uint64_t need = ((uint64_t)info.me_last_pgno + 1) * stat.ms_psize;
     if (fstatat(lm->dir_fd, "data.mdb", &sb, 0) < 0)
         return fail(e, ST_UNAVAIL, "cannot look at %s/data.mdb: %s", lm->dir, strerror(errno));
     uint64_t there = (uint64_t)sb.st_size;
     if (there >= need)
         return ST_OK;
-    void *map;
-    size_t len;
     bool whole = false;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t from = (there + page - 1) / page * page, to = (need + page - 1) / page * page;
-    if (lm_map_find(lm, &map, &len) && to <= len) {
+    if (to <= lm->map_bytes) {
         /* Zeros in the place of what is missing, so that the free list can be walked. */
-        whole = from == to || mmap((uint8_t *)map + from, to - from, PROT_READ,
+        whole = from == to || mmap(lm->map + from, to - from, PROT_READ,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
         uint64_t first = there / stat.ms_psize;
         whole = whole && pages_free_from(lm, first) == info.me_last_pgno + 1 - first;
@@ -287,31 +327,97 @@ static enum status length_check(struct lm *lm, struct err *e)
               : ST_OK;
 }
 
+/* Whether both of LMDB's meta pages are what was written, and of versions that follow each other.
+ * LMDB goes by whichever has the higher number and looks like one: with the newer one
+ * damaged, an older state would come back without a word. A meta page lies in one sector and so is
+ * written whole or not at all, also where the power goes; therefore a damaged one is damage. */
+static bool metas_fit(int fd, unsigned *slot)
+{
+    uint8_t metas[2][LM_META_BYTES];
+    uint64_t page_bytes = 0;
+    for (*slot = 0; *slot < 2; ++*slot) {
+        if (pread(fd, metas[*slot], LM_META_BYTES, (off_t)(*slot * page_bytes)) != LM_META_BYTES ||
+            !lm_seal_meta_fits(metas[*slot], *slot))
+            return false;
+        page_bytes = get_le32(metas[0] + LM_META_FREE_AT);
+    }
+    uint64_t a = get_le64(metas[0] + LM_META_TXN_AT), b = get_le64(metas[1] + LM_META_TXN_AT);
+    return (a == 0 && b == 0) || (a % 2 == 0 && (b == a + 1 || b + 1 == a));
+}
+
+static enum status metas_check(struct lm *lm, struct err *e)
+{
+    int fd = openat(lm->dir_fd, "data.mdb", O_RDONLY | O_CLOEXEC);
+    struct stat sb;
+    if (fd < 0 || fstat(fd, &sb) < 0 || sb.st_size == 0) {
+        if (fd >= 0)
+            close(fd);
+        return ST_OK; /* LMDB will say so, or make it */
+    }
+    unsigned slot;
+    bool fit = metas_fit(fd, &slot);
+    /* Others may be writing them just now. */
+    for (unsigned i = 0; i < LOOK_TRIES && !fit; i++) {
+        usleep(LOOK_PAUSE_US);
+        fit = metas_fit(fd, &slot);
+    }
+    close(fd);
+    if (fit)
+        return ST_OK;
+    if (slot < 2)
+        return fail(e, ST_IO,
+                    "meta page %u of %s/data.mdb is damaged, so that nobody can tell what was "
+                    "committed last: restore the store from a backup",
+                    slot, lm->dir);
+    return fail(e, ST_IO,
+                "the meta pages of %s/data.mdb do not follow each other: one of them was lost; "
+                "restore the store from a backup",
+                lm->dir);
+}
+
+/* Opens the databases of a store that is there; ST_NOTFOUND: nothing was ever committed. */
+static enum status store_read_in(struct lm *lm, struct err *e)
+{
+    MDB_txn *txn;
+    struct lm_tree tree;
+    enum status st = version_open(lm, &txn, &tree);
+    if (st)
+        return fail(e, st, "cannot read the store %s: %s", lm->dir,
+                    st == ST_IO ? "data.mdb is damaged; restore it from a backup"
+                                : status_text(st));
+    if (tree.roots[LM_DB_MAIN].depth == 0) {
+        version_close(txn, &tree);
+        return ST_NOTFOUND;
+    }
+    st = meta_read(lm, &tree, e);
+    lm_tree_free(&tree);
+    int rc = st ? 0 : dbis_open(lm, txn, 0);
+    if (st || rc)
+        mdb_txn_abort(txn);
+    else
+        /* Handles opened in a transaction are kept only if it is committed. */
+        mdb_txn_commit(txn);
+    /* (What is missing here must not look like a store that was never made.) */
+    return rc ? fail(e, rc == MDB_NOTFOUND ? ST_IO : lm_status(rc), "cannot read the store %s: %s",
+                     lm->dir, mdb_strerror(rc))
+              : st;
+}
+
 enum status lm_env_open(struct lm *lm, bool create, struct err *e)
 {
+    enum status st = lm_datafile_look(lm, e);
+    if (!st && lm->sealed)
+        st = metas_check(lm, e);
+    if (st)
+        return st;
     int rc = env_begin(lm);
     if (rc)
         return fail(e, lm_status(rc), "cannot open the store %s: %s", lm->dir, mdb_strerror(rc));
-    enum status length_st = length_check(lm, e);
-    if (length_st)
-        return length_st;
-    MDB_txn *txn;
-    rc = mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &txn);
-    if (rc)
-        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
-    MDB_stat stat;
-    mdb_env_stat(lm->mdb, &stat);
-    lm->page_bytes = stat.ms_psize;
-    rc = dbis_open(lm, txn, 0);
-    if (rc == 0) {
-        enum status st = meta_read(lm, txn, e);
-        /* Handles opened in a transaction are kept only if it is committed. */
-        mdb_txn_commit(txn);
+    st = length_check(lm, e);
+    if (!st)
+        st = store_read_in(lm, e);
+    if (st != ST_NOTFOUND)
         return st;
-    }
-    mdb_txn_abort(txn);
-    if (rc != MDB_NOTFOUND)
-        return fail(e, lm_status(rc), "cannot read the store %s: %s", lm->dir, mdb_strerror(rc));
     if (!create)
         return fail(e, ST_NOTFOUND, "there is no store in %s: one was begun there and not finished",
                     lm->dir);
@@ -325,7 +431,7 @@ void lm_env_close(struct lm *lm)
     lm->mdb = NULL;
 }
 
-/* mkdir -p. */
+/* mkdir -p; the last is for this user alone, as all that will be in it. */
 static int folders_make(const char *path)
 {
     char part[sizeof((struct lm *)0)->dir];
@@ -335,7 +441,7 @@ static int folders_make(const char *path)
             continue;
         memcpy(part, path, i);
         part[i] = '\0';
-        if (mkdir(part, 0750) < 0 && errno != EEXIST)
+        if (mkdir(part, path[i] ? 0750 : 0700) < 0 && errno != EEXIST)
             return -1;
     }
     return 0;
@@ -350,6 +456,12 @@ static int subfolder_open(struct lm *lm, const char *name)
             if (fchown(fd, lm->uid, lm->gid) < 0)
                 (void)!fchown(fd, (uid_t)-1, lm->gid);
             (void)fchmod(fd, sb.st_mode & 07777);
+        }
+        if (fd >= 0 && fsync(lm->dir_fd) < 0) {
+            int why = errno;
+            close(fd);
+            errno = why;
+            return -1;
         }
         return fd;
     }
@@ -446,6 +558,7 @@ static void teardown(struct lm *lm)
     lm_commit_thread_stop(lm);
     lm_readers_drop(lm);
     lm_env_close(lm);
+    lm_guard_free(lm->guard);
     lm_processes_close(lm);
     int *fds[] = {&lm->blocks_fd,  &lm->direct_fd, &lm->bell_fd,
                   &lm->session_fd, &lm->log_fd,    &lm->dir_fd};
@@ -480,15 +593,14 @@ static enum status lm_info(struct store *store, struct store_info *info, struct 
         return fail(e, ST_UNAVAIL, "cannot ask for the free space of %s: %s", lm->dir,
                     strerror(errno));
     struct lm_reader *reader;
-    enum status st = lm_read_begin(lm, &reader);
+    enum status st = lm_read_begin_now(lm, &reader);
     if (st)
         return fail(e, st, "cannot read the store %s", lm->dir);
     struct space sp;
-    st = space_load(&sp, reader->txn, &lm->space_dbis);
-    space_release(&sp);
+    st = lm_space_read(reader, &sp);
     MDB_envinfo env_info;
     mdb_env_info(lm->mdb, &env_info);
-    lm_read_end(lm, reader, st != ST_OK);
+    lm_read_end(lm, reader);
     if (st)
         return fail(e, st, "the record of free space in the store %s is damaged", lm->dir);
     uint64_t unused = sp.free_units + sp.hole_units + sp.pending_units;
@@ -534,6 +646,7 @@ static struct lm *lm_new(unsigned lease_ms)
     lm->lease_ms = lease_ms < LEASE_MS_MIN ? LEASE_MS_MIN : lease_ms;
     lm->dir_fd = lm->blocks_fd = lm->direct_fd = lm->session_fd = lm->log_fd = -1;
     lm->processes_fd = lm->bell_fd = lm->minder_stop_fd = lm->inotify_fd = -1;
+    lm->guard = lm_guard_new(lm);
     list_init(&lm->open_link);
     list_init(&lm->commits);
     list_init(&lm->waits);
@@ -573,6 +686,81 @@ static enum status small_files_open(struct lm *lm, struct err *e)
     return lm_processes_open(lm, e);
 }
 
+/* ---- a store in the making ---- */
+
+/*
+ * A store is made in several steps, and the power may go between any two of them, or files come out
+ * of it without their names. So the first step is a file, "making", and the last one takes it away:
+ * who finds it begins anew. Nobody can have written to the store by then.
+ */
+
+static bool there(const struct lm *lm, const char *name)
+{
+    return faccessat(lm->dir_fd, name, F_OK, AT_EACCESS) == 0;
+}
+
+/* Makes the names on the way to the folder durable, some of which may be new: up to the root of the
+ * file system, or to where this user may not look. */
+static int path_sync(const struct lm *lm)
+{
+    struct stat at, below;
+    int fd = lm->dir_fd, rc = fstat(fd, &below);
+    while (rc == 0) {
+        int up = openat(fd, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (fd != lm->dir_fd)
+            close(fd);
+        if (up < 0)
+            return errno == EACCES ? 0 : -1;
+        fd = up;
+        rc = fstat(fd, &at);
+        if (rc == 0 && (at.st_dev != below.st_dev || at.st_ino == below.st_ino))
+            break;
+        /* (Not every file system can.) */
+        if (rc == 0 && fsync(fd) < 0 && errno != EINVAL)
+            rc = -1;
+        below = at;
+    }
+    int why = errno;
+    if (fd != lm->dir_fd)
+        close(fd);
+    errno = why;
+    return rc;
+}
+
+/* *making: the store is to be made, and nothing of it is there yet. */
+static enum status making_begin(struct lm *lm, bool *making, struct err *e)
+{
+    *making = there(lm, making_name);
+    if (*making) {
+        static const char *const begun[] = {"data.mdb", "lock.mdb", "blocks"};
+        for (size_t i = 0; i < sizeof begun / sizeof begun[0]; i++)
+            if (unlinkat(lm->dir_fd, begun[i], 0) < 0 && errno != ENOENT)
+                return fail(e, ST_UNAVAIL, "cannot remove %s/%s, which was begun and not finished: %s",
+                            lm->dir, begun[i], strerror(errno));
+    } else if (there(lm, "data.mdb") || there(lm, "blocks")) {
+        return ST_OK;
+    }
+    int fd = openat(lm->dir_fd, making_name, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (fd >= 0) {
+        lm_file_adopt(lm, fd);
+        close(fd);
+    }
+    if (fd < 0 || fsync(lm->dir_fd) < 0 || path_sync(lm) < 0)
+        return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
+                    "cannot make a store in the folder %s: %s", lm->dir, strerror(errno));
+    *making = true;
+    return ST_OK;
+}
+
+static enum status making_end(struct lm *lm, struct err *e)
+{
+    if (fsync(lm->dir_fd) < 0 || unlinkat(lm->dir_fd, making_name, 0) < 0 ||
+        fsync(lm->dir_fd) < 0)
+        return fail(e, ST_UNAVAIL, "cannot make a store in the folder %s: %s", lm->dir,
+                    strerror(errno));
+    return ST_OK;
+}
+
 static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
 {
     struct statvfs vfs;
@@ -580,13 +768,19 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
         return fail(e, ST_UNAVAIL, "cannot look at the disk of %s: %s", lm->dir, strerror(errno));
     uint64_t disk = (uint64_t)vfs.f_blocks * vfs.f_frsize;
     lm->emergency_bytes = min_u64(max_u64(disk / 64, EMERGENCY_BYTES_MIN), EMERGENCY_BYTES_MAX);
-    bool create = flags & STORE_CREATE;
+    bool create = flags & STORE_CREATE, making = false;
+    if (!create && there(lm, making_name))
+        return fail(e, ST_NOTFOUND, "there is no store in %s: one was begun there and not finished",
+                    lm->dir);
+    enum status st = create ? making_begin(lm, &making, e) : ST_OK;
+    if (st)
+        return st;
     /* (A copy of a store may lack the second.) */
     static const char *const names[] = {"data.mdb", "lock.mdb"};
     bool fresh[2];
     for (int i = 0; i < 2; i++)
-        fresh[i] = faccessat(lm->dir_fd, names[i], F_OK, AT_EACCESS) < 0;
-    enum status st = lm_env_open(lm, create, e);
+        fresh[i] = !there(lm, names[i]);
+    st = lm_env_open(lm, create, e);
     for (int i = 0; i < 2; i++)
         if (fresh[i])
             adopt_by_name(lm, names[i]);
@@ -599,6 +793,8 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
         lm_processes_close(lm);
         st = small_files_open(lm, e);
     }
+    if (!st && making)
+        st = making_end(lm, e);
     if (!st)
         lm_ballast_make(lm);
     return st;

@@ -32,6 +32,9 @@
 
 #define LM_READ_THREADS_MAX 16u
 
+struct lm;
+struct lm_guard;
+struct lm_reader;
 struct lm_slot;
 struct lm_read_thread;
 
@@ -39,13 +42,6 @@ struct lm_read_thread;
 struct lm_claims {
     int64_t units; /* of the data file */
     int64_t index; /* bytes of data.mdb */
-};
-
-/* One cached read transaction with a cursor over `keys`. */
-struct lm_reader {
-    MDB_txn *txn;
-    MDB_cursor *cursor;
-    struct lm_reader *next;
 };
 
 /* Work for the commit thread other than a store_commit: `run` is called inside a write
@@ -78,6 +74,11 @@ struct lm {
     MDB_dbi store_dbi, keys_dbi, logs_dbi;
     struct space_dbis space_dbis;
     unsigned page_bytes;
+    uint8_t *map; /* where LMDB has data.mdb */
+    size_t map_bytes;
+    bool sealed; /* its pages have seals, and what has none is damaged */
+    struct lm_guard *guard;
+    _Atomic uint64_t damage_told_ns; /* it was logged that a page is damaged */
 
     /* Readers. `env_lock` guards the list and the count; a reopening commit thread sets
      * `closed` and waits until no reader is out. */
@@ -119,6 +120,7 @@ struct lm {
     bool work_left;            /* free runs may be worth punching */
 
     /* Other processes. */
+    _Atomic uint64_t probe_told_ns; /* it was logged that a session could not be probed */
     int processes_fd, bell_fd;
     void *processes_map;
     struct lm_slot *slot;
@@ -141,6 +143,157 @@ static inline struct lm *lm_of(struct store *store)
     return (struct lm *)(void *)store;
 }
 
+/* ---- seal.c ---- */
+
+/* LMDB's pages, as far as they are read here. */
+#define LM_PAGE_HEADER_BYTES 16u
+#define LM_PAGE_FLAGS_AT 10u
+#define LM_PAGE_LOWER_AT 12u /* end of the pointers */
+#define LM_PAGE_UPPER_AT 14u /* begin of the entries */
+#define LM_PAGE_BRANCH 1u
+#define LM_PAGE_LEAF 2u
+#define LM_PAGE_OVERFLOW 4u /* a large value; the number of pages lies at LM_PAGE_LOWER_AT, 4 bytes */
+#define LM_PAGE_META 8u
+
+/* Of a meta page: all that has a meaning, with its seal. */
+#define LM_META_BYTES 160u
+#define LM_META_FREE_AT 40u /* a database's record, see tree.c */
+#define LM_META_MAIN_AT 88u
+#define LM_META_LAST_PAGE_AT 136u
+#define LM_META_TXN_AT 144u
+
+/* Whether a branch or leaf, a run of pages with a large value, or meta page `slot`, is what was
+ * written. The page's number is under its seal, but for its place the caller looks. */
+bool lm_seal_page_fits(const uint8_t *page, size_t len);
+bool lm_seal_run_fits(const uint8_t *run, size_t len);
+bool lm_seal_meta_fits(const uint8_t meta[LM_META_BYTES], unsigned slot);
+
+/* Where this thread's last mdb_env_open() mapped data.mdb, whose descriptor is `fd`. */
+bool lm_seal_map(int fd, uint8_t **map, size_t *len);
+
+/* What LMDB calls instead of pwrite, writev and mmap. */
+ssize_t lm_seal_pwrite(int fd, const void *data, size_t len, off_t at);
+ssize_t lm_seal_writev(int fd, const struct iovec *iov, int n_iov);
+void *lm_seal_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset);
+
+/* ---- tree.c ---- */
+
+enum lm_db { LM_DB_STORE, LM_DB_KEYS, LM_DB_LOGS, LM_DB_FREE, LM_DB_HOLES, LM_DB_PENDING, LM_DBS,
+             LM_DB_PAGES = LM_DBS, /* LMDB's own: which pages are free */
+             LM_DB_MAIN,           /* and where the others are */
+             LM_DB_ALL };
+
+/* The database's name in LMDB. */
+extern const char *const lm_db_names[LM_DBS];
+
+/* One version of data.mdb, read from LMDB's map without LMDB. As long as a transaction of LMDB holds
+ * the version its pages do not change. One thread at a time. */
+struct lm_tree {
+    struct lm *lm;
+    bool loaded;
+    uint64_t txn_id, last_page;
+    struct {
+        uint64_t page;
+        unsigned depth; /* 0: the database is empty */
+    } roots[LM_DB_ALL];
+
+    /* Pages that were found to be whole, by their number: the turn, and the page. */
+    uint64_t *whole;
+    uint32_t whole_mask, turn;
+};
+
+/* `slots`: how many pages it remembers to be whole, a power of two. */
+void lm_tree_init(struct lm_tree *t, struct lm *lm, uint32_t slots);
+void lm_tree_free(struct lm_tree *t);
+
+/* Looks at version `txn_id` from here on; pages are looked at anew. ST_BUSY: its meta page is
+ * damaged, or has been written over for a newer version. ST_IO: what names the databases is
+ * damaged. */
+enum status lm_tree_load(struct lm_tree *t, uint64_t txn_id);
+
+#define LM_DEPTH_MAX 32u
+
+struct lm_cursor {
+    struct lm_tree *tree;
+    enum lm_db db;
+    unsigned depth; /* 0: at no entry */
+    struct {
+        const uint8_t *page;
+        unsigned at, n; /* entry, and how many there are */
+    } level[LM_DEPTH_MAX];
+};
+
+static inline struct lm_cursor lm_cursor(struct lm_tree *tree, enum lm_db db)
+{
+    return (struct lm_cursor){.tree = tree, .db = db};
+}
+
+/* Each gives the entry that it moved to, in the map. ST_NOTFOUND: there is none. ST_IO: a page on
+ * the way is damaged. The values of LM_DB_KEYS have hashes of their own, and are not looked at if
+ * they are large. */
+enum status lm_cursor_first(struct lm_cursor *c, MDB_val *k, MDB_val *v);
+enum status lm_cursor_last(struct lm_cursor *c, MDB_val *k, MDB_val *v);
+enum status lm_cursor_seek(struct lm_cursor *c, struct slice key, MDB_val *k, MDB_val *v);
+enum status lm_cursor_next(struct lm_cursor *c, MDB_val *k, MDB_val *v);
+enum status lm_cursor_prev(struct lm_cursor *c, MDB_val *k, MDB_val *v);
+
+/* The value of exactly `key`; ST_NOTFOUND, ST_IO. */
+enum status lm_tree_get(struct lm_tree *t, enum lm_db db, struct slice key, MDB_val *v);
+
+/* The way to where `key` is (*exact) or would be; in the leaf that may be behind the last entry. */
+enum status lm_cursor_way(struct lm_cursor *c, struct slice key, bool *exact);
+
+/* Looks at a large value that the cursor is at, if it is one. */
+enum status lm_cursor_big_look(struct lm_cursor *c);
+
+/* Looks at a page; and at a branch, for the page that its entry `at`, or its last one, names. False
+ * and 0: damaged. */
+bool lm_tree_look(struct lm_tree *t, uint64_t page, bool leaf);
+uint64_t lm_tree_child(struct lm_tree *t, uint64_t page, unsigned at);
+
+/* Says in the log that a page is damaged, now and then. */
+void lm_tree_report(struct lm_tree *t, uint64_t page);
+
+/* memcmp, and where one begins with the other that is the larger one. */
+int lm_key_compare(const MDB_val *a, struct slice b);
+
+/* ---- guard.c ---- */
+
+/* What stands between a write transaction and damaged pages: LMDB follows and copies whatever it
+ * finds, so each page it may come to is looked at before. All of these are harmless in a store
+ * without seals. Commit thread, inside a write transaction. */
+struct lm_guard {
+    struct lm *lm;
+    struct lm_tree base; /* the version that the transaction is based on */
+    MDB_dbi dbi[LM_DBS];
+
+    /* Per database the leaf that was looked at last together with all that is around it. */
+    const uint8_t *around[LM_DB_ALL];
+
+    struct lm_cursor free;      /* in the list of free pages */
+    bool free_begun, free_ended;
+    uint64_t free_pages;        /* in what was looked at of it */
+    uint64_t free_spare;        /* records looked at beyond the need */
+    uint64_t need, need_spare;  /* pages LMDB may have to take; and records */
+};
+
+struct lm_guard *lm_guard_new(struct lm *lm);
+void lm_guard_free(struct lm_guard *g);
+
+/* Transaction `txn_id` begins. ST_IO where what names the databases is damaged. */
+enum status lm_guard_begin(struct lm_guard *g, uint64_t txn_id);
+
+/* What a transaction reads when it is committed. */
+enum status lm_guard_end(struct lm_guard *g);
+
+/* Setting, reading, or seeking from, `key`; removing it, or going on from it to the next or the one
+ * before. `bytes` are to be set. ST_IO: not to be done. */
+enum status lm_guard_key(struct lm_guard *g, enum lm_db db, struct slice key, size_t bytes);
+enum status lm_guard_around(struct lm_guard *g, enum lm_db db, struct slice key);
+
+/* Going to the first or last key of a database. */
+enum status lm_guard_ends(struct lm_guard *g, enum lm_db db);
+
 /* ---- engine.c ---- */
 
 /* Opens LMDB and its databases in the store's folder; `create` makes what is missing.
@@ -160,6 +313,10 @@ void lm_id_text(const uint8_t id[STORE_ID_BYTES], char text[LM_ID_TEXT_BYTES]);
 
 uint64_t lm_now_ns(void);
 
+/* Whether a line may be logged that was last logged at *told_ns (0: never), at least `every_ns` ago;
+ * notes that it is now. Any thread, and one of several at once. */
+bool lm_may_tell(_Atomic uint64_t *told_ns, uint64_t every_ns);
+
 /* Locks `fd` with flock, waiting no longer than a lease and some seconds: its holder may be
  * a process that was stopped. False: errno says why. */
 bool lm_flock(struct lm *lm, int fd);
@@ -170,26 +327,33 @@ DIR *lm_folder_list(int fd);
 
 /* ---- txn.c ---- */
 
-/* A read transaction on the newest version. Any thread. ST_UNAVAIL, ST_IO. */
+/* A cached read transaction, which holds a version, and the way to read that. */
+struct lm_reader {
+    MDB_txn *txn;
+    struct lm_tree tree;
+    struct lm_reader *next;
+};
+
+/* A read transaction on the newest version. Waits where it is being settled whether the last commit
+ * happened. Any thread but a reactor's and the commit thread. ST_UNAVAIL, ST_IO. */
 enum status lm_read_begin(struct lm *lm, struct lm_reader **out);
 
-/* `failed`: LMDB reported an error in it, it is not used again. */
-void lm_read_end(struct lm *lm, struct lm_reader *reader, bool failed);
+/* The same, but does not wait: ST_IO or ST_UNAVAIL then. Any thread. */
+enum status lm_read_begin_now(struct lm *lm, struct lm_reader **out);
+
+void lm_read_end(struct lm *lm, struct lm_reader *reader);
 
 /* Drops all cached readers. */
 void lm_readers_drop(struct lm *lm);
 
-/* Finds where LMDB has mapped data.mdb. False where it has not, or that can't be told. The
- * caller sees to it that LMDB is not reopened meanwhile. */
-bool lm_map_find(struct lm *lm, void **map, size_t *len);
-
 /* Keeps LMDB's map from counting as memory of this process without bound. Any thread. */
 void lm_map_trim(struct lm *lm);
 
-/* A write transaction; waits for other processes. Commit thread (or before it runs). */
+/* A write transaction, with lm->guard at its begin; waits for other processes. Commit thread. */
 enum status lm_write_begin(struct lm *lm, MDB_txn **out);
 
-/* Ends it. lm_write_commit gives what mdb_txn_commit gave. */
+/* Ends it. lm_write_commit gives what mdb_txn_commit gave, or MDB_CORRUPTED where that would have met
+ * a damaged page: then it did not happen. */
 int lm_write_commit(struct lm *lm, MDB_txn *txn);
 void lm_write_abort(struct lm *lm, MDB_txn *txn);
 
@@ -222,14 +386,14 @@ size_t lm_value_build(uint8_t *out, const MDB_val *key, uint64_t txn_id, struct 
 
 #define LM_VALUE_BYTES_MAX (16u + 8u * 256u + 8u + LM_HEAD_BYTES_MAX)
 
-/* An exact get that also proves absence: where `key` is not there, the neighbours of the
- * place where it would be must fit, so that a damaged key can't make one vanish silently.
- * ST_OK, ST_NOTFOUND, ST_IO; *failed is set where LMDB reported an error. */
-enum status lm_lookup(MDB_cursor *cursor, struct slice key, struct lm_value *v, bool *failed);
+/* An exact get in LM_DB_KEYS. In a store without seals it also proves absence: where `key` is not
+ * there, the neighbours of the place where it would be must fit, so that a damaged key can't make one
+ * vanish silently. ST_OK, ST_NOTFOUND, ST_IO. */
+enum status lm_lookup(struct lm_tree *tree, struct slice key, struct lm_value *v);
 
-/* Positions `cursor` on the first key >= `key` and checks it and the one before it.
+/* Positions `c` on the first key >= `key` and checks it, and without seals the one before it too.
  * ST_NOTFOUND past the end. */
-enum status lm_seek(MDB_cursor *cursor, struct slice key, MDB_val *k, MDB_val *data, bool *failed);
+enum status lm_seek(struct lm_cursor *c, struct slice key, MDB_val *k, MDB_val *data);
 
 /* ---- read.c ---- */
 
@@ -295,6 +459,9 @@ enum status lm_make_room(struct lm *lm, struct space *sp, uint64_t units, uint64
  * disk goes. Inside a write transaction. */
 void lm_index_ahead(struct lm *lm);
 
+/* The counters of free space in the version that a reader looks at. ST_IO. */
+enum status lm_space_read(struct lm_reader *reader, struct space *sp);
+
 /* Room beyond what is reserved and what other processes claim; may be negative. */
 int64_t lm_spare_units(struct lm *lm, const struct space *sp);
 int64_t lm_spare_index(struct lm *lm, MDB_txn *txn);
@@ -307,6 +474,10 @@ void lm_claims_prepare(struct lm *lm, const struct space *sp, MDB_txn *txn,
 void lm_claims_publish(struct lm *lm, const struct lm_claims *claims, bool committed);
 
 /* ---- datafile.c ---- */
+
+/* Reads in the first unit of the data file whether the store has seals; without that file it has
+ * none. ST_FORMAT. */
+enum status lm_datafile_look(struct lm *lm, struct err *e);
 
 /* Opens or makes the data file. */
 enum status lm_datafile_open(struct lm *lm, bool create, struct err *e);
@@ -452,6 +623,9 @@ extern const struct store_log_ops lm_log_ops;
 #define LM_LOG_RECORD_BYTES 80u
 #define LM_LOG_HEADER_BYTES 4096u
 
+/* The stream of marks: headers without a record, in the place of the record that comes next. */
+#define LM_LOG_MARK_STREAM UINT64_MAX
+
 /* What LMDB holds of a log: where the records that are still needed begin. */
 struct lm_log_start {
     uint8_t session[STORE_ID_BYTES];
@@ -460,9 +634,11 @@ struct lm_log_start {
     uint64_t seq;
 };
 
-enum status lm_log_start_get(struct lm *lm, MDB_txn *txn, uint64_t id, struct lm_log_start *start);
+enum status lm_log_start_get(struct lm_tree *tree, uint64_t id, struct lm_log_start *start);
+/* Puts it and removes it; MDB_NOTFOUND is none's fault. Inside a write transaction. */
 enum status lm_log_start_put(struct lm *lm, MDB_txn *txn, uint64_t id,
                              const struct lm_log_start *start);
+enum status lm_log_start_remove(struct lm *lm, MDB_txn *txn, uint64_t id);
 
 /* The header of a log's file; and reads and checks that of `fd`. */
 void lm_log_header_build(uint8_t block[LM_LOG_HEADER_BYTES], uint64_t id,
@@ -475,6 +651,10 @@ void lm_log_file_discard(struct lm *lm, uint64_t id);
 
 /* The hash in a record's header, over its first 72 bytes. */
 uint64_t lm_log_header_hash(const uint8_t header[LM_LOG_RECORD_BYTES], uint64_t log_id);
+
+/* The mark that stands where record `seq` will: those below `synced_seq` are known to be synced. */
+void lm_log_mark_build(uint8_t header[LM_LOG_RECORD_BYTES], uint64_t log_id, uint64_t seq,
+                       uint64_t synced_seq);
 
 /* Start of the records that commit needs, from the log_keep_from it carries. Reactor. */
 void lm_log_commit_begin(struct store_commit *commit);

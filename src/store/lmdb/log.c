@@ -9,6 +9,13 @@
  * it goes to the page cache and does not wait for a disk. Syncs are done by a
  * thread of the log's own, one at a time, for all that wait.
  *
+ * Behind the last record stands a mark, over which the next one is written. It says up to
+ * where a sync has succeeded, which the last records can't say of themselves: without it
+ * nothing would tell damage in them from a write that a power cut came before. It goes out
+ * with the records, and again when a sync has ended, before that is answered. It is itself
+ * not synced until the next time: it is there after the death of the process, and after that
+ * of the machine if the disk got it in time.
+ *
  * LMDB holds where the records that are still needed begin. It moves inside the
  * commits that make records unneeded, so the two can't disagree.
  */
@@ -73,6 +80,8 @@ struct lm_log {
     int n_iov;
     struct gathered_header *headers;
     int n_headers;
+    struct gathered_header mark;
+    uint64_t marked_seq; /* the mark in the file, or a record, says that those below are synced */
 
     _Atomic bool poisoned;
     _Atomic uint64_t written_seq; /* records below were written */
@@ -97,18 +106,12 @@ static const struct lm_log *log_of_const(const struct store_log *log)
 
 /* ---- the start of what is needed, in LMDB ---- */
 
-enum status lm_log_start_get(struct lm *lm, MDB_txn *txn, uint64_t id, struct lm_log_start *start)
+static enum status start_parse(const MDB_val *v, uint64_t id, struct lm_log_start *start)
 {
-    uint8_t key[8];
-    put_be64(key, id);
-    MDB_val k = {sizeof key, key}, v;
-    int rc = mdb_get(txn, lm->logs_dbi, &k, &v);
-    if (rc)
-        return lm_status(rc);
     uint8_t rec[START_BYTES];
-    if (v.mv_size != sizeof rec)
+    if (v->mv_size != sizeof rec)
         return ST_IO;
-    memcpy(rec, v.mv_data, sizeof rec);
+    memcpy(rec, v->mv_data, sizeof rec);
     if (get_le64(rec) != hash64(rec + 8, sizeof rec - 8, id))
         return ST_IO;
     memcpy(start->session, rec + 8, STORE_ID_BYTES);
@@ -116,6 +119,41 @@ enum status lm_log_start_get(struct lm *lm, MDB_txn *txn, uint64_t id, struct lm
     start->offset = get_le64(rec + 32);
     start->seq = get_le64(rec + 40);
     return ST_OK;
+}
+
+enum status lm_log_start_get(struct lm_tree *tree, uint64_t id, struct lm_log_start *start)
+{
+    uint8_t key[8];
+    put_be64(key, id);
+    MDB_val v;
+    enum status st = lm_tree_get(tree, LM_DB_LOGS, (struct slice){key, sizeof key}, &v);
+    return st ? st : start_parse(&v, id, start);
+}
+
+/* As the write transaction at hand sees it. */
+static enum status start_get_now(struct lm *lm, MDB_txn *txn, uint64_t id,
+                                 struct lm_log_start *start)
+{
+    uint8_t key[8];
+    put_be64(key, id);
+    MDB_val k = {sizeof key, key}, v;
+    enum status st = lm_guard_key(lm->guard, LM_DB_LOGS, (struct slice){key, sizeof key}, 0);
+    if (st)
+        return st;
+    int rc = mdb_get(txn, lm->logs_dbi, &k, &v);
+    return rc ? lm_status(rc) : start_parse(&v, id, start);
+}
+
+enum status lm_log_start_remove(struct lm *lm, MDB_txn *txn, uint64_t id)
+{
+    uint8_t key[8];
+    put_be64(key, id);
+    MDB_val k = {sizeof key, key};
+    enum status st = lm_guard_around(lm->guard, LM_DB_LOGS, (struct slice){key, sizeof key});
+    if (st)
+        return st;
+    int rc = mdb_del(txn, lm->logs_dbi, &k, NULL);
+    return rc == MDB_NOTFOUND ? ST_OK : lm_status(rc);
 }
 
 enum status lm_log_start_put(struct lm *lm, MDB_txn *txn, uint64_t id,
@@ -129,8 +167,8 @@ enum status lm_log_start_put(struct lm *lm, MDB_txn *txn, uint64_t id,
     put_le64(rec + 40, start->seq);
     put_le64(rec, hash64(rec + 8, sizeof rec - 8, id));
     MDB_val k = {sizeof key, key}, v = {sizeof rec, rec};
-    int rc = mdb_put(txn, lm->logs_dbi, &k, &v, 0);
-    return lm_status(rc);
+    enum status st = lm_guard_key(lm->guard, LM_DB_LOGS, (struct slice){key, sizeof key}, 0);
+    return st ? st : lm_status(mdb_put(txn, lm->logs_dbi, &k, &v, 0));
 }
 
 /* ---- the file's header ---- */
@@ -167,6 +205,27 @@ uint64_t lm_log_header_hash(const uint8_t header[LM_LOG_RECORD_BYTES], uint64_t 
     return hash64(header, LM_LOG_RECORD_BYTES - 8, log_id);
 }
 
+static void record_header_build(uint8_t header[LM_LOG_RECORD_BYTES], uint64_t log_id, uint64_t seq,
+                                uint64_t stream, const uint8_t meta[32], uint32_t payload_len,
+                                uint64_t hash, uint64_t synced_seq)
+{
+    put_le32(header, LM_LOG_RECORD_MAGIC);
+    put_le32(header + 4, payload_len);
+    put_le64(header + 8, seq);
+    put_le64(header + 16, stream);
+    memcpy(header + 24, meta, 32);
+    put_le64(header + 56, hash);
+    put_le64(header + 64, synced_seq);
+    put_le64(header + 72, lm_log_header_hash(header, log_id));
+}
+
+void lm_log_mark_build(uint8_t header[LM_LOG_RECORD_BYTES], uint64_t log_id, uint64_t seq,
+                       uint64_t synced_seq)
+{
+    record_header_build(header, log_id, seq, LM_LOG_MARK_STREAM, zeros, 0, hash64(zeros, 0, 0),
+                        synced_seq);
+}
+
 /* ---- appending ---- */
 
 static uint64_t aligned(uint64_t offset)
@@ -180,11 +239,9 @@ static uint64_t log_room(const struct store_log *base)
     return log->capacity - (aligned(log->end) - log->keep.offset);
 }
 
-/* Writes the gathered pieces from position `log->written_end` on. */
-static enum status write_pieces(struct lm_log *log)
+/* Writes `left` pieces from position `log->written_end` on. Changes `iov`. */
+static enum status write_pieces(struct lm_log *log, struct iovec *iov, int left)
 {
-    struct iovec *iov = log->iov;
-    int left = log->n_iov;
     uint64_t offset = log->written_end;
     while (left > 0) {
         uint64_t place = offset % log->capacity, room = log->capacity - place, bytes = 0;
@@ -213,22 +270,47 @@ static enum status write_pieces(struct lm_log *log)
     return ST_OK;
 }
 
+static void log_poison(struct lm_log *log)
+{
+    atomic_store(&log->poisoned, true);
+    log_error("store %s: cannot write the write log: %s; it takes no more", log->lm->dir,
+              strerror(errno));
+}
+
+/* Whether bytes up to position `end` lie over no record that is still needed. */
+static bool fits_up_to(const struct lm_log *log, uint64_t end)
+{
+    return end <= log->keep.offset + log->capacity;
+}
+
+/* The mark for the place where record `seq` will be. */
+static void mark_build(struct lm_log *log, uint64_t seq)
+{
+    log->marked_seq = atomic_load(&log->synced_seq);
+    lm_log_mark_build(log->mark.bytes, log->id, seq, log->marked_seq);
+}
+
 static enum status write_gathered(struct lm_log *log)
 {
     if (log->n_headers == 0)
         return ST_OK;
-    /* Up to the end of the page, so that the kernel does not have to read a page that it
-     * forgot since the last time round; not over records that are still needed. */
-    uint64_t fill = round_up_u64(log->end, PAGE_BYTES) - log->end;
-    if (fill > 0 && log->end + fill <= log->keep.offset + log->capacity)
-        log->iov[log->n_iov++] = (struct iovec){(void *)(uintptr_t)zeros, fill};
-    enum status st = write_pieces(log);
+    /* A mark, and zeros up to the end of the page, so that the kernel does not have to read a page
+     * that it forgot since the last time round. */
+    uint64_t at = aligned(log->end), end = at + LM_LOG_RECORD_BYTES;
+    uint64_t fill = round_up_u64(end, PAGE_BYTES) - end;
+    if (fits_up_to(log, end)) {
+        size_t gap = at - log->end;
+        mark_build(log, log->next_seq);
+        log->iov[log->n_iov++] =
+            (struct iovec){log->mark.bytes - gap, LM_LOG_RECORD_BYTES + gap};
+        if (fill > 0 && fits_up_to(log, end + fill))
+            log->iov[log->n_iov++] = (struct iovec){(void *)(uintptr_t)zeros, fill};
+    }
+    enum status st = write_pieces(log, log->iov, log->n_iov);
     log->n_iov = 0;
     log->n_headers = 0;
     if (st) {
-        atomic_store(&log->poisoned, true);
-        log_error("store %s: cannot write the write log: %s; it takes no more", log->lm->dir,
-                  strerror(errno));
+        log_poison(log);
         return ST_IO;
     }
     log->written_end = aligned(log->end);
@@ -262,20 +344,15 @@ static uint64_t log_append(struct store_log *base, uint64_t stream, const uint8_
 {
     struct lm_log *log = log_of(base);
     CHECK(n_iov >= 0 && n_iov <= RECORD_IOVS_MAX && payload_len <= STORE_LOG_PAYLOAD_MAX);
-    CHECK(store_log_record_bytes(payload_len) <= log_room(base));
+    CHECK(store_log_record_bytes(payload_len) <= log_room(base) && stream != LM_LOG_MARK_STREAM);
     if (log->n_headers == GATHER_RECORDS || log->n_iov + n_iov + 2 > GATHER_IOVS)
         (void)write_gathered(log); /* a failure poisons the log, which submit reports */
 
     uint64_t seq = log->next_seq++, at = aligned(log->end);
     struct gathered_header *h = &log->headers[log->n_headers];
-    put_le32(h->bytes, LM_LOG_RECORD_MAGIC);
-    put_le32(h->bytes + 4, payload_len);
-    put_le64(h->bytes + 8, seq);
-    put_le64(h->bytes + 16, stream);
-    memcpy(h->bytes + 24, meta, 32);
-    put_le64(h->bytes + 56, payload_hash(iov, n_iov));
-    put_le64(h->bytes + 64, atomic_load_explicit(&log->synced_seq, memory_order_relaxed));
-    put_le64(h->bytes + 72, lm_log_header_hash(h->bytes, log->id));
+    record_header_build(h->bytes, log->id, seq, stream, meta, payload_len,
+                        payload_hash(iov, n_iov),
+                        atomic_load_explicit(&log->synced_seq, memory_order_relaxed));
     size_t gap = log->n_headers > 0 ? at - log->end : 0;
     log->n_headers++;
     log->iov[log->n_iov++] = (struct iovec){h->bytes - gap, LM_LOG_RECORD_BYTES + gap};
@@ -303,9 +380,24 @@ static enum status log_submit(struct store_log *base)
 
 /* ---- syncs ---- */
 
+/* Says in the file what has been synced by now, where nothing there says so. Records that are
+ * gathered will be written over it, with a mark of their own behind them. */
+static void mark_renew(struct lm_log *log)
+{
+    if (log->marked_seq >= atomic_load(&log->synced_seq) || atomic_load(&log->poisoned) ||
+        !fits_up_to(log, log->written_end + LM_LOG_RECORD_BYTES))
+        return;
+    mark_build(log, atomic_load(&log->written_seq));
+    struct iovec iov[2] = {{log->mark.bytes, LM_LOG_RECORD_BYTES}};
+    if (write_pieces(log, iov, 1))
+        log_poison(log);
+}
+
 static void sync_answer(struct env_task *task)
 {
     struct store_log_sync *sync = container_of(task, struct store_log_sync, task);
+    if (sync->result == ST_OK)
+        mark_renew(log_of(sync->log));
     sync->done(sync, sync->result);
 }
 
@@ -349,6 +441,7 @@ static void *sync_thread(void *arg)
 static void log_sync(struct store_log *base, struct store_log_sync *sync)
 {
     struct lm_log *log = log_of(base);
+    sync->log = base;
     if (!atomic_load(&log->poisoned) &&
         atomic_load(&log->synced_seq) >= atomic_load(&log->written_seq)) {
         sync_post(log, sync, ST_OK);
@@ -384,7 +477,7 @@ enum status lm_log_commit_apply(struct lm *lm, MDB_txn *txn, const struct store_
 {
     struct lm_log_start start;
     uint64_t id = log_of(commit->log)->id;
-    enum status st = lm_log_start_get(lm, txn, id, &start);
+    enum status st = start_get_now(lm, txn, id, &start);
     if (st) {
         log_error("store %s: the record of write log %016" PRIx64 " is %s", lm->dir, id,
                   st == ST_NOTFOUND ? "gone" : "damaged");
@@ -488,13 +581,8 @@ static enum status record_run(struct lm_job *job, MDB_txn *txn)
 {
     struct record_job *rj = container_of(job, struct record_job, job);
     const struct lm_log *log = rj->log;
-    if (rj->remove) {
-        uint8_t key[8];
-        put_be64(key, log->id);
-        MDB_val k = {sizeof key, key};
-        int rc = mdb_del(txn, rj->lm->logs_dbi, &k, NULL);
-        return rc == MDB_NOTFOUND ? ST_OK : lm_status(rc);
-    }
+    if (rj->remove)
+        return lm_log_start_remove(rj->lm, txn, log->id);
     struct lm_log_start start = {.capacity = log->capacity, .offset = 0, .seq = 1};
     memcpy(start.session, log->session, STORE_ID_BYTES);
     return lm_log_start_put(rj->lm, txn, log->id, &start);
@@ -525,10 +613,11 @@ static struct lm_log *log_new(struct lm *lm, struct env *env, const uint8_t *ses
     env_random(env, &log->id, sizeof log->id);
     log->next_seq = 1;
     log->keep.seq = 1;
+    log->marked_seq = 1;
     atomic_store(&log->written_seq, 1);
     atomic_store(&log->synced_seq, 1);
     log->marks = mem_alloc((MARKS + 1) * sizeof *log->marks);
-    log->iov = mem_alloc((GATHER_IOVS + 1) * sizeof *log->iov);
+    log->iov = mem_alloc((GATHER_IOVS + 2) * sizeof *log->iov);
     log->headers = mem_zalloc(GATHER_RECORDS * sizeof *log->headers);
     pthread_mutex_init(&log->lock, NULL);
     pthread_cond_init(&log->cond, NULL);

@@ -269,13 +269,18 @@ enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e)
                    ? ST_NOTFOUND
                    : fail(e, ST_UNAVAIL, "cannot reach process %d: %s", (int)pid, strerror(errno));
     /* Looked at after the descriptor is had: from here on it can be no other process. */
-    char state = 0;
-    if (lm_process_start_time(pid, &state) != start_time || state == 'Z') {
+    if (lm_process_start_time(pid, NULL) != start_time) {
         close(fd);
         return ST_NOTFOUND;
     }
+    /* One whose state is Z, a zombie, may be half dead only: its first thread is, and others still
+     * hold its files. It is waited for as any other. */
     enum status st = ST_OK;
     if (syscall(SYS_pidfd_send_signal, fd, SIGKILL, NULL, 0) < 0) {
+        if (errno == ESRCH) {
+            close(fd);
+            return ST_NOTFOUND;
+        }
         st = fail(e, errno == EPERM ? ST_PERM : ST_UNAVAIL, "cannot end process %d: %s", (int)pid,
                   strerror(errno));
     } else {

@@ -60,13 +60,13 @@ void lm_read_release(struct store_read *read)
 
 /* ---- gets and ranges ---- */
 
-static void get_one(struct store_read *read, MDB_cursor *cursor, struct lm_bodies *bodies,
-                    struct store_get *get, bool *failed)
+static void get_one(struct store_read *read, struct lm_tree *tree, struct lm_bodies *bodies,
+                    struct store_get *get)
 {
     struct lm_value v;
     get->head = (struct slice){NULL, 0};
     get->body_len = 0;
-    get->st = lm_lookup(cursor, get->key, &v, failed);
+    get->st = lm_lookup(tree, get->key, &v);
     if (get->st)
         return;
     get->head = arena_copy(read, v.head.data, v.head.len);
@@ -79,15 +79,9 @@ static void get_one(struct store_read *read, MDB_cursor *cursor, struct lm_bodie
         lm_bodies_add(bodies, read, get, &v);
 }
 
-static int compare(const MDB_val *a, struct slice b)
-{
-    int c = memcmp(a->mv_data, b.data, a->mv_size < b.len ? a->mv_size : b.len);
-    return c ? c : a->mv_size < b.len ? -1 : a->mv_size > b.len;
-}
-
 static int compare_vals(const MDB_val *a, const MDB_val *b)
 {
-    return compare(a, (struct slice){b->mv_data, b->mv_size});
+    return lm_key_compare(a, (struct slice){b->mv_data, b->mv_size});
 }
 
 static void pair_add(struct store_read *read, struct store_range *range, size_t *cap,
@@ -109,19 +103,20 @@ static void pair_add(struct store_read *read, struct store_range *range, size_t 
 
 /* Keys must go strictly in one direction: one that changed in place breaks that, or the
  * hash of its value, or lies on the border, where the entry beyond is checked as well. */
-static enum status range_forward(struct store_read *read, MDB_cursor *cursor,
-                                 struct store_range *range, bool *failed)
+static enum status range_forward(struct store_read *read, struct lm_tree *tree,
+                                 struct store_range *range)
 {
+    struct lm_cursor cursor = lm_cursor(tree, LM_DB_KEYS);
     MDB_val k, data, last = {0, NULL};
     size_t cap = 0;
-    enum status st = lm_seek(cursor, range->begin, &k, &data, failed);
+    enum status st = lm_seek(&cursor, range->begin, &k, &data);
     if (st)
         return st == ST_NOTFOUND ? ST_OK : st;
     for (;;) {
         struct lm_value v;
         if (lm_value_parse(&k, &data, &v) || (last.mv_size && compare_vals(&k, &last) <= 0))
             return ST_IO;
-        if (compare(&k, range->end) >= 0)
+        if (lm_key_compare(&k, range->end) >= 0)
             return ST_OK;
         if (range->n_pairs == range->limit) {
             range->more = true;
@@ -129,32 +124,29 @@ static enum status range_forward(struct store_read *read, MDB_cursor *cursor,
         }
         pair_add(read, range, &cap, &k, &v);
         last = k;
-        int rc = mdb_cursor_get(cursor, &k, &data, MDB_NEXT);
-        if (rc == MDB_NOTFOUND)
-            return ST_OK;
-        if (rc) {
-            *failed = true;
-            return ST_IO;
-        }
+        st = lm_cursor_next(&cursor, &k, &data);
+        if (st)
+            return st == ST_NOTFOUND ? ST_OK : st;
     }
 }
 
-static enum status range_reverse(struct store_read *read, MDB_cursor *cursor,
-                                 struct store_range *range, bool *failed)
+static enum status range_reverse(struct store_read *read, struct lm_tree *tree,
+                                 struct store_range *range)
 {
+    struct lm_cursor cursor = lm_cursor(tree, LM_DB_KEYS);
     MDB_val k, data, last = {0, NULL};
     size_t cap = 0;
     if (range->end.len == 0)
         return ST_OK;
-    enum status st = lm_seek(cursor, range->end, &k, &data, failed);
+    enum status st = lm_seek(&cursor, range->end, &k, &data);
     if (st && st != ST_NOTFOUND)
         return st;
-    int rc = mdb_cursor_get(cursor, &k, &data, st ? MDB_LAST : MDB_PREV);
-    for (; rc == 0; rc = mdb_cursor_get(cursor, &k, &data, MDB_PREV)) {
+    st = st ? lm_cursor_last(&cursor, &k, &data) : lm_cursor_prev(&cursor, &k, &data);
+    for (; !st; st = lm_cursor_prev(&cursor, &k, &data)) {
         struct lm_value v;
         if (lm_value_parse(&k, &data, &v) || (last.mv_size && compare_vals(&k, &last) >= 0))
             return ST_IO;
-        if (compare(&k, range->begin) < 0)
+        if (lm_key_compare(&k, range->begin) < 0)
             return ST_OK;
         if (range->n_pairs == range->limit) {
             range->more = true;
@@ -163,11 +155,7 @@ static enum status range_reverse(struct store_read *read, MDB_cursor *cursor,
         pair_add(read, range, &cap, &k, &v);
         last = k;
     }
-    if (rc != MDB_NOTFOUND) {
-        *failed = true;
-        return ST_IO;
-    }
-    return ST_OK;
+    return st == ST_NOTFOUND ? ST_OK : st;
 }
 
 /* ---- requests ---- */
@@ -177,14 +165,13 @@ struct read_batch {
     struct lm *lm;
     struct lm_reader *reader;
     unsigned pending; /* reads whose bodies are not all there */
-    bool failed;
 };
 
 static void batch_unref(struct read_batch *batch)
 {
     if (--batch->pending > 0)
         return;
-    lm_read_end(batch->lm, batch->reader, batch->failed);
+    lm_read_end(batch->lm, batch->reader);
     free(batch);
 }
 
@@ -213,16 +200,16 @@ void lm_read_body_ended(struct store_read *read)
 static void read_start(struct store_read *read, struct read_batch *batch,
                        struct lm_bodies *bodies)
 {
-    MDB_cursor *cursor = batch->reader->cursor;
+    struct lm_tree *tree = &batch->reader->tree;
     for (uint32_t i = 0; i < read->n_gets; i++)
-        get_one(read, cursor, bodies, &read->gets[i], &batch->failed);
+        get_one(read, tree, bodies, &read->gets[i]);
     for (uint32_t i = 0; i < read->n_ranges; i++) {
         struct store_range *range = &read->ranges[i];
         range->pairs = NULL;
         range->n_pairs = 0;
         range->more = false;
-        enum status st = range->reverse ? range_reverse(read, cursor, range, &batch->failed)
-                                        : range_forward(read, cursor, range, &batch->failed);
+        enum status st = range->reverse ? range_reverse(read, tree, range)
+                                        : range_forward(read, tree, range);
         if (st)
             read->result = st;
     }
@@ -401,19 +388,18 @@ enum status lm_usage(struct store *store, struct slice begin, struct slice end, 
     enum status st = lm_read_begin(lm, &reader);
     if (st)
         return fail(e, st, "cannot read the store %s", lm->dir);
-    MDB_val k = {begin.len, (void *)(uintptr_t)begin.data}, data;
-    int rc = mdb_cursor_get(reader->cursor, &k, &data, begin.len ? MDB_SET_RANGE : MDB_FIRST);
-    while (rc == 0 && compare(&k, end) < 0) {
+    struct lm_cursor cursor = lm_cursor(&reader->tree, LM_DB_KEYS);
+    MDB_val k, data;
+    st = begin.len ? lm_cursor_seek(&cursor, begin, &k, &data) : lm_cursor_first(&cursor, &k, &data);
+    while (!st && lm_key_compare(&k, end) < 0) {
         struct lm_value v;
         (*keys)++;
         *bytes += k.mv_size + min_u64(data.mv_size, LM_VALUE_BYTES_MAX);
         if (lm_value_parse(&k, &data, &v) == ST_OK)
             *bytes += round_up_u64(v.body_len, SPACE_UNIT_BYTES);
-        rc = mdb_cursor_get(reader->cursor, &k, &data, MDB_NEXT);
+        st = lm_cursor_next(&cursor, &k, &data);
     }
-    bool failed = rc != 0 && rc != MDB_NOTFOUND;
-    lm_read_end(lm, reader, failed);
-    return failed ? fail(e, ST_IO, "the index of the store %s is damaged: %s", lm->dir,
-                         mdb_strerror(rc))
-                  : ST_OK;
+    lm_read_end(lm, reader);
+    return st && st != ST_NOTFOUND ? fail(e, ST_IO, "the index of the store %s is damaged", lm->dir)
+                                   : ST_OK;
 }

@@ -76,6 +76,12 @@ static bool header_fits(const struct scan *s, const uint8_t *h)
            get_le64(h + 72) == lm_log_header_hash(h, s->id);
 }
 
+/* Where record `seq` is to be: its header. */
+static bool is_record(const struct scan *s, const uint8_t *h, uint64_t seq)
+{
+    return header_fits(s, h) && get_le64(h + 8) == seq && get_le64(h + 16) != LM_LOG_MARK_STREAM;
+}
+
 enum tail {
     TAIL_EMPTY,  /* no record of this log follows */
     TAIL_LATER,  /* later ones do: the disk took them in another order, or lost one */
@@ -118,7 +124,7 @@ static enum status scan_records(struct scan *s, const struct lm_log_start *start
     uint64_t offset = start->offset, seq = start->seq;
     for (;;) {
         const uint8_t *h = scan_bytes(s, offset, LM_LOG_RECORD_BYTES);
-        if (!h || !header_fits(s, h) || get_le64(h + 8) != seq)
+        if (!h || !is_record(s, h, seq))
             break;
         uint32_t len = get_le32(h + 4);
         if (get_le64(h + 16) != stream) {
@@ -166,8 +172,8 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
     enum status st = lm_read_begin(lm, &reader);
     if (st)
         return fail(e, st, "cannot read the store %s", lm->dir);
-    st = lm_log_start_get(lm, reader->txn, log_id, &start);
-    lm_read_end(lm, reader, false);
+    st = lm_log_start_get(&reader->tree, log_id, &start);
+    lm_read_end(lm, reader);
     if (st)
         return fail(e, st, "the store %s %s write log %016" PRIx64, lm->dir,
                     st == ST_NOTFOUND ? "has no" : "has a damaged record of", log_id);
@@ -216,7 +222,7 @@ enum found { FOUND_NONE, FOUND_WHOLE, FOUND_DAMAGED };
 static enum found record_look(struct copying *c, uint32_t *len)
 {
     const uint8_t *h = scan_bytes(&c->s, c->offset, LM_LOG_RECORD_BYTES);
-    if (!h || !header_fits(&c->s, h) || get_le64(h + 8) != c->seq)
+    if (!h || !is_record(&c->s, h, c->seq))
         return FOUND_NONE;
     *len = get_le32(h + 4);
     h = scan_bytes(&c->s, c->offset, LM_LOG_RECORD_BYTES + *len);
@@ -256,8 +262,8 @@ static enum status start_now(struct lm *lm, uint64_t id, struct lm_log_start *st
     enum status st = lm_read_begin(lm, &reader);
     if (st)
         return st;
-    st = lm_log_start_get(lm, reader->txn, id, start);
-    lm_read_end(lm, reader, false);
+    st = lm_log_start_get(&reader->tree, id, start);
+    lm_read_end(lm, reader);
     return st;
 }
 
@@ -319,17 +325,20 @@ static enum status copy_rest(struct copying *c)
     return st;
 }
 
-/* Fills the ring up and puts the header before it. */
+/* Says behind the last record that all of them are synced, as they are before the copy is complete;
+ * fills the ring up and puts the header before it. */
 static enum status copy_finish(struct copying *c, struct lm_log_start *start)
 {
     static const uint8_t zeros[COPY_UNIT_BYTES];
-    uint64_t used = c->offset - c->base.offset;
-    *start = (struct lm_log_start){.capacity = round_up_u64(used ? used : 1, COPY_UNIT_BYTES),
+    uint8_t mark[LM_LOG_RECORD_BYTES];
+    lm_log_mark_build(mark, c->s.id, c->seq, c->seq);
+    uint64_t used = c->offset - c->base.offset + sizeof mark;
+    enum status st = copy_write(c, c->offset, mark, sizeof mark);
+    *start = (struct lm_log_start){.capacity = round_up_u64(used, COPY_UNIT_BYTES),
                                    .seq = c->base.seq};
     memcpy(start->session, c->base.session, STORE_ID_BYTES);
-    enum status st = ST_OK;
-    if (start->capacity > used)
-        st = copy_write(c, c->offset, zeros, start->capacity - used);
+    if (!st && start->capacity > used)
+        st = copy_write(c, c->offset + sizeof mark, zeros, start->capacity - used);
     uint8_t block[LM_LOG_HEADER_BYTES];
     lm_log_header_build(block, c->s.id, start->session, start->capacity);
     struct iovec iov = {block, sizeof block};
@@ -420,24 +429,20 @@ static enum status judge_records(struct lm *lm, struct unused *u)
     enum status st = lm_read_begin(lm, &reader);
     if (st)
         return st;
-    MDB_cursor *c = NULL;
-    int rc = mdb_cursor_open(reader->txn, lm->logs_dbi, &c);
+    struct lm_cursor c = lm_cursor(&reader->tree, LM_DB_LOGS);
     MDB_val k, v;
-    if (!rc)
-        rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
-    for (unsigned n = 0; !rc && n < FILES_MAX; n++) {
+    st = lm_cursor_first(&c, &k, &v);
+    for (unsigned n = 0; !st && n < FILES_MAX; n++) {
         struct lm_log_start start;
         if (k.mv_size == 8) {
             uint64_t id = get_be64(k.mv_data);
-            bool good = lm_log_start_get(lm, reader->txn, id, &start) == ST_OK;
+            bool good = lm_log_start_get(&reader->tree, id, &start) == ST_OK;
             judge(lm, u, id, good ? start.session : NULL);
         }
-        rc = mdb_cursor_get(c, &k, &v, MDB_NEXT);
+        st = lm_cursor_next(&c, &k, &v);
     }
-    if (c)
-        mdb_cursor_close(c);
-    lm_read_end(lm, reader, rc && rc != MDB_NOTFOUND);
-    return rc && rc != MDB_NOTFOUND ? ST_IO : ST_OK;
+    lm_read_end(lm, reader);
+    return st == ST_NOTFOUND ? ST_OK : st;
 }
 
 /* Reads "0123456789abcdef" and nothing behind it. */
@@ -483,8 +488,8 @@ static void sweep_files(struct lm *lm)
                 close(log_fd);
             }
             if (orphan && lm_read_begin(lm, &reader) == ST_OK) {
-                orphan = lm_log_start_get(lm, reader->txn, id, &start) == ST_NOTFOUND;
-                lm_read_end(lm, reader, false);
+                orphan = lm_log_start_get(&reader->tree, id, &start) == ST_NOTFOUND;
+                lm_read_end(lm, reader);
             } else {
                 orphan = false;
             }
@@ -505,12 +510,9 @@ static enum status forget_run(struct lm_job *job, MDB_txn *txn)
 {
     struct forget_job *fj = container_of(job, struct forget_job, job);
     for (size_t i = 0; i < fj->unused->n; i++) {
-        uint8_t key[8];
-        put_be64(key, fj->unused->ids[i]);
-        MDB_val k = {sizeof key, key};
-        int rc = mdb_del(txn, fj->lm->logs_dbi, &k, NULL);
-        if (rc && rc != MDB_NOTFOUND)
-            return lm_status(rc);
+        enum status st = lm_log_start_remove(fj->lm, txn, fj->unused->ids[i]);
+        if (st)
+            return st;
     }
     return ST_OK;
 }

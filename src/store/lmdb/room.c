@@ -32,6 +32,15 @@
 #define INDEX_TIGHT_BYTES ((int64_t)(1ull << 20))
 #define GROW_STEPS_MAX 4096
 
+enum status lm_space_read(struct lm_reader *reader, struct space *sp)
+{
+    *sp = (struct space){.data_units = 1, .next = 1};
+    MDB_val v;
+    struct slice key = {space_record_key, sizeof space_record_key - 1};
+    enum status st = lm_tree_get(&reader->tree, LM_DB_STORE, key, &v);
+    return st == ST_NOTFOUND ? ST_OK : st ? st : space_parse(sp, &v);
+}
+
 uint64_t lm_body_cost(const struct store *store, uint64_t body_len)
 {
     (void)store;
@@ -91,12 +100,10 @@ static uint64_t disk_available(struct lm *lm)
 static uint64_t index_free_listed(struct lm *lm, MDB_txn *txn)
 {
     uint64_t pages = 0, oldest = lm_oldest_version(lm, mdb_txn_id(txn));
-    MDB_cursor *c;
-    if (mdb_cursor_open(txn, 0, &c))
-        return 0;
+    struct lm_cursor c = lm_cursor(&lm->guard->base, LM_DB_PAGES);
     MDB_val k, v;
-    int rc = mdb_cursor_get(c, &k, &v, MDB_FIRST);
-    for (; !rc; rc = mdb_cursor_get(c, &k, &v, MDB_NEXT)) {
+    enum status st = lm_cursor_first(&c, &k, &v);
+    for (; !st; st = lm_cursor_next(&c, &k, &v)) {
         size_t id, n;
         if (k.mv_size != sizeof id || v.mv_size < sizeof n)
             break;
@@ -106,16 +113,17 @@ static uint64_t index_free_listed(struct lm *lm, MDB_txn *txn)
             break;
         pages += n;
     }
-    mdb_cursor_close(c);
     return pages * lm->page_bytes;
 }
 
-/* Allocates data.mdb up to `end`, or as far towards it as the disk goes. */
+/* Allocates data.mdb up to `end`, or as far towards it as the disk goes; in steps that leave most of a
+ * small disk to bodies. */
 static void index_back(struct lm *lm, uint64_t end)
 {
     mdb_filehandle_t fd;
     mdb_env_get_fd(lm->mdb, &fd);
-    uint64_t step = INDEX_STEP_BYTES_MAX;
+    uint64_t part = round_up_u64(disk_available(lm) / 16 + 1, INDEX_STEP_BYTES_MIN);
+    uint64_t step = min_u64(part, INDEX_STEP_BYTES_MAX);
     for (int i = 0; i < GROW_STEPS_MAX && lm->index_end < end; i++) {
         uint64_t to = lm->index_end + step;
         if (lm->index_end == 0)

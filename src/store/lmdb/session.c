@@ -14,10 +14,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "base/mem.h"
 #include "store/lmdb/engine.h"
 
 #define FILES_MAX 65536u
+#define UNKNOWN_TELL_NS 10000000000u /* the same trouble with probes is logged so often */
 
 /* A session of this process: the descriptor holds the lock. */
 struct session {
@@ -132,6 +134,15 @@ void lm_session_end(struct store *store, const uint8_t id[STORE_ID_BYTES])
     free(s);
 }
 
+/* Whoever has to know waits until it can be told, so it has to be said what for. */
+static void probe_failed(struct lm *lm, const char *name)
+{
+    int why = errno;
+    if (lm_may_tell(&lm->probe_told_ns, UNKNOWN_TELL_NS))
+        log_error("cannot tell whether the process of %s/session/%s lives: %s", lm->dir, name,
+                  strerror(why));
+}
+
 enum store_liveness lm_session_probe(struct store *store, const uint8_t id[STORE_ID_BYTES])
 {
     struct lm *lm = lm_of(store);
@@ -143,6 +154,7 @@ enum store_liveness lm_session_probe(struct store *store, const uint8_t id[STORE
     case 1:
         return STORE_SESSION_ALIVE;
     default:
+        probe_failed(lm, name);
         return STORE_SESSION_UNKNOWN;
     }
 }

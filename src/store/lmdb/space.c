@@ -16,6 +16,7 @@
 #include "base/check.h"
 #include "base/hash.h"
 #include "base/mem.h"
+#include "store/lmdb/engine.h"
 
 #define RECORD_BYTES 72u
 #define RUN_BYTES 16u
@@ -30,7 +31,7 @@
 #define LONG_RUN_UNITS 16u
 #define LONG_RUN_LOOKS 4096u
 
-static const char record_key[] = "space";
+const char space_record_key[6] = "space";
 
 void space_extents_add(struct space_extents *list, uint64_t start, uint64_t units)
 {
@@ -91,16 +92,37 @@ static enum status run_parse(const MDB_val *k, const MDB_val *v, struct run *run
     return ST_OK;
 }
 
-static enum status run_get(MDB_cursor *c, MDB_cursor_op op, uint64_t from, struct run *run)
+static enum lm_db db_of(const struct space *sp, MDB_dbi dbi)
+{
+    return dbi == sp->dbis.free ? LM_DB_FREE : LM_DB_HOLES;
+}
+
+/* Before the cursor moves: `at` is where it goes, or for MDB_NEXT and MDB_PREV the run it is at. */
+static enum status run_guard(struct space *sp, MDB_dbi dbi, MDB_cursor_op op, uint64_t at)
 {
     uint8_t key[8];
-    put_be64(key, from);
+    put_be64(key, at);
+    struct slice k = {key, sizeof key};
+    if (op == MDB_FIRST || op == MDB_LAST)
+        return lm_guard_ends(sp->guard, db_of(sp, dbi));
+    return op == MDB_SET_RANGE ? lm_guard_key(sp->guard, db_of(sp, dbi), k, 0)
+                               : lm_guard_around(sp->guard, db_of(sp, dbi), k);
+}
+
+static enum status run_get(struct space *sp, MDB_cursor *c, MDB_cursor_op op, uint64_t at,
+                           struct run *run)
+{
+    uint8_t key[8];
+    put_be64(key, at);
+    enum status st = run_guard(sp, mdb_cursor_dbi(c), op, at);
+    if (st)
+        return st;
     MDB_val k = {sizeof key, key}, v;
     int rc = mdb_cursor_get(c, &k, &v, op);
     return rc ? from_lmdb(rc) : run_parse(&k, &v, run);
 }
 
-static enum status run_put(MDB_txn *txn, MDB_dbi dbi, const struct run *run)
+static enum status run_put(struct space *sp, MDB_dbi dbi, const struct run *run)
 {
     uint8_t key[8], value[RUN_BYTES];
     put_be64(key, run->start);
@@ -108,15 +130,19 @@ static enum status run_put(MDB_txn *txn, MDB_dbi dbi, const struct run *run)
     put_le32(value + 4, run->flags);
     put_le64(value + 8, run_hash(run->start, value));
     MDB_val k = {sizeof key, key}, v = {sizeof value, value};
-    return from_lmdb(mdb_put(txn, dbi, &k, &v, 0));
+    enum status st = run_guard(sp, dbi, MDB_SET_RANGE, run->start);
+    return st ? st : from_lmdb(mdb_put(sp->txn, dbi, &k, &v, 0));
 }
 
-static enum status run_del(MDB_txn *txn, MDB_dbi dbi, uint64_t start)
+static enum status run_del(struct space *sp, MDB_dbi dbi, uint64_t start)
 {
     uint8_t key[8];
     put_be64(key, start);
     MDB_val k = {sizeof key, key};
-    int rc = mdb_del(txn, dbi, &k, NULL);
+    enum status st = lm_guard_around(sp->guard, db_of(sp, dbi), (struct slice){key, sizeof key});
+    if (st)
+        return st;
+    int rc = mdb_del(sp->txn, dbi, &k, NULL);
     return rc == MDB_NOTFOUND ? ST_IO : from_lmdb(rc);
 }
 
@@ -133,22 +159,31 @@ static void record_build(const struct space *sp, uint8_t out[RECORD_BYTES])
     put_le64(out, hash64(out + 8, RECORD_BYTES - 8, 0x53504143u));
 }
 
-enum status space_load(struct space *sp, MDB_txn *txn, const struct space_dbis *dbis)
+static const struct slice record_slice = {space_record_key, sizeof space_record_key - 1};
+
+enum status space_load(struct space *sp, MDB_txn *txn, const struct space_dbis *dbis,
+                       struct lm_guard *guard)
 {
-    *sp = (struct space){.txn = txn, .dbis = *dbis};
-    MDB_val k = {sizeof record_key - 1, (void *)(uintptr_t)record_key}, v;
+    *sp = (struct space){.txn = txn, .dbis = *dbis, .guard = guard};
+    MDB_val k = {record_slice.len, (void *)(uintptr_t)record_slice.data}, v;
+    enum status st = lm_guard_key(guard, LM_DB_STORE, record_slice, 0);
+    if (st)
+        return st;
     int rc = mdb_get(txn, dbis->store, &k, &v);
     if (rc == MDB_NOTFOUND) {
         sp->data_units = 1;
         sp->next = 1;
         return ST_OK;
     }
-    if (rc)
-        return from_lmdb(rc);
-    if (v.mv_size != RECORD_BYTES)
+    return rc ? from_lmdb(rc) : space_parse(sp, &v);
+}
+
+enum status space_parse(struct space *sp, const MDB_val *record)
+{
+    if (record->mv_size != RECORD_BYTES)
         return ST_IO;
     uint8_t rec[RECORD_BYTES];
-    memcpy(rec, v.mv_data, sizeof rec);
+    memcpy(rec, record->mv_data, sizeof rec);
     if (get_le64(rec) != hash64(rec + 8, RECORD_BYTES - 8, 0x53504143u))
         return ST_IO;
     sp->data_units = get_le64(rec + 8);
@@ -174,7 +209,10 @@ static enum status pending_put(struct space *sp, uint32_t index, uint8_t *value,
     put_be32(key + 8, index);
     put_le64(value, hash64(value + 8, 8 * (size_t)n, hash64(key, sizeof key, 0)));
     MDB_val k = {sizeof key, key}, v = {8 + 8 * (size_t)n, value};
-    return from_lmdb(mdb_put(sp->txn, sp->dbis.pending, &k, &v, MDB_APPEND));
+    enum status st = lm_guard_key(sp->guard, LM_DB_PENDING, (struct slice){key, sizeof key}, 0);
+    if (!st)
+        st = lm_guard_ends(sp->guard, LM_DB_PENDING);
+    return st ? st : from_lmdb(mdb_put(sp->txn, sp->dbis.pending, &k, &v, MDB_APPEND));
 }
 
 /* Writes what this transaction freed, sorted and joined. */
@@ -217,8 +255,9 @@ enum status space_save(struct space *sp, uint64_t token)
     sp->token = token;
     uint8_t rec[RECORD_BYTES];
     record_build(sp, rec);
-    MDB_val k = {sizeof record_key - 1, (void *)(uintptr_t)record_key}, v = {sizeof rec, rec};
-    return from_lmdb(mdb_put(sp->txn, sp->dbis.store, &k, &v, 0));
+    MDB_val k = {record_slice.len, (void *)(uintptr_t)record_slice.data}, v = {sizeof rec, rec};
+    st = lm_guard_key(sp->guard, LM_DB_STORE, record_slice, 0);
+    return st ? st : from_lmdb(mdb_put(sp->txn, sp->dbis.store, &k, &v, 0));
 }
 
 void space_release(struct space *sp)
@@ -234,13 +273,13 @@ static enum status take_sweep(struct space *sp, MDB_cursor *c, uint64_t *need, u
     const uint64_t begin = sp->next;
     bool wrapped = false;
     struct run run;
-    enum status st = run_get(c, MDB_SET_RANGE, begin, &run);
+    enum status st = run_get(sp, c, MDB_SET_RANGE, begin, &run);
     while (*need > 0 && looks-- > 0) {
         if (st == ST_NOTFOUND) {
             if (wrapped)
                 return ST_OK;
             wrapped = true;
-            st = run_get(c, MDB_FIRST, 0, &run);
+            st = run_get(sp, c, MDB_FIRST, 0, &run);
             continue;
         }
         if (st)
@@ -248,10 +287,13 @@ static enum status take_sweep(struct space *sp, MDB_cursor *c, uint64_t *need, u
         if (wrapped && run.start >= begin)
             return ST_OK;
         if (run.units < run_min) {
-            st = run_get(c, MDB_NEXT, 0, &run);
+            st = run_get(sp, c, MDB_NEXT, run.start, &run);
             continue;
         }
         uint32_t units = (uint32_t)min_u64(run.units, *need);
+        st = run_guard(sp, sp->dbis.free, MDB_NEXT, run.start);
+        if (st)
+            return st;
         int rc = mdb_cursor_del(c, 0);
         if (rc)
             return from_lmdb(rc);
@@ -261,9 +303,9 @@ static enum status take_sweep(struct space *sp, MDB_cursor *c, uint64_t *need, u
         sp->next = run.start + units;
         if (units < run.units) {
             struct run rest = {run.start + units, run.units - units, 0};
-            return run_put(sp->txn, sp->dbis.free, &rest);
+            return run_put(sp, sp->dbis.free, &rest);
         }
-        st = run_get(c, MDB_SET_RANGE, sp->next, &run);
+        st = run_get(sp, c, MDB_SET_RANGE, sp->next, &run);
     }
     return st == ST_NOTFOUND ? ST_OK : st;
 }
@@ -303,11 +345,12 @@ static enum status free_insert(struct space *sp, MDB_cursor *c, uint64_t start, 
     if (start == 0 || units == 0 || units > RUN_UNITS_MAX || start + units > sp->data_units)
         return ST_IO;
     struct run next, prev, run = {start, (uint32_t)units, 0};
-    enum status st = run_get(c, MDB_SET_RANGE, start, &next);
+    enum status st = run_get(sp, c, MDB_SET_RANGE, start, &next);
     if (st && st != ST_NOTFOUND)
         return st;
     bool have_next = !st;
-    st = run_get(c, have_next ? MDB_PREV : MDB_LAST, 0, &prev);
+    st = have_next ? run_get(sp, c, MDB_PREV, next.start, &prev)
+                   : run_get(sp, c, MDB_LAST, 0, &prev);
     if (st && st != ST_NOTFOUND)
         return st;
     bool have_prev = !st;
@@ -319,7 +362,7 @@ static enum status free_insert(struct space *sp, MDB_cursor *c, uint64_t start, 
     sp->free_units += units;
     if (have_next && next.start == start + units &&
         (uint64_t)run.units + next.units <= RUN_UNITS_MAX) {
-        st = run_del(sp->txn, sp->dbis.free, next.start);
+        st = run_del(sp, sp->dbis.free, next.start);
         if (st)
             return st;
         run.units += next.units;
@@ -329,7 +372,7 @@ static enum status free_insert(struct space *sp, MDB_cursor *c, uint64_t start, 
         run.start = prev.start;
         run.units += prev.units;
     }
-    return run_put(sp->txn, sp->dbis.free, &run);
+    return run_put(sp, sp->dbis.free, &run);
 }
 
 enum status space_free_now(struct space *sp, uint64_t start, uint64_t units)
@@ -376,10 +419,10 @@ enum status space_reclaim(struct space *sp, uint64_t oldest, size_t limit)
         mdb_cursor_close(c);
         return from_lmdb(rc);
     }
-    enum status st = ST_OK;
+    enum status st = lm_guard_ends(sp->guard, LM_DB_PENDING);
     size_t n = 0;
     MDB_val k, v;
-    while (n < limit && !(rc = mdb_cursor_get(c, &k, &v, MDB_FIRST))) {
+    while (!st && n < limit && !(rc = mdb_cursor_get(c, &k, &v, MDB_FIRST))) {
         if (k.mv_size != PENDING_KEY_BYTES) {
             st = ST_IO;
             break;
@@ -393,6 +436,8 @@ enum status space_reclaim(struct space *sp, uint64_t oldest, size_t limit)
         memcpy(value, v.mv_data, len);
         MDB_val kept = {sizeof key, key};
         st = v.mv_size == len ? pending_free(sp, fc, &kept, value, len, &n) : ST_IO;
+        if (!st)
+            st = lm_guard_around(sp->guard, LM_DB_PENDING, (struct slice){key, sizeof key});
         if (st)
             break;
         rc = mdb_cursor_del(c, 0);
@@ -414,27 +459,28 @@ enum status space_make_holes(struct space *sp, uint64_t units, uint64_t run_min,
         return from_lmdb(rc);
     struct run run;
     /* From the end: the front of the file is where the next data goes. */
-    enum status st = run_get(c, MDB_LAST, 0, &run);
+    enum status st = run_get(sp, c, MDB_LAST, 0, &run);
     while (!st && *moved < units && look_max-- > 0) {
         if (run.units < run_min || units - *moved < run_min) {
-            st = run_get(c, MDB_PREV, 0, &run);
+            st = run_get(sp, c, MDB_PREV, run.start, &run);
             continue;
         }
         uint32_t part = (uint32_t)min_u64(run.units, units - *moved);
         struct run hole = {run.start + run.units - part, part, 0};
         struct run rest = {run.start, run.units - part, 0};
-        st = rest.units ? run_put(sp->txn, sp->dbis.free, &rest)
-                        : run_del(sp->txn, sp->dbis.free, run.start);
+        st = rest.units ? run_put(sp, sp->dbis.free, &rest)
+                        : run_del(sp, sp->dbis.free, run.start);
         if (!st)
-            st = run_put(sp->txn, sp->dbis.holes, &hole);
+            st = run_put(sp, sp->dbis.holes, &hole);
         if (st)
             break;
         sp->dirty = true;
         sp->free_units -= part;
         sp->hole_units += part;
         *moved += part;
-        st = run_get(c, MDB_SET_RANGE, run.start, &run);
-        st = run_get(c, st ? MDB_LAST : MDB_PREV, 0, &run);
+        st = run_get(sp, c, MDB_SET_RANGE, run.start, &run);
+        if (!st || st == ST_NOTFOUND)
+            st = run_get(sp, c, st ? MDB_LAST : MDB_PREV, run.start, &run);
     }
     mdb_cursor_close(c);
     return st == ST_NOTFOUND ? ST_OK : st;
@@ -447,9 +493,9 @@ static enum status hole_find(struct space *sp, bool unpunched, struct space_exte
     if (rc)
         return from_lmdb(rc);
     struct run run;
-    enum status st = run_get(c, MDB_FIRST, 0, &run);
+    enum status st = run_get(sp, c, MDB_FIRST, 0, &run);
     while (!st && unpunched && (run.flags & HOLE_PUNCHED))
-        st = run_get(c, MDB_NEXT, 0, &run);
+        st = run_get(sp, c, MDB_NEXT, run.start, &run);
     mdb_cursor_close(c);
     if (!st)
         *hole = (struct space_extent){run.start, run.units};
@@ -470,16 +516,16 @@ enum status space_hole_punched(struct space *sp, const struct space_extent *hole
 {
     sp->dirty = true;
     struct run run = {hole->start, (uint32_t)hole->units, HOLE_PUNCHED};
-    return run_put(sp->txn, sp->dbis.holes, &run);
+    return run_put(sp, sp->dbis.holes, &run);
 }
 
 enum status space_hole_backed(struct space *sp, const struct space_extent *hole, uint64_t units)
 {
     CHECK(units > 0 && units <= hole->units && sp->hole_units >= units);
-    enum status st = run_del(sp->txn, sp->dbis.holes, hole->start);
+    enum status st = run_del(sp, sp->dbis.holes, hole->start);
     if (!st && units < hole->units) {
         struct run rest = {hole->start + units, (uint32_t)(hole->units - units), HOLE_PUNCHED};
-        st = run_put(sp->txn, sp->dbis.holes, &rest);
+        st = run_put(sp, sp->dbis.holes, &rest);
     }
     if (!st)
         st = space_free_now(sp, hole->start, units);
@@ -498,8 +544,8 @@ static enum status runs_sum(struct space *sp, MDB_dbi dbi, uint64_t *sum)
         return from_lmdb(rc);
     uint64_t end = 1;
     struct run run;
-    enum status st = run_get(c, MDB_FIRST, 0, &run);
-    for (; !st; st = run_get(c, MDB_NEXT, 0, &run)) {
+    enum status st = run_get(sp, c, MDB_FIRST, 0, &run);
+    for (; !st; st = run_get(sp, c, MDB_NEXT, run.start, &run)) {
         if (run.start < end || run.start + run.units > sp->data_units) {
             st = ST_IO;
             break;

@@ -22,6 +22,8 @@
 #define SPACE_UNIT_BYTES 4096u
 #define SPACE_EXTENT_UNITS_MAX 0xffffffu
 
+struct lm_guard;
+
 struct space_dbis {
     MDB_dbi store, free, holes, pending;
 };
@@ -54,6 +56,7 @@ static inline struct space_extent space_unpack(uint64_t packed)
 struct space {
     MDB_txn *txn;
     struct space_dbis dbis;
+    struct lm_guard *guard; /* keeps LMDB off damaged pages; may be NULL */
     bool dirty;
     struct space_extents freed; /* by this transaction */
 
@@ -69,7 +72,12 @@ struct space {
 
 /* Reads the record; where there is none, an empty data file of one unit. ST_IO where it
  * is damaged. */
-enum status space_load(struct space *sp, MDB_txn *txn, const struct space_dbis *dbis);
+enum status space_load(struct space *sp, MDB_txn *txn, const struct space_dbis *dbis,
+                       struct lm_guard *guard);
+
+/* The record's key, and the counters of a record: all there is of `sp` then. ST_IO. */
+extern const char space_record_key[6];
+enum status space_parse(struct space *sp, const MDB_val *record);
 
 /* Writes the pending records and the record, with a new token. Nothing may be changed
  * afterwards. */

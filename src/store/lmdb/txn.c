@@ -1,15 +1,13 @@
 /*
- * LMDB transactions. Read transactions are cached with their cursors, so that a
- * read costs a renewal and no allocation. Write transactions are taken by one
- * thread and say in the shared file that they hold the lock.
+ * LMDB transactions. Read transactions are cached, so that a read costs a renewal
+ * and no allocation. Write transactions are taken by one thread and say in the
+ * shared file that they hold the lock.
  */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -17,13 +15,17 @@
 #include "store/lmdb/engine.h"
 
 #define READERS_IDLE_MAX 32u
+/* As long as it is being settled whether a commit happened (commit.c), with some to spare. */
+#define SETTLING_NS_MAX 10000000000u
+#define SETTLING_LOOK_US 5000u
 #define GHOST_LOOK_US 200u
+#define VERSION_TRIES 64u
+#define READER_SLOTS 512u
 #define RESIDENT_FILE_BYTES_MAX (24ull << 20)
 
 static void reader_free(struct lm_reader *reader)
 {
-    if (reader->cursor)
-        mdb_cursor_close(reader->cursor);
+    lm_tree_free(&reader->tree);
     if (reader->txn)
         mdb_txn_abort(reader->txn);
     free(reader);
@@ -73,10 +75,58 @@ static int reader_start(struct lm *lm, struct lm_reader *reader)
             mdb_reader_check(lm->mdb, &dead);
             rc = mdb_txn_begin(lm->mdb, NULL, MDB_RDONLY, &reader->txn);
         }
-        return rc ? rc : mdb_cursor_open(reader->txn, lm->keys_dbi, &reader->cursor);
+        return rc;
     }
-    int rc = mdb_txn_renew(reader->txn);
-    return rc ? rc : mdb_cursor_renew(reader->txn, reader->cursor);
+    return mdb_txn_renew(reader->txn);
+}
+
+/* A version's meta page is written over two versions later: where that has just happened there is
+ * a newer one to be had. Where there is none the page is damaged. */
+static enum status reader_look(struct lm_reader *reader)
+{
+    for (unsigned i = 0; i < VERSION_TRIES; i++) {
+        uint64_t version = mdb_txn_id(reader->txn);
+        enum status st = lm_tree_load(&reader->tree, version);
+        if (st != ST_BUSY)
+            return st;
+        mdb_txn_reset(reader->txn);
+        if (mdb_txn_renew(reader->txn))
+            return ST_IO;
+        if (mdb_txn_id(reader->txn) == version)
+            break;
+    }
+    lm_tree_report(&reader->tree, mdb_txn_id(reader->txn) & 1);
+    return ST_IO;
+}
+
+static enum status read_try(struct lm *lm, struct lm_reader **out, int *rc)
+{
+    struct lm_reader *reader = reader_pop(lm);
+    if (!reader) {
+        reader = mem_zalloc(sizeof *reader);
+        lm_tree_init(&reader->tree, lm, READER_SLOTS);
+    }
+    *rc = atomic_load(&lm->broken) ? MDB_PANIC : reader_start(lm, reader);
+    enum status st = *rc == MDB_READERS_FULL ? ST_UNAVAIL : lm_status(*rc);
+    if (!st)
+        st = reader_look(reader);
+    if (st) {
+        reader_free(reader);
+        reader_put_back(lm, NULL);
+        return st;
+    }
+    *out = reader;
+    return ST_OK;
+}
+
+enum status lm_read_begin_now(struct lm *lm, struct lm_reader **out)
+{
+    int rc = 0;
+    *out = NULL;
+    enum status st = atomic_load(&lm->broken) ? ST_UNAVAIL : read_try(lm, out, &rc);
+    if (rc)
+        log_error("store %s: cannot begin a read: %s", lm->dir, mdb_strerror(rc));
+    return st;
 }
 
 enum status lm_read_begin(struct lm *lm, struct lm_reader **out)
@@ -84,27 +134,24 @@ enum status lm_read_begin(struct lm *lm, struct lm_reader **out)
     *out = NULL;
     if (atomic_load(&lm->broken))
         return ST_UNAVAIL;
-    struct lm_reader *reader = reader_pop(lm);
-    if (!reader)
-        reader = mem_zalloc(sizeof *reader);
-    int rc = atomic_load(&lm->broken) ? MDB_PANIC : reader_start(lm, reader);
-    if (rc) {
-        log_error("store %s: cannot begin a read: %s", lm->dir, mdb_strerror(rc));
-        lm_read_end(lm, reader, true);
-        return rc == MDB_READERS_FULL ? ST_UNAVAIL : lm_status(rc);
+    int rc;
+    enum status st = read_try(lm, out, &rc);
+    uint64_t since_ns = rc == MDB_PANIC ? lm_now_ns() : 0;
+    /* LMDB gives nothing away after a commit of which it does not know whether it happened. The
+     * commit thread finds out, and reads wait for that. */
+    while (rc == MDB_PANIC && !atomic_load(&lm->broken) &&
+           lm_now_ns() - since_ns < SETTLING_NS_MAX) {
+        usleep(SETTLING_LOOK_US);
+        st = read_try(lm, out, &rc);
     }
-    *out = reader;
-    return ST_OK;
+    if (rc)
+        log_error("store %s: cannot begin a read: %s", lm->dir, mdb_strerror(rc));
+    return st;
 }
 
-void lm_read_end(struct lm *lm, struct lm_reader *reader, bool failed)
+void lm_read_end(struct lm *lm, struct lm_reader *reader)
 {
-    if (failed) {
-        reader_free(reader);
-        reader = NULL;
-    } else {
-        mdb_txn_reset(reader->txn);
-    }
+    mdb_txn_reset(reader->txn);
     reader_put_back(lm, reader);
 }
 
@@ -120,38 +167,6 @@ void lm_readers_drop(struct lm *lm)
         reader_free(list);
         list = next;
     }
-}
-
-bool lm_map_find(struct lm *lm, void **map, size_t *len)
-{
-    struct stat sb;
-    FILE *maps = NULL;
-    if (fstatat(lm->dir_fd, "data.mdb", &sb, 0) == 0)
-        maps = fopen("/proc/self/maps", "re");
-    if (!maps)
-        return false;
-    /* Some file systems (btrfs, overlays) show another device here than stat() does: then
-     * the name and the inode will do, where they fit one mapping only. */
-    unsigned exact = 0, alike = 0;
-    char line[8192];
-    while (fgets(line, sizeof line, maps)) {
-        uint64_t from, to, ino;
-        unsigned dev_major, dev_minor;
-        char perms[8];
-        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s %*x %x:%x %" SCNu64, &from, &to, perms,
-                   &dev_major, &dev_minor, &ino) != 6 ||
-            ino != sb.st_ino || strcmp(perms, "r--s") != 0 || !strstr(line, "/data.mdb\n"))
-            continue;
-        bool same = dev_major == major(sb.st_dev) && dev_minor == minor(sb.st_dev);
-        alike++;
-        if (exact && !same)
-            continue;
-        exact += same;
-        *map = (void *)(uintptr_t)from;
-        *len = (size_t)(to - from);
-    }
-    fclose(maps);
-    return exact == 1 || (exact == 0 && alike == 1);
 }
 
 /* Pages of files that are mapped here, and shared memory. */
@@ -174,7 +189,7 @@ static uint64_t resident_file_bytes(void)
  * page cache has not, and a reader in the middle of a page takes a minor fault and goes on.
  *
  * Counted as a reader, because LMDB is not closed (and its address not given to another
- * mapping) as long as one is out; looked up anew each time for the same reason. */
+ * mapping) as long as one is out. */
 void lm_map_trim(struct lm *lm)
 {
     if (resident_file_bytes() <= RESIDENT_FILE_BYTES_MAX || atomic_load(&lm->broken))
@@ -185,10 +200,7 @@ void lm_map_trim(struct lm *lm)
     pthread_mutex_unlock(&lm->env_lock);
     if (closed)
         return;
-    void *map;
-    size_t len;
-    if (lm_map_find(lm, &map, &len))
-        (void)madvise(map, len, MADV_DONTNEED);
+    (void)madvise(lm->map, lm->map_bytes, MADV_DONTNEED);
     reader_put_back(lm, NULL);
 }
 
@@ -213,7 +225,12 @@ enum status lm_write_begin(struct lm *lm, MDB_txn **out)
             atomic_store(&lm->broken, true);
         return lm_status(rc);
     }
-    return ST_OK;
+    enum status st = lm_guard_begin(lm->guard, mdb_txn_id(*out));
+    if (st) {
+        lm_write_abort(lm, *out);
+        *out = NULL;
+    }
+    return st;
 }
 
 /* The state is taken back after the lock is gone. A process that is stopped just then
@@ -221,6 +238,10 @@ enum status lm_write_begin(struct lm *lm, MDB_txn **out)
  * nothing but it could have been in the way. */
 int lm_write_commit(struct lm *lm, MDB_txn *txn)
 {
+    if (lm_guard_end(lm->guard)) {
+        lm_write_abort(lm, txn);
+        return MDB_CORRUPTED;
+    }
     int rc = mdb_txn_commit(txn);
     lm_lock_state_set(lm, LM_LOCK_NONE);
     return rc;
@@ -240,6 +261,7 @@ enum status lm_reopen(struct lm *lm)
         pthread_cond_wait(&lm->env_cond, &lm->env_lock);
     pthread_mutex_unlock(&lm->env_lock);
     lm_readers_drop(lm);
+    lm->guard->base.loaded = false;
     lm_env_close(lm);
     struct err e = {0};
     enum status st = lm_env_open(lm, false, &e);

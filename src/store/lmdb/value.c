@@ -1,10 +1,11 @@
 /*
  * The stored form of a value and the ways to find one.
  *
- * LMDB does not hash its pages, so every value carries a hash over itself, bound
- * to its key. A flipped bit in a key would make the key vanish without any hash
- * to fail; therefore absence is believed only where the neighbours of the place
- * are whole and in order, which a key that changed in place can't be.
+ * Every value carries a hash over itself, bound to its key: it covers what is too
+ * large for a page, and all values of a store whose pages have no seals. There a
+ * flipped bit in a key would make the key vanish without any hash to fail;
+ * therefore absence is believed only where the neighbours of the place are whole
+ * and in order, which a key that changed in place can't be.
  */
 #include <string.h>
 
@@ -64,76 +65,43 @@ size_t lm_value_build(uint8_t *out, const MDB_val *key, uint64_t txn_id, struct 
     return at;
 }
 
-static int key_compare(const MDB_val *a, struct slice b)
+/* Whether an entry of LM_DB_KEYS is whole and lies where it should. */
+static bool entry_fits(const MDB_val *k, const MDB_val *data, struct slice key, bool before)
 {
-    int c = memcmp(a->mv_data, b.data, a->mv_size < b.len ? a->mv_size : b.len);
-    return c ? c : a->mv_size < b.len ? -1 : a->mv_size > b.len;
+    struct lm_value v;
+    int order = lm_key_compare(k, key);
+    return lm_value_parse(k, data, &v) == ST_OK && (before ? order < 0 : order >= 0);
 }
 
-/* Whether the entry before the cursor's, or the last one (`at_end`), is whole and lies
- * before `key`. Leaves the cursor there. */
-static enum status check_before(MDB_cursor *cursor, struct slice key, bool at_end, bool *failed)
+enum status lm_seek(struct lm_cursor *c, struct slice key, MDB_val *k, MDB_val *data)
 {
-    MDB_val k, data;
-    struct lm_value v;
-    int rc = mdb_cursor_get(cursor, &k, &data, at_end ? MDB_LAST : MDB_PREV);
-    if (rc == MDB_NOTFOUND)
-        return ST_OK;
-    if (rc) {
-        *failed = true;
-        return ST_IO;
-    }
-    if (lm_value_parse(&k, &data, &v) || key_compare(&k, key) >= 0)
-        return ST_IO;
-    return ST_OK;
-}
-
-enum status lm_seek(MDB_cursor *cursor, struct slice key, MDB_val *k, MDB_val *data, bool *failed)
-{
-    *k = (MDB_val){key.len, (void *)(uintptr_t)key.data};
-    int rc = mdb_cursor_get(cursor, k, data, key.len ? MDB_SET_RANGE : MDB_FIRST);
-    if (rc && rc != MDB_NOTFOUND) {
-        *failed = true;
-        return ST_IO;
-    }
-    bool at_end = rc == MDB_NOTFOUND;
-    struct lm_value v;
-    if (!at_end && (lm_value_parse(k, data, &v) || (key.len && key_compare(k, key) < 0)))
-        return ST_IO;
-    if (key.len == 0)
-        return at_end ? ST_NOTFOUND : ST_OK;
-    enum status st = check_before(cursor, key, at_end, failed);
-    if (st)
+    enum status st = key.len ? lm_cursor_seek(c, key, k, data) : lm_cursor_first(c, k, data);
+    if (st && st != ST_NOTFOUND)
         return st;
-    if (at_end)
-        return ST_NOTFOUND;
-    /* Back to the entry found; where nothing was before it, it is the first. */
-    *k = (MDB_val){key.len, (void *)(uintptr_t)key.data};
-    rc = mdb_cursor_get(cursor, k, data, MDB_SET_RANGE);
-    if (rc) {
-        *failed = true;
+    if (!st && !entry_fits(k, data, key, false))
         return ST_IO;
-    }
-    return ST_OK;
+    if (key.len == 0 || c->tree->lm->sealed)
+        return st;
+    struct lm_cursor before = *c;
+    MDB_val bk, bdata;
+    enum status before_st = st ? lm_cursor_last(&before, &bk, &bdata)
+                               : lm_cursor_prev(&before, &bk, &bdata);
+    if (before_st ? before_st != ST_NOTFOUND : !entry_fits(&bk, &bdata, key, true))
+        return ST_IO;
+    return st;
 }
 
-enum status lm_lookup(MDB_cursor *cursor, struct slice key, struct lm_value *v, bool *failed)
+enum status lm_lookup(struct lm_tree *tree, struct slice key, struct lm_value *v)
 {
     if (key.len == 0 || key.len > STORE_KEY_BYTES_MAX)
         return ST_NOTFOUND;
     MDB_val k = {key.len, (void *)(uintptr_t)key.data}, data;
-    int rc = mdb_cursor_get(cursor, &k, &data, MDB_SET_RANGE);
-    if (rc && rc != MDB_NOTFOUND) {
-        *failed = true;
-        return ST_IO;
-    }
-    if (!rc) {
-        int c = key_compare(&k, key);
-        if (lm_value_parse(&k, &data, v) || c < 0)
-            return ST_IO;
-        if (c == 0)
-            return ST_OK;
-    }
-    enum status st = check_before(cursor, key, rc == MDB_NOTFOUND, failed);
-    return st ? st : ST_NOTFOUND;
+    enum status st = lm_tree_get(tree, LM_DB_KEYS, key, &data);
+    if (!st)
+        return lm_value_parse(&k, &data, v);
+    if (st != ST_NOTFOUND || tree->lm->sealed)
+        return st;
+    struct lm_cursor c = lm_cursor(tree, LM_DB_KEYS);
+    st = lm_seek(&c, key, &k, &data);
+    return st == ST_OK ? ST_NOTFOUND : st;
 }

@@ -70,13 +70,12 @@ static void keys_touch(struct lm *lm, const struct slice *keys, size_t n)
     struct lm_reader *reader;
     if (lm_read_begin(lm, &reader))
         return;
-    bool failed = false;
-    for (size_t i = 0; i < n && !failed; i++) {
-        MDB_val k = {keys[i].len, (void *)(uintptr_t)keys[i].data}, data;
-        int rc = k.mv_size ? mdb_cursor_get(reader->cursor, &k, &data, MDB_SET_RANGE) : 0;
-        failed = rc && rc != MDB_NOTFOUND;
+    for (size_t i = 0; i < n; i++) {
+        MDB_val data;
+        if (keys[i].len)
+            (void)lm_tree_get(&reader->tree, LM_DB_KEYS, keys[i], &data);
     }
-    lm_read_end(lm, reader, failed);
+    lm_read_end(lm, reader);
 }
 
 static void *warmer_thread(void *arg)

@@ -23,10 +23,10 @@ static void filter_add(struct lm *lm, uint64_t hash)
 }
 
 /* Hash of the value of `key` in the newest version; 0 where there is none. */
-static uint64_t value_hash(struct lm *lm, struct lm_reader *reader, struct slice key)
+static uint64_t value_hash(struct lm_reader *reader, struct slice key)
 {
-    MDB_val k = {key.len, (void *)(uintptr_t)key.data}, data;
-    if (key.len == 0 || mdb_get(reader->txn, lm->keys_dbi, &k, &data) ||
+    MDB_val data;
+    if (key.len == 0 || lm_tree_get(&reader->tree, LM_DB_KEYS, key, &data) ||
         data.mv_size > LM_VALUE_BYTES_MAX)
         return 0;
     return hash64(data.mv_data, data.mv_size, 1) | 1;
@@ -70,10 +70,10 @@ void lm_watch(struct store *store, struct env *env, struct store_watch *watch)
     watch->store = store;
     watch->env = env;
     struct lm_reader *reader;
-    bool readable = lm_read_begin(lm, &reader) == ST_OK;
+    bool readable = lm_read_begin_now(lm, &reader) == ST_OK;
     if (readable) {
-        watch->seen = value_hash(lm, reader, watch->key);
-        lm_read_end(lm, reader, false);
+        watch->seen = value_hash(reader, watch->key);
+        lm_read_end(lm, reader);
     }
     pthread_mutex_lock(&lm->watch_lock);
     watch->state = WATCH_ARMED;
@@ -148,7 +148,7 @@ void lm_watch_recheck(struct lm *lm)
     if (atomic_load(&lm->n_watches) == 0)
         return;
     struct lm_reader *reader;
-    if (lm_read_begin(lm, &reader))
+    if (lm_read_begin_now(lm, &reader))
         return;
     uint64_t version = mdb_txn_id(reader->txn);
     pthread_mutex_lock(&lm->watch_lock);
@@ -157,12 +157,12 @@ void lm_watch_recheck(struct lm *lm)
     if (moved) {
         list_for_each_safe (pos, tmp, &lm->watches) {
             struct store_watch *watch = container_of(pos, struct store_watch, link);
-            if (value_hash(lm, reader, watch->key) != watch->seen)
+            if (value_hash(reader, watch->key) != watch->seen)
                 watch_fire(lm, watch);
         }
     }
     pthread_mutex_unlock(&lm->watch_lock);
-    lm_read_end(lm, reader, false);
+    lm_read_end(lm, reader);
 }
 
 void lm_bell_ring(struct lm *lm)
