@@ -63,6 +63,9 @@ static bool parse_authority(const char *text, size_t len, struct nbd_uri *uri)
             long port = strtol(uri->port, NULL, 10);
             if (strspn(uri->port, "0123456789") != digits || port < 1 || port > 65535)
                 return false;
+            /* One number, one text. */
+            size_t zeros = strspn(uri->port, "0");
+            memmove(uri->port, uri->port + zeros, digits - zeros + 1);
         }
     }
     if (host_end == host)

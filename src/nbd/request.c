@@ -75,9 +75,11 @@ enum nbd_verdict nbd_request_parse(const struct nbd_session *s, const uint8_t *h
         r->length <= NBD_PAYLOAD_BYTES_MAX)
         return NBD_REQUEST_OK;
 
-    /* There is nothing to answer to a DISC, however odd it is. */
-    if (r->command == NBD_CMD_DISC)
+    /* There is nothing to answer to a DISC, however odd it is, and nothing behind it to wait for. */
+    if (r->command == NBD_CMD_DISC) {
+        r->payload_len = 0;
         return NBD_REQUEST_OK;
+    }
     if (r->flags & ~(NBD_CMD_FLAG_FUA | (unsigned)flags_of(s, r->command)))
         return refuse(r, NBD_EINVAL);
 

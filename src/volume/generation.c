@@ -632,7 +632,7 @@ static void encode_work(struct env_work *work)
     struct gen *g = enc->gen;
     const struct volume *vol = g->vol;
     uint32_t size = vol->block_size;
-    size_t out = 0;
+    uint8_t *out = enc->out;
     uint8_t *head = enc->heads;
     bool shrinks = true; /* the block before did */
 
@@ -654,10 +654,10 @@ static void encode_work(struct env_work *work)
             item->head = mem_alloc(BLOCK_HEAD_BYTES_MAX + mask.len);
         }
         struct codec codec = vol->codec;
-        if (!enc->out || (!shrinks && !block_may_shrink(item->buf->data, size)))
+        if (!out || (!shrinks && !block_may_shrink(item->buf->data, size)))
             codec.kind = CODEC_NONE;
         item->head_len = (uint32_t)block_encode(codec, &place, g->no, item->buf->data, size,
-                                                BLOCK_SIZE_MIN, mask, enc->out + out, item->head,
+                                                BLOCK_SIZE_MIN, mask, out, item->head,
                                                 &item->body);
         free(runs);
         shrinks = item->body.data != item->buf->data;

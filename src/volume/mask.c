@@ -84,10 +84,11 @@ bool mask_next_run(const struct mask *m, uint32_t block_size, uint32_t from, uin
     uint32_t unit = m->bytes ? 1 : SECTOR;
     const uint64_t *words = m->bytes ? m->bytes : m->sectors;
     uint32_t n = block_size / unit;
-    uint32_t b = bits_find(words, (from + unit - 1) / unit, n, true);
+    uint32_t b = bits_find(words, from / unit, n, true);
     if (b == n)
         return false;
-    *begin = b * unit;
+    /* The sector of `from` may be valid from before it on. */
+    *begin = b * unit > from ? b * unit : from;
     *end = bits_find(words, b, n, false) * unit;
     return true;
 }

@@ -582,10 +582,23 @@ void volume_write_commit(struct volume *vol, struct vol_io *io, const void *data
     operation_done(vol, io);
 }
 
+/* Whether it covers a block as a whole, where one that ends with the volume counts. */
+static bool covers_a_block(const struct volume *vol, const struct vol_io *io)
+{
+    return last_block(vol, io) - (io->offset >> vol->block_shift) + 1 > blocks_needed(vol, io);
+}
+
 static void zero_granted(struct volume *vol, struct vol_io *io)
 {
     bool hole = !(io->flags & VOL_NO_HOLE);
     bool edges = io->held_bytes != 0 || blocks_needed(vol, io) == 0;
+    if (!edges && !covers_a_block(vol, io)) {
+        /* It changes nothing. A commit of nothing would be one more that all who wait for space
+         * wait for first, since a commit may give some. */
+        release_held(vol, io);
+        io_finish_soon(vol, io, ST_OK);
+        return;
+    }
     zeros_in_pieces(vol, io, io->offset, io->length, hole, edges);
     log_op(vol, io, io->kind == IO_TRIM ? RECORD_TRIM : RECORD_ZERO,
            (uint8_t)((hole ? META_HOLE : 0) | (edges ? META_EDGES : 0)), NULL, 0, 0);

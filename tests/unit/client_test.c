@@ -35,6 +35,7 @@ static void tcp_uris_are_read(void **state)
         {"nbd://[::1]/x", "::1", "10809", "x"},
         {"nbd://[fe80::1%25eth0]:99/x", "fe80::1%eth0", "99", "x"},
         {"nbd://h:/x", "h", "10809", "x"},
+        {"nbd://h:00080/x", "h", "80", "x"},
         {"nbd:///x", "localhost", "10809", "x"},
         {"nbd://:5/x", "localhost", "5", "x"},
         {"nbd://h//x", "h", "10809", "/x"},

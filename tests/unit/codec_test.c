@@ -6,6 +6,7 @@
 #include "chance.h"
 #include "base/hash.h"
 #include "volume/codec.h"
+#include "volume/mask.h"
 
 #define UNIT 4096u
 
@@ -205,6 +206,35 @@ static void threads_have_their_own_scratch(void **state)
     assert_ptr_equal(codec_scratch_get(), codec_scratch_get());
 }
 
+/* A base with single valid bytes below a block that was written in whole sectors: what was written
+ * stays, also where the base's bytes begin within a sector. */
+static void bases_do_not_cover_what_was_written(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t begin, end;
+    } had[] = {{100, 200}, {500, 700}, {1500, 1600}, {3999, 4096}};
+    struct mask written, base_valid;
+    uint8_t data[4096], base[4096];
+    for (size_t i = 0; i < sizeof had / sizeof *had; i++) {
+        mask_init(&written);
+        mask_init(&base_valid);
+        mask_add(&written, sizeof data, 0, 512);
+        mask_add(&written, sizeof data, 1024, 4096);
+        mask_add(&base_valid, sizeof data, had[i].begin, had[i].end);
+        memset(data, 1, sizeof data);
+        memset(base, 2, sizeof base);
+        mask_merge(&written, sizeof data, data, base, &base_valid);
+        for (uint32_t at = 0; at < sizeof data; at++) {
+            bool is_written = at < 512 || at >= 1024, was = at >= had[i].begin && at < had[i].end;
+            assert_int_equal(data[at], !is_written && was ? 2 : 1);
+            assert_int_equal(mask_covers(&written, at, at + 1), is_written || was);
+        }
+        mask_free(&written);
+        mask_free(&base_valid);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -213,6 +243,7 @@ int main(void)
         cmocka_unit_test(cut_and_flipped_blocks_are_refused),
         cmocka_unit_test(zeros_are_found),
         cmocka_unit_test(threads_have_their_own_scratch),
+        cmocka_unit_test(bases_do_not_cover_what_was_written),
     };
     return cmocka_run_group_tests_name("codec", tests, NULL, NULL);
 }

@@ -77,6 +77,8 @@ static void plain(void **state)
     ok(&compact, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA, 0, 32u << 20, 32u << 20);
     ok(&compact, NBD_CMD_DISC, 0, 0, 0, 0);
     ok(&compact, NBD_CMD_DISC, 0xffff, 99, 99, 0);
+    /* Nothing is waited for behind it, whatever it announces. */
+    ok(&extended, NBD_CMD_DISC, NBD_CMD_FLAG_PAYLOAD_LEN, 0, 12288, 0);
     ok(&compact, NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA, 0, 0, 0);
     ok(&compact, NBD_CMD_TRIM, NBD_CMD_FLAG_FUA, 0, SIZE, 0);
     ok(&compact, NBD_CMD_CACHE, 0, 0, SIZE, 0);

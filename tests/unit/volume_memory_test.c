@@ -242,6 +242,43 @@ static void a_full_store_refuses_writes_only(void **state)
     print_message("# %llu requests refused on the way\n", (unsigned long long)refused);
 }
 
+/* Trims of less than a block, one behind the other, where there is no space for what they would
+ * leave: all who wait for space wait for a commit that may give some, so these must make none. */
+static void trims_that_change_nothing_are_no_commits(void **state)
+{
+    (void)state;
+    for (unsigned has_log = 0; has_log < 2; has_log++) {
+        struct drv_config config = {
+            .seed = 1,
+            .size = 8u << 20,
+            .block_size = 4096,
+            .codec = CODEC_NONE,
+            .expect_nospc = true,
+            .store = {.has_log = has_log, .capacity_bytes = 1u << 20},
+        };
+        struct drv *d = drv_new(&config);
+        drv_open(d);
+        uint64_t at = 0;
+        while (at < config.size && !d->violated && drv_write(d, at, 4096, 0) == ST_OK)
+            at += 4096;
+        if (!d->violated && drv_sync(d) != ST_OK)
+            drv_violation(d, "a full store commits no more");
+        struct volume_stats before, after;
+        volume_get_stats(d->p->vol, &before);
+        for (unsigned i = 0; i < 10 && !d->violated; i++)
+            if (drv_zero(d, i * 4096 + 100, 6, true, 0) != ST_OK)
+                drv_violation(d, "an unaligned trim failed because the store is full");
+        if (!d->violated && drv_sync(d) != ST_OK)
+            drv_violation(d, "a full store commits no more");
+        volume_get_stats(d->p->vol, &after);
+        if (!d->violated && (at == config.size || after.commits != before.commits))
+            drv_violation(d, "%llu commits after %llu bytes were written, and nothing changed",
+                          (unsigned long long)(after.commits - before.commits),
+                          (unsigned long long)at);
+        end(d);
+    }
+}
+
 /* --- damage ------------------------------------------------------------------------------ */
 
 static struct slice key_of(struct key *k)
@@ -565,6 +602,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(writers_stay_within_the_budget),
         cmocka_unit_test(a_full_store_refuses_writes_only),
+        cmocka_unit_test(trims_that_change_nothing_are_no_commits),
         cmocka_unit_test(damaged_blocks_are_errors),
         cmocka_unit_test(damaged_rows_are_errors),
         cmocka_unit_test(any_damage_is_noticed),
