@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include "base/mem.h"
 #include "cli/cli.h"
 #include "store/store.h"
 
@@ -23,6 +24,7 @@ int main(int argc, char **argv)
         return CLI_FAILED;
     /* A client or a pipe that goes away is an error of one write, not the end of the process. */
     signal(SIGPIPE, SIG_IGN);
+    mem_give_back();
     int status = cli_main(argc, argv);
     store_shutdown();
     return status;

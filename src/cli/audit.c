@@ -50,7 +50,9 @@ void audit_changed(const struct cli *cli, const char *format, ...)
     if (login_uid() >= 0)
         snprintf(login, sizeof login, " (login uid %ld)", login_uid());
     audit_user(user);
-    if (cli->command == &serve_command) {
+    /* A server has a log of its own. So has a command without a system log, as in most containers:
+     * stderr, where the level is info. */
+    if (cli->command == &serve_command || access(_PATH_LOG, F_OK) != 0) {
         log_info("audit: %s%s, process %ld on %s, %s", user, login, (long)getpid(), host, what);
         return;
     }

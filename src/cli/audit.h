@@ -1,8 +1,9 @@
 /*
  * Who changed what: each command that changed a volume says so on stdout, for whoever typed it, and
- * in the system's log (syslog, so the journal too), for whoever asks later. What a server does
- * itself (serve --create) goes into its own log; so do changes that a command had it make, which
- * the server tells of with the command's words (owner.c).
+ * in the system's log (syslog, so the journal too), for whoever asks later; where there is none, in
+ * its own, which is stderr, if --log-level is info. What a server does itself (serve --create) goes
+ * into its own log; so do changes that a command had it make, which the server tells of with the
+ * command's words (owner.c).
  */
 #ifndef CLI_AUDIT_H
 #define CLI_AUDIT_H

@@ -29,7 +29,7 @@ static enum status take_line(struct config *c, char *text, unsigned line, struct
 /* c->text is there, `len` bytes and a NUL. */
 static enum status take_text(struct config *c, size_t len, struct err *e)
 {
-    struct textfile_lines lines = {.at = c->text, .end = c->text + len};
+    struct textfile_lines lines = textfile_begin(c->text, len);
     enum status st = ST_OK;
     unsigned bad;
     char *text;

@@ -5,15 +5,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/memlimit.h"
+#include "base/privilege.h"
 #include "cli/audit.h"
 #include "cli/run.h"
 #include "server/access.h"
+#include "server/control.h"
+#include "server/doors.h"
 #include "server/notify.h"
 #include "server/page.h"
+#include "server/reload.h"
 #include "server/server.h"
 #include "volume/recovery.h"
 
@@ -60,6 +65,8 @@ enum {
     CONTROL,
     SLOW_MS,
     CREATE_STORE,
+    CONNECTIONS_MAX,
+    USER,
 };
 
 static const struct cli_option options[] = {
@@ -74,8 +81,12 @@ static const struct cli_option options[] = {
      "memory for blocks, at least 32M for each thread (default: 256M)"},
     {ACCESS, "access", "FILE",
      "who may open what; SIGHUP reads it again (default: everybody everything)"},
+    {USER, "user", "NAME[:GROUP]",
+     "run as this user, who owns the store; only root can (default: who starts it)"},
     {REPLACE, "replace", NULL,
      "take over from servers of this store at the same addresses (default: refuse)"},
+    {CONNECTIONS_MAX, "connections-max", "N",
+     "connections at once, 1 to 100000; others are turned away (default: 1024)"},
     {THREADS, "threads", "N", "1 to 64; a volume is served by one of them (default: 1)"},
     {LEASE_MS, "lease-ms", "N",
      "silence after which others may take over, 1000 (fdb: 3000) to 600000 (default: 10000)"},
@@ -110,6 +121,8 @@ struct serve_options {
     struct volume_spec *creates;
     size_t n_creates, cap_creates;
     const char *default_export, *access_file;
+    const char *user_name;
+    struct privilege_user user; /* where there is a name */
     bool read_only, shared, replace, create_store;
     bool tls_given;
     enum nbd_tls_mode tls;
@@ -118,7 +131,7 @@ struct serve_options {
     const char *http[SERVER_LISTEN_MAX];
     size_t n_http;
     const char *control;
-    uint64_t slow_ms;
+    uint64_t slow_ms, connections_max;
 };
 
 static enum status take_create(struct serve_options *o, const char *value, struct err *e)
@@ -199,6 +212,32 @@ static const char *check_tls(const struct serve_options *o)
     return NULL;
 }
 
+/* What options mean on this machine, and together. */
+static int check_options(const struct cli *cli, struct serve_options *o)
+{
+    struct err e = {0};
+    const char *tls_fault = check_tls(o);
+    bool on_lmdb = strncmp(cli->store_uri, "lmdb:", 5) == 0;
+    if (tls_fault)
+        return cli_usage_error(cli, "%s", tls_fault);
+    if (o->cache_bytes / o->threads < VOLUME_CACHE_BYTES_MIN)
+        return cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
+                               (unsigned long long)o->threads,
+                               (unsigned long long)(o->threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
+    if (o->quota_bytes && on_lmdb)
+        return cli_usage_error(cli,
+                               "--quota: an lmdb store has none, its file system limits it");
+    if (o->user_name && privilege_find(o->user_name, &o->user, &e) != ST_OK)
+        return cli_usage_error(cli, "--user: %s", e.text);
+    /* (All others have heartbeats.) */
+    if (!on_lmdb && o->lease_ms < SESSION_LEASE_MS_MIN)
+        return cli_usage_error(cli,
+                               "--lease-ms has to be at least %u for %s: with less, any short pause "
+                               "of it would let others take volumes of servers that live",
+                               SESSION_LEASE_MS_MIN, cli->store_uri);
+    return CLI_DONE;
+}
+
 static enum status take(void *arg, int code, const char *value, struct err *e)
 {
     struct serve_options *o = arg;
@@ -263,6 +302,11 @@ static enum status take(void *arg, int code, const char *value, struct err *e)
         return cli_parse_number(value, 0, TIME_MS_MAX, &o->slow_ms, e);
     case CREATE_STORE:
         o->create_store = true;
+        return ST_OK;
+    case CONNECTIONS_MAX:
+        return cli_parse_number(value, 1, SERVER_CONNECTIONS_MAX, &o->connections_max, e);
+    case USER:
+        o->user_name = value;
         return ST_OK;
     default:
         o->shared = true;
@@ -408,105 +452,141 @@ static void print_ready(void *arg, const char *const *addresses, size_t n)
     catalog_op_free(&run->op);
 }
 
-static int serve(struct run *run, const struct serve_options *o, struct access *access)
+static bool makes_default(const struct serve_options *o)
 {
-    if (run->store->limits.needs_heartbeat && o->lease_ms < SESSION_LEASE_MS_MIN)
-        return cli_usage_error(run->cli,
-                               "--lease-ms has to be at least %u for %s: with less, any short pause "
-                               "of it would let others take volumes of servers that live",
-                               SESSION_LEASE_MS_MIN, run->cli->store_uri);
-    int status = create_volumes(run, o);
-    if (status == CLI_DONE && o->default_export) {
-        struct catalog_entry entry;
+    for (size_t i = 0; i < o->n_creates; i++)
+        if (strcmp(o->creates[i].name, o->default_export) == 0)
+            return true;
+    return false;
+}
+
+/* The volumes that are asked for, of a store that is open. */
+static int prepare_volumes(struct run *run, const struct serve_options *o)
+{
+    struct catalog_entry entry;
+    int status = CLI_DONE;
+    if (o->default_export && !makes_default(o))
         status = run_find_either(run, o->default_export, &entry);
-    }
+    if (status == CLI_DONE)
+        status = create_volumes(run, o);
     if (status != CLI_DONE)
         return status;
     if (!o->read_only)
         recover(run);
     /* Kept in run->op for print_ready(). */
     catalog_list(run_op(run), run->store, run->env);
-    if (run_wait(run) != ST_OK)
-        return cli_failed(&run->op.err);
+    return run_wait(run) == ST_OK ? CLI_DONE : cli_failed(&run->op.err);
+}
 
+/* An address that is taken, or files that make no sense, say nothing about the store. */
+static int failed_before_store(const struct err *e)
+{
+    int status = cli_failed(e);
+    return e->st == ST_UNAVAIL ? CLI_FAILED : status;
+}
+
+static int serve(struct run *run, const struct serve_options *o, struct server_config *config)
+{
+    int status = prepare_volumes(run, o);
+    if (status != CLI_DONE)
+        return status;
     struct ready ready = {run, o};
-    struct server_config config = {.store = run->store,
-                                   .listen = o->listen,
-                                   .n_listen = o->n_listen,
-                                   .default_export = o->default_export,
-                                   .read_only = o->read_only,
-                                   .access = access,
-                                   .access_file = o->access_file,
-                                   .replace = o->replace,
-                                   .shared = o->shared,
-                                   .tls = o->tls,
-                                   .tls_files = o->tls_files,
-                                   .cache_bytes = o->cache_bytes,
-                                   .threads = (unsigned)o->threads,
-                                   .lease_ms = (unsigned)o->lease_ms,
-                                   .store_timeout_ms = (unsigned)o->store_timeout_ms,
-                                   .owner_wait_ms = (unsigned)o->owner_wait_ms,
-                                   .slow_ms = (unsigned)o->slow_ms,
-                                   .store_uri = run->cli->store_uri,
-                                   .http = o->http,
-                                   .n_http = o->n_http,
-                                   .control = o->control,
-                                   .files = page_files,
-                                   .n_files = page_n_files,
-                                   .ready = print_ready,
-                                   .arg = &ready};
     struct err e = {0};
-    enum status st = server_run(&config, &e);
+    config->store = run->store;
+    config->ready = print_ready;
+    config->arg = &ready;
+    enum status st = server_run(config, &e);
     run->store = NULL;
+    config->credentials = NULL;
+    return st == ST_OK ? CLI_DONE : failed_before_store(&e);
+}
+
+/* All that can be seen to be wrong without the store, before that is made: files are read with the
+ * rights with which SIGHUP reads them again, and ports opened with those from before. */
+static enum status prepare(const struct serve_options *o, struct server_config *config,
+                           struct err *e)
+{
+    reload_keep_early();
+    uid_t owner = o->user_name && o->user.uid != geteuid() ? o->user.uid : (uid_t)-1;
+    enum status st = server_reserve_descriptors(config, e);
     if (st == ST_OK)
-        return CLI_DONE;
-    status = cli_failed(&e);
-    /* An address that is taken says nothing about the store. */
-    return st == ST_UNAVAIL ? CLI_FAILED : status;
+        st = doors_open(config->doors, config, owner, e);
+    if (st == ST_OK && o->user_name) {
+        control_make_directory_for(o->user.uid, o->user.gid);
+        st = privilege_become(&o->user, e);
+    }
+    if (st == ST_OK)
+        st = privilege_keep_none(e);
+    if (st == ST_OK && o->access_file)
+        st = access_load(&config->access, o->access_file, e);
+    if (st == ST_OK && o->tls != NBD_TLS_OFF)
+        st = tls_credentials_load(&o->tls_files, &config->credentials, e);
+    return st == ST_OK ? doors_claim(config->doors, e) : st;
+}
+
+static int open_and_serve(struct cli *cli, const struct serve_options *o,
+                          struct server_config *config)
+{
+    struct run run;
+    /* One that is there is asked for, and none is made beside. */
+    bool creates = (o->n_creates || o->create_store) && !(o->default_export && !makes_default(o));
+    cli->lease_ms = (uint32_t)o->lease_ms;
+    cli->store_timeout_ms = (uint32_t)o->store_timeout_ms;
+    cli->quota_bytes = o->quota_bytes;
+    cli->own_cache = o->cache_bytes >= memory_limit_bytes() / 2;
+    cli->wait_for_store = true;
+    notify_status("opening %s", cli->store_uri);
+    int status = run_begin(&run, cli, creates ? RUN_CREATE : o->read_only ? RUN_READ : RUN_WRITE);
+    if (status == CLI_DONE)
+        status = serve(&run, o, config);
+    run_end(&run);
+    return status;
 }
 
 static int run_serve(struct cli *cli, int argc, char **argv)
 {
-    struct access *access = NULL;
     struct err e = {0};
     struct serve_options o = {.cache_bytes = CACHE_BYTES_DEFAULT,
                               .threads = 1,
                               .lease_ms = CLI_LEASE_MS,
                               .owner_wait_ms = OWNER_WAIT_MS_DEFAULT,
                               .slow_ms = SLOW_MS_DEFAULT};
-    int status;
     if (cli_parse(cli, argc, argv, take, &o) < 0) {
         free(o.creates);
         return cli->status;
     }
-    const char *tls_fault = check_tls(&o);
-    if (tls_fault) {
-        status = cli_usage_error(cli, "%s", tls_fault);
-    } else if (o.cache_bytes / o.threads < VOLUME_CACHE_BYTES_MIN) {
-        status = cli_usage_error(cli, "%llu threads need --cache-size of at least %lluM",
-                                 (unsigned long long)o.threads,
-                                 (unsigned long long)(o.threads * (VOLUME_CACHE_BYTES_MIN >> 20)));
-    } else if (o.quota_bytes && strncmp(cli->store_uri, "lmdb:", 5) == 0) {
-        status = cli_usage_error(cli, "--quota: an lmdb store has none, its file system limits it");
-    } else if (o.access_file && access_load(&access, o.access_file, &e) != ST_OK) {
-        status = cli_failed(&e);
-    } else {
-        struct run run;
-        cli->lease_ms = (uint32_t)o.lease_ms;
-        cli->store_timeout_ms = (uint32_t)o.store_timeout_ms;
-        cli->quota_bytes = o.quota_bytes;
-        cli->own_cache = o.cache_bytes >= memory_limit_bytes() / 2;
-        cli->wait_for_store = true;
-        notify_status("opening %s", cli->store_uri);
-        status = run_begin(&run, cli,
-                           o.n_creates || o.create_store ? RUN_CREATE
-                           : o.read_only                 ? RUN_READ
-                                                         : RUN_WRITE);
-        if (status == CLI_DONE)
-            status = serve(&run, &o, access);
-        run_end(&run);
-    }
-    access_release(access);
+    struct doors doors = {0};
+    struct server_config config = {.doors = &doors,
+                                   .listen = o.listen,
+                                   .n_listen = o.n_listen,
+                                   .default_export = o.default_export,
+                                   .read_only = o.read_only,
+                                   .access_file = o.access_file,
+                                   .replace = o.replace,
+                                   .shared = o.shared,
+                                   .tls = o.tls,
+                                   .tls_files = o.tls_files,
+                                   .cache_bytes = o.cache_bytes,
+                                   .threads = (unsigned)o.threads,
+                                   .lease_ms = (unsigned)o.lease_ms,
+                                   .store_timeout_ms = (unsigned)o.store_timeout_ms,
+                                   .owner_wait_ms = (unsigned)o.owner_wait_ms,
+                                   .connections_max = (unsigned)o.connections_max,
+                                   .slow_ms = (unsigned)o.slow_ms,
+                                   .store_uri = cli->store_uri,
+                                   .http = o.http,
+                                   .n_http = o.n_http,
+                                   .control = o.control,
+                                   .user_given = o.user_name,
+                                   .files = page_files,
+                                   .n_files = page_n_files};
+    int status = check_options(cli, &o);
+    if (status == CLI_DONE)
+        status = prepare(&o, &config, &e) == ST_OK ? open_and_serve(cli, &o, &config)
+                                                   : failed_before_store(&e);
+    doors_close(&doors);
+    tls_credentials_unref(config.credentials);
+    access_release(config.access);
     free(o.creates);
     return status;
 }

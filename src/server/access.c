@@ -404,7 +404,7 @@ static enum status take_text(struct access **out, const char *file, char *text, 
 {
     struct access *a = mem_zalloc(sizeof *a);
     struct parser p = {.access = a, .file = file, .find_user = find_user, .e = e};
-    struct textfile_lines lines = {.at = text, .end = text + len};
+    struct textfile_lines lines = textfile_begin(text, len);
     enum status st = ST_OK;
     char *line;
     atomic_init(&a->references, 1);

@@ -10,7 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/bytes.h"
 #include "base/check.h"
+#include "base/hash.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "server/tls.h"
@@ -22,6 +24,11 @@
 #define TRICKLE_PART 3u
 #define RECEIVE_PIECES 256
 #define TLS_SHOWN_BYTES 96
+/* Of the workers, which are four at least; the others are the store's. */
+#define TLS_STEPS_AT_ONCE 1u
+/* Lines of one kind in the log, in LOG_LIMIT_WINDOW_NS. */
+#define LINES_MAX 50u
+#define LINES_ENTERED_MAX 500u /* after a restart all clients come at once */
 #define BITMAP_NAME_BYTES (sizeof NBD_CONTEXT_BITMAP_PREFIX + NAME_BYTES_MAX)
 /* Three numbers of 64 bits. */
 #define IDENTITY_BYTES (sizeof NBD_CONTEXT_IDENTITY_PREFIX + 3 * 17)
@@ -42,6 +49,81 @@ static uint64_t mark_ms(struct lane *lane)
 }
 
 static void settle(struct conn *c);
+
+/* --- the log ------------------------------------------------------------------------------ */
+
+static void limit_lines(struct lane *lane, enum lane_line line, enum log_level level,
+                        const char *what)
+{
+    lane->lines[line] = (struct log_limit){.what = what, .level = level, .lines_max = LINES_MAX};
+}
+
+static void lines_init(struct lane *lane)
+{
+    limit_lines(lane, LINE_ENTERED, LOG_LEVEL_INFO, "clients that entered an export");
+    limit_lines(lane, LINE_NO_EXPORT, LOG_LEVEL_INFO, "clients without an export");
+    limit_lines(lane, LINE_NO_TLS, LOG_LEVEL_WARNING, "clients refused for want of TLS");
+    limit_lines(lane, LINE_TLS_REFUSED, LOG_LEVEL_WARNING, "failed TLS sessions");
+    limit_lines(lane, LINE_TURNED_AWAY, LOG_LEVEL_WARNING, "clients turned away");
+    limit_lines(lane, LINE_CLOSED, LOG_LEVEL_WARNING, "clients closed");
+    limit_lines(lane, LINE_NO_ROLE, LOG_LEVEL_WARNING, "clients that may not write");
+    lane->lines[LINE_ENTERED].lines_max = LINES_ENTERED_MAX;
+}
+
+bool lane_may_log(struct lane *lane, enum lane_line line)
+{
+    return log_limit_may(&lane->lines[line], env_now_ns(lane->env), 1);
+}
+
+/* --- handshakes under way ------------------------------------------------------------------ */
+
+/* Clients that share an address are in one group, and some others by chance: of IPv6 what a network
+ * has, since a client has as many as it likes of the rest. */
+static uint16_t *handshake_group(struct server *server, const struct peer *p)
+{
+    uint8_t key[8] = {0};
+    if (p->way == PEER_TCP)
+        memcpy(key, p->ip, min_u64(p->ip_bytes, sizeof key));
+    else
+        memcpy(key, &p->uid, sizeof p->uid);
+    return &server->handshakes_from[hash64(key, sizeof key, server->group_seed) % HANDSHAKE_GROUPS];
+}
+
+static void handshake_enters(struct conn *c)
+{
+    struct server *server = c->lane->server;
+    list_add_tail(&server->handshakes, &c->handshake_link);
+    server->n_handshakes++;
+    ++*handshake_group(server, &c->peer);
+}
+
+static void handshake_leaves(struct conn *c)
+{
+    struct server *server = c->lane->server;
+    list_remove(&c->handshake_link);
+    server->n_handshakes--;
+    --*handshake_group(server, &c->peer);
+}
+
+/* The one that is to give way to a new one; NULL: none can, because all wait for the store. */
+static struct conn *handshake_to_end(struct server *server)
+{
+    const uint16_t *most = NULL;
+    struct conn *oldest = NULL;
+    for (unsigned i = 0; i < HANDSHAKE_GROUPS && !most; i++)
+        if (server->handshakes_from[i] > server->n_handshakes / 2)
+            most = &server->handshakes_from[i];
+    list_for_each (l, &server->handshakes) {
+        struct conn *c = container_of(l, struct conn, handshake_link);
+        if (c->phase != CONN_HANDSHAKE || c->lookup || c->tls_step)
+            continue;
+        if (!most || handshake_group(server, &c->peer) == most)
+            return c;
+        if (!oldest)
+            oldest = c;
+    }
+    return oldest;
+}
 
 /* --- the end ------------------------------------------------------------------------------ */
 
@@ -112,7 +194,7 @@ static void give_opened_back(struct env_task *task)
 void conn_try_free(struct conn *c)
 {
     struct lane *lane = c->lane;
-    if (c->phase != CONN_DEAD || c->attached || c->n_requests || c->lookup)
+    if (c->phase != CONN_DEAD || c->attached || c->n_requests || c->lookup || c->tls_step)
         return;
     if (c->opened) {
         /* It had opened a volume for an export it never entered. */
@@ -128,7 +210,7 @@ void conn_try_free(struct conn *c)
     if (c->handshake) {
         handshake_free(c->handshake);
         free(c->handshake);
-        lane->server->n_handshakes--;
+        handshake_leaves(c);
     }
     if (c->client.export)
         export_leave(&c->client);
@@ -140,13 +222,19 @@ void conn_try_free(struct conn *c)
     lane_check_stopped(lane);
 }
 
+static void drop_wire(struct conn *c)
+{
+    wire_close(c->wire);
+    c->wire = NULL;
+    conn_try_free(c);
+}
+
 static void wire_gone(void *arg)
 {
     struct conn *c = arg;
     c->attached = false;
-    wire_close(c->wire);
-    c->wire = NULL;
-    conn_try_free(c);
+    if (!c->tls_step) /* it comes back otherwise */
+        drop_wire(c);
 }
 
 void conn_die(struct conn *c, const char *why)
@@ -158,10 +246,16 @@ void conn_die(struct conn *c, const char *why)
     if (c->phase == CONN_HANDSHAKE)
         counter_add(&c->lane->metrics.handshakes[c->left ? METRICS_LEFT : METRICS_FAILED], 1);
     c->phase = CONN_DEAD;
+    const char *trouble = c->tls_step ? NULL : wire_tls_trouble(c->wire);
+    if (trouble && lane_may_log(c->lane, LINE_TLS_REFUSED))
+        log_client_info(c->peer.address, NULL, "client %s: its TLS session broke: %s",
+                        c->peer.address, trouble);
     log_client_debug(c->peer.address, serving ? volume_name(c->vol) : NULL,
                      "client %s: connection closed: %s", c->peer.address, why);
     list_remove(&c->ready_link);
     list_remove(&c->flush_link);
+    list_remove(&c->handshake_link);
+    list_remove(&c->tls_link);
     if (serving) {
         env_timer_stop(c->lane->env, &c->claim_timer);
         leftover_end(c);
@@ -319,7 +413,7 @@ static void answer_export(struct conn *c)
         .n_contexts = l->n_contexts,
         .identity = identity};
     enum status st = l->search.st;
-    if (st != ST_OK)
+    if (st != ST_OK && lane_may_log(c->lane, LINE_NO_EXPORT))
         log_client_info(c->peer.address, NULL, "client %s: no export for it: %s%s",
                         peer_text(&c->peer, peer), l->search.err.text,
                         l->search.denied ? " (no access rule grants it)" : "");
@@ -621,13 +715,13 @@ static void depart(void *arg)
     struct lane *from = c->lane;
     c->attached = false;
     lane_remove_conn(from, c);
+    handshake_leaves(c);
     c->lane = c->opened_lane;
     c->vol = c->opened;
     c->opened = NULL;
     c->opened_lane = NULL;
     c->task.run = arrive;
     env_post(c->lane->env, &c->task);
-    from->server->n_handshakes--;
     server_conn_gone(from);
     lane_check_stopped(from);
 }
@@ -667,9 +761,10 @@ static void enter_transmission(struct conn *c)
     char over[TLS_SHOWN_BYTES];
     counter_add(&c->lane->metrics.handshakes[METRICS_ENTERED], 1);
     snprintf(c->export_name, sizeof c->export_name, "%s", r->name);
-    log_client_info(c->peer.address, r->name, "client %s entered export %s%s%s",
-                    peer_text(&c->peer, peer), r->name, s->read_only ? " (read-only)" : "",
-                    show_tls(wire_tls_info(c->wire), over));
+    if (lane_may_log(c->lane, LINE_ENTERED))
+        log_client_info(c->peer.address, r->name, "client %s entered export %s%s%s",
+                        peer_text(&c->peer, peer), r->name, s->read_only ? " (read-only)" : "",
+                        show_tls(wire_tls_info(c->wire), over));
     handshake_free(c->handshake);
     free(c->handshake);
     c->handshake = NULL;
@@ -711,6 +806,14 @@ static bool handshake_flush(struct conn *c)
     }
 }
 
+/* One call of wire_handshake(), on a worker. */
+struct tls_step {
+    struct env_work work;
+    struct conn *conn;
+    enum status st;
+    struct err err;
+};
+
 static void peer_took_tls(struct conn *c)
 {
     const struct tls_info *t = wire_tls_info(c->wire);
@@ -720,42 +823,87 @@ static void peer_took_tls(struct conn *c)
     memcpy(c->peer.tls_common_name, t->common_name, PEER_NAME_BYTES);
 }
 
-/* Goes on with the TLS session that the client was promised. False: it has to send more, or was
- * refused. */
-static bool handshake_tls(struct conn *c)
+static void tls_next(struct server *server);
+
+static void tls_stepped(struct env_work *work)
 {
-    struct err e = {0};
+    struct tls_step *step = container_of(work, struct tls_step, work);
+    struct conn *c = step->conn;
+    struct server *server = c->lane->server;
+    c->tls_step = NULL;
+    server->n_tls_steps--;
+    wire_lend(c->wire, false);
+    if (c->phase == CONN_DEAD) {
+        if (!c->attached)
+            drop_wire(c);
+    } else if (step->st == ST_OK) {
+        peer_took_tls(c);
+        handshake_tls_started(c->handshake);
+        handshake_pump(c);
+    } else if (step->st == ST_BUSY) {
+        settle(c);
+    } else {
+        if (lane_may_log(c->lane, LINE_TLS_REFUSED))
+            log_warning("client %s: refused at its TLS handshake: %s", c->peer.address,
+                        step->err.text);
+        conn_die(c, "no TLS session");
+    }
+    free(step);
+    tls_next(server);
+}
+
+static void tls_work(struct env_work *work)
+{
+    struct tls_step *step = container_of(work, struct tls_step, work);
+    step->st = wire_handshake(step->conn->wire, &step->err);
+}
+
+/* Begins the next steps that may run now. */
+static void tls_next(struct server *server)
+{
+    struct list *l;
+    while (server->n_tls_steps < TLS_STEPS_AT_ONCE && (l = list_pop(&server->tls_waiting))) {
+        struct conn *c = container_of(l, struct conn, tls_link);
+        struct tls_step *step = mem_zalloc(sizeof *step);
+        *step = (struct tls_step){.work = {.work = tls_work, .done = tls_stepped}, .conn = c};
+        c->tls_step = step;
+        server->n_tls_steps++;
+        wire_lend(c->wire, true);
+        env_work(c->lane->env, &step->work);
+    }
+}
+
+/* The TLS session that the client was promised has something to do. Its turn comes. */
+static void handshake_tls(struct conn *c)
+{
+    struct server *server = c->lane->server;
+    if (c->tls_step || !list_empty(&c->tls_link))
+        return;
     if (!c->tls_begun) {
         CHECK(!c->stash_len); /* nothing that came in plain text is taken for more */
         c->tls_begun = true;
-        wire_begin_tls(c->wire, c->lane->server->tls, c->peer.address);
+        wire_begin_tls(c->wire, server->tls);
     }
-    enum status st = wire_handshake(c->wire, &e);
-    if (st == ST_OK) {
-        peer_took_tls(c);
-        handshake_tls_started(c->handshake);
-        return true;
-    }
-    if (st != ST_BUSY) {
-        log_warning("client %s: refused at its TLS handshake: %s", c->peer.address, e.text);
-        conn_die(c, "no TLS session");
-    }
-    return false;
+    wire_watch(c->wire, 0);
+    list_add_tail(&server->tls_waiting, &c->tls_link);
+    tls_next(server);
 }
 
 /* A client that is refused for want of TLS, or for what it sent before it, and may not show why. */
 static void tell_about_tls(struct conn *c)
 {
     const struct handshake *h = c->handshake;
-    if (h->lacked_tls && !c->tls_told)
+    bool news = (h->lacked_tls || h->spoke_before_tls) && !c->tls_told;
+    bool may = news && lane_may_log(c->lane, LINE_NO_TLS);
+    if (may && h->lacked_tls)
         log_warning("client %s: refused: it came without TLS, which this server requires "
                     "(--tls require)",
                     c->peer.address);
-    if (h->spoke_before_tls && !c->tls_told)
+    if (may && h->spoke_before_tls)
         log_warning("client %s: closed: it sent data behind STARTTLS without waiting for the "
                     "answer, or somebody between put it there",
                     c->peer.address);
-    c->tls_told |= h->lacked_tls || h->spoke_before_tls;
+    c->tls_told |= news;
 }
 
 static void handshake_pump(struct conn *c)
@@ -785,8 +933,8 @@ static void handshake_pump(struct conn *c)
                 ask_export(c);
             break;
         } else if (h->want == HANDSHAKE_TLS) {
-            if (!handshake_tls(c))
-                break;
+            handshake_tls(c);
+            break;
         } else if (h->want == HANDSHAKE_READY) {
             enter_transmission(c);
         } else {
@@ -984,6 +1132,8 @@ static bool is_drained(const struct conn *c)
 /* What to wait for next, or the end. */
 static void settle(struct conn *c)
 {
+    if (c->tls_step || !list_empty(&c->tls_link))
+        return; /* nothing is waited for before its turn */
     if (c->phase == CONN_HANDSHAKE) {
         size_t unsent;
         handshake_output(c->handshake, &unsent);
@@ -1021,10 +1171,11 @@ static void on_wire(void *arg, int events)
     bool in_tls = c->phase == CONN_HANDSHAKE && c->handshake->want == HANDSHAKE_TLS;
     if (!events) {
         c->left = true;
-        /* It says what the client may have disliked. */
+        /* Its session says what the client may have disliked. */
         if (in_tls)
             handshake_tls(c);
-        conn_die(c, "the connection broke");
+        else
+            conn_die(c, "the connection broke");
         return;
     }
     if (c->phase == CONN_HANDSHAKE) {
@@ -1147,22 +1298,24 @@ static void lane_tick(struct env_timer *timer)
             if (now - c->since_ms < limits->handshake_timeout_ms)
                 continue;
             /* So ends a client, too, that does not like what it saw and keeps that to itself. */
-            if (c->handshake->want == HANDSHAKE_TLS)
+            if (c->handshake->want == HANDSHAKE_TLS && lane_may_log(lane, LINE_TLS_REFUSED))
                 log_warning("client %s: closed: its TLS handshake did not come to an end within "
                             "%u ms",
                             c->peer.address, limits->handshake_timeout_ms);
             conn_die(c, "the handshake took too long");
         } else if (c->phase == CONN_SERVING) {
             bool stale = is_stale(c, now, limits->pause_close_ms);
-            if (stale)
+            if (stale && lane_may_log(lane, LINE_CLOSED))
                 log_client_warning(c->peer.address, volume_name(c->vol),
                                    "client %s: closed after it had to wait for %u ms: its volume "
                                    "has another connection, where it may have sent the same again",
                                    c->peer.address, limits->pause_close_ms);
             if (has_stalled(c, limits->receive_timeout_ms)) {
-                log_client_warning(c->peer.address, volume_name(c->vol),
-                                   "client %s: closed: the rest of a write did not come for %u ms",
-                                   c->peer.address, limits->receive_timeout_ms);
+                if (lane_may_log(lane, LINE_CLOSED))
+                    log_client_warning(c->peer.address, volume_name(c->vol),
+                                       "client %s: closed: the rest of a write did not come for "
+                                       "%u ms",
+                                       c->peer.address, limits->receive_timeout_ms);
                 conn_die(c, "half a write");
             }
             if (stale || give_up)
@@ -1170,6 +1323,8 @@ static void lane_tick(struct env_timer *timer)
         }
     }
     metrics_tick(&lane->metrics, env_now_ns(lane->env));
+    for (unsigned i = 0; i < LANE_LINES; i++)
+        log_limit_tick(&lane->lines[i], env_now_ns(lane->env));
     if (lane->no == 0 && lane->server->tick)
         lane->server->tick(lane->server);
     check_drained(lane);
@@ -1182,6 +1337,7 @@ void lane_init(struct lane *lane)
 {
     lane->env = reactor_env(lane->reactor);
     metrics_lane_init(&lane->metrics, &lane->server->metrics, lane->env);
+    lines_init(lane);
     lane->receive = mem_alloc(LANE_RECEIVE_BYTES);
     lane->reply_bytes_max =
         lane->server->config->cache_bytes / lane->server->n_lanes / REPLY_CACHE_PART;
@@ -1248,37 +1404,30 @@ void lane_destroy(struct lane *lane)
 
 /* --- accepting -------------------------------------------------------------------------------------- */
 
-/* Past the limit the handshake that takes longest makes room: an honest one is over in
- * milliseconds, so silent connections cannot keep others out. */
-static void make_room_for_handshake(struct lane *lane)
+/* Whether there is room for one more connection, or was made. */
+static bool make_room(struct server *server)
 {
-    struct conn *oldest = NULL;
-    if (lane->server->n_handshakes < lane->server->limits.handshakes_max)
-        return;
-    list_for_each (l, &lane->conns) {
-        struct conn *c = container_of(l, struct conn, link);
-        if (c->phase == CONN_HANDSHAKE && (!oldest || c->since_ms < oldest->since_ms))
-            oldest = c;
-    }
-    if (oldest)
-        conn_die(oldest, "too many handshakes at once");
+    if (atomic_load(&server->n_conns) < server->limits.connections_max &&
+        server->n_handshakes < server->limits.handshakes_max)
+        return true;
+    struct conn *c = handshake_to_end(server);
+    if (c)
+        conn_die(c, "its handshake gave way to another one");
+    return c;
 }
 
 void conn_accept(struct lane *lane, const struct accepted *a)
 {
     struct server *server = lane->server;
-    unsigned n = atomic_load(&server->n_conns);
-    if (server->stopping || n >= server->limits.connections_max) {
-        if (!server->stopping)
+    if (server->stopping || !make_room(server)) {
+        if (!server->stopping && lane_may_log(lane, LINE_TURNED_AWAY))
             log_client_warning(a->peer.address, NULL,
                                "client %s turned away: there are %u connections already",
-                               a->peer.address, n);
+                               a->peer.address, atomic_load(&server->n_conns));
         counter_add(&lane->metrics.turned_away, 1);
         wire_close(wire_new(a->fd));
         return;
     }
-    make_room_for_handshake(lane);
-
     struct conn *c = mem_zalloc(sizeof *c);
     counter_add(&lane->metrics.accepted, 1);
     c->id = ++server->conns_ever;
@@ -1290,10 +1439,11 @@ void conn_accept(struct lane *lane, const struct accepted *a)
     c->since_ms = lane_now_ms(lane);
     list_init(&c->ready_link);
     list_init(&c->flush_link);
+    list_init(&c->tls_link);
     list_init(&c->stalled);
     list_add_tail(&lane->conns, &c->link);
     lane->n_conns++;
-    server->n_handshakes++;
+    handshake_enters(c);
     atomic_fetch_add(&server->n_conns, 1);
     attach(c);
     c->handshake = mem_alloc(sizeof *c->handshake);

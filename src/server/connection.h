@@ -6,6 +6,13 @@
  * takes in many requests, all are parsed and looked up in place, and what they are
  * answered with leaves in one write.
  *
+ * Handshakes are what anybody can begin. They have a limit in number and in time. Past the number
+ * (handshakes_max, or connections_max together with those that are served) the oldest one gives
+ * way to the next: of the address that has most of them, if one does, else of all; so silent
+ * clients keep nobody out, and one that floods keeps out only itself. The computing that TLS takes
+ * is done by a worker, for one client after another, so that whoever begins sessions by the
+ * thousand does not take the reactor's time.
+ *
  * A client can make the server hold: one receive buffer per reactor (shared),
  * what was read and cannot be parsed yet (up to LANE_RECEIVE_BYTES), replies
  * that it does not take (CONN_REPLY_BYTES_MAX, beyond which nothing more of it
@@ -36,6 +43,7 @@
 
 #include "base/buf.h"
 #include "base/list.h"
+#include "base/loglimit.h"
 #include "nbd/handshake.h"
 #include "nbd/reply.h"
 #include "nbd/request.h"
@@ -60,6 +68,7 @@
 #define CONN_REPLY_BYTES_MAX (4u << 20)
 #define CONN_REPLY_BYTES_SHORT (64u << 10)
 #define CONN_STATUS_EXTENTS_MAX 4096u
+#define HANDSHAKE_GROUPS 4096u
 
 #define OUT_PIECES 512u
 #define OUT_HEAD_BYTES (16u << 10)
@@ -149,6 +158,8 @@ struct conn {
     struct list link;        /* lane->conns */
     struct list ready_link;  /* lane->ready */
     struct list flush_link;  /* lane->flush */
+    struct list handshake_link; /* server->handshakes */
+    struct list tls_link;      /* server->tls_waiting */
     struct lane *lane;
     struct wire *wire;
     bool attached; /* the wire is, to the lane's reactor */
@@ -169,6 +180,7 @@ struct conn {
     /* Handshake. */
     struct handshake *handshake;
     bool tls_begun, tls_told; /* that this client was refused for want of TLS */
+    struct tls_step *tls_step; /* on a worker; the wire's session is its alone */
     struct lookup *lookup; /* a question under way */
     struct volume *opened; /* for the export it is about to enter; lives on opened_lane */
     struct lane *opened_lane;
@@ -220,6 +232,18 @@ struct conn {
     struct env_task task; /* on its way to another lane */
 };
 
+/* What clients can have a lane say in the log as often as they like. */
+enum lane_line {
+    LINE_ENTERED,     /* an export */
+    LINE_NO_EXPORT,   /* for this client */
+    LINE_NO_TLS,      /* where it is required, or plain text behind STARTTLS */
+    LINE_TLS_REFUSED, /* a handshake of TLS, or a session of it that broke */
+    LINE_TURNED_AWAY,
+    LINE_CLOSED, /* for what the client did or left undone */
+    LINE_NO_ROLE, /* to write */
+    LANE_LINES,
+};
+
 /* One reactor's part of the server. */
 struct lane {
     struct server *server;
@@ -248,6 +272,7 @@ struct lane {
     uint8_t *receive; /* LANE_RECEIVE_BYTES */
     uint64_t turned_ms; /* when the last turn was over */
     struct metrics_lane metrics;
+    struct log_limit lines[LANE_LINES];
     uint64_t ahead_bytes; /* held by leftover.c */
     /* Replies unsent and reads under way of all its connections. */
     uint64_t reply_bytes, reply_bytes_max;
@@ -279,7 +304,13 @@ struct server {
     void (*overdue)(struct server *s);
     struct keeper keeper;
     struct env_timer end_timer;
-    unsigned n_handshakes; /* lane 0 only */
+    /* Handshakes under way, the oldest first, and how many there are of each group of addresses;
+     * those whose TLS session has something to do, and how many of them are on workers. Lane 0
+     * only. */
+    struct list handshakes, tls_waiting;
+    unsigned n_handshakes, n_tls_steps;
+    uint16_t handshakes_from[HANDSHAKE_GROUPS];
+    uint64_t group_seed;
     atomic_uint n_conns;   /* all lanes */
     uint64_t conns_ever;   /* lane 0 only */
     unsigned n_lanes_stopped;
@@ -331,6 +362,9 @@ void conn_wake(struct conn *c);
 
 /* A request of a dead connection ended; frees the connection with the last one. */
 void conn_try_free(struct conn *c);
+
+/* Whether one more line of this kind may be written now; to be asked once for each. */
+bool lane_may_log(struct lane *lane, enum lane_line line);
 
 /* Milliseconds of the environment's clock. */
 uint64_t lane_now_ms(const struct lane *lane);

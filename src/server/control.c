@@ -23,14 +23,31 @@ static enum status too_long(const char *path, struct err *e)
                 CONTROL_PATH_BYTES - 1);
 }
 
+#define ROOTS_DIRECTORY "/run/fdb-nbd"
+
+static bool is_ours(const char *directory)
+{
+    struct stat st;
+    return lstat(directory, &st) == 0 && S_ISDIR(st.st_mode) && st.st_uid == geteuid();
+}
+
+void control_make_directory_for(uid_t uid, gid_t gid)
+{
+    if (geteuid() == 0 && uid != 0 && mkdir(ROOTS_DIRECTORY, 0750) == 0 &&
+        lchown(ROOTS_DIRECTORY, uid, gid) != 0)
+        rmdir(ROOTS_DIRECTORY);
+}
+
 enum status control_directory(char out[CONTROL_PATH_BYTES], struct err *e)
 {
     const char *given = getenv("RUNTIME_DIRECTORY"), *xdg = getenv("XDG_RUNTIME_DIR");
     int len;
     if (geteuid() == 0)
-        len = snprintf(out, CONTROL_PATH_BYTES, "/run/fdb-nbd");
+        len = snprintf(out, CONTROL_PATH_BYTES, ROOTS_DIRECTORY);
     else if (given && given[0] == '/')
         len = snprintf(out, CONTROL_PATH_BYTES, "%.*s", (int)strcspn(given, ":"), given);
+    else if (is_ours(ROOTS_DIRECTORY))
+        len = snprintf(out, CONTROL_PATH_BYTES, ROOTS_DIRECTORY);
     else if (xdg && xdg[0] == '/')
         len = snprintf(out, CONTROL_PATH_BYTES, "%s/fdb-nbd", xdg);
     else

@@ -15,9 +15,13 @@
 #define CONTROL_PATH_BYTES 108u /* as in struct sockaddr_un */
 
 /* The directory where this user's servers have their control sockets: /run/fdb-nbd for root; else
- * what a service manager gave ($RUNTIME_DIRECTORY), $XDG_RUNTIME_DIR/fdb-nbd, or /tmp/fdb-nbd-UID.
- */
+ * what a service manager gave ($RUNTIME_DIRECTORY), /run/fdb-nbd where it is this user's,
+ * $XDG_RUNTIME_DIR/fdb-nbd, or /tmp/fdb-nbd-UID. */
 enum status control_directory(char out[CONTROL_PATH_BYTES], struct err *e);
+
+/* As root, for a server that is to become another user's: makes /run/fdb-nbd his where it is not
+ * there, so that root's commands find the server. One that is there is left as it is. */
+void control_make_directory_for(uid_t uid, gid_t gid);
 
 /* The socket of the process `pid` in there. */
 enum status control_path(pid_t pid, char out[CONTROL_PATH_BYTES], struct err *e);

@@ -287,6 +287,15 @@ static enum MHD_Result post(struct port *port, struct MHD_Connection *connection
     return send_json(h, connection, MHD_HTTP_OK, http_server_json(&h->source));
 }
 
+/* A path is handed on as a string, which would end at an encoded NUL: one that has any stays as it
+ * came, and nothing has a name like that. */
+static size_t unescape(void *arg, struct MHD_Connection *connection, char *text)
+{
+    (void)arg;
+    (void)connection;
+    return strstr(text, "%00") ? strlen(text) : MHD_http_unescape(text);
+}
+
 /* Whether a Host header names this machine in a way that no name server has a part in. On loopback
  * all others are refused: a page in a browser of this machine may have given its own name this
  * address, and would read along (DNS rebinding). */
@@ -455,6 +464,7 @@ static enum status add_port(struct http *h, int listen_fd, bool is_control, bool
         port->daemon = MHD_start_daemon(
             MHD_USE_EPOLL | MHD_USE_ERROR_LOG, 0, NULL, NULL, on_request, port,
             MHD_OPTION_EXTERNAL_LOGGER, on_trouble, NULL,
+            MHD_OPTION_UNESCAPE_CALLBACK, unescape, NULL,
             MHD_OPTION_LISTEN_SOCKET, fd,
             MHD_OPTION_CONNECTION_LIMIT, HTTP_CONNECTIONS_MAX,
             MHD_OPTION_PER_IP_CONNECTION_LIMIT, HTTP_PER_ADDRESS_MAX,
@@ -501,23 +511,16 @@ static void open_control(struct http *h, const char *path)
         h->source.control = h->control;
 }
 
-enum status http_open(struct http **out, struct server *s, struct err *e)
+struct http *http_open(struct server *s, struct listeners *listeners)
 {
-    const struct server_config *config = s->config;
     struct http *h = mem_zalloc(sizeof *h);
-    enum status st = ST_OK;
     h->source.server = s;
     h->control_fd = h->epoll = h->wake = h->clock = -1;
     list_init(&h->callers);
-    h->listeners = listeners_new();
-    *out = h;
-    for (size_t i = 0; i < config->n_http && st == ST_OK; i++)
-        st = listeners_open(h->listeners, config->http[i], config->replace, e);
-    if (st != ST_OK)
-        return st;
+    h->listeners = listeners;
     warn_beyond_loopback(h->listeners);
-    open_control(h, config->control);
-    return ST_OK;
+    open_control(h, s->config->control);
+    return h;
 }
 
 enum status http_start(struct http *h, const char *const *listen, size_t n_listen, struct err *e)
@@ -545,7 +548,7 @@ enum status http_start(struct http *h, const char *const *listen, size_t n_liste
     st = watch(h, h->wake, e);
     if (st == ST_OK)
         st = watch(h, h->clock, e);
-    /* (Where another server is replaced its socket still listens, too.) */
+    /* (Where another server is replaced its socket still listens.) */
     if (st == ST_OK)
         st = listeners_listen(h->listeners, e);
     if (st == ST_OK)

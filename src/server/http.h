@@ -30,12 +30,12 @@ struct http_file {
 };
 
 struct http;
+struct listeners;
 struct server;
 
-/* Opens the sockets that the configuration asks for; nothing is served yet. An address of --http
- * that can't be listened on is an error as listeners_open() gives it; a control socket that can't
- * be made is a warning. */
-enum status http_open(struct http **out, struct server *s, struct err *e);
+/* Takes the sockets of --http over, and makes the control socket; nothing is served yet. One that
+ * can't be made is a warning. */
+struct http *http_open(struct server *s, struct listeners *listeners);
 
 /* Begins to serve, on a thread of its own. The lanes are open, and nothing of them runs yet. */
 enum status http_start(struct http *h, const char *const *listen, size_t n_listen, struct err *e);

@@ -12,6 +12,7 @@
 #include "server/connection.h"
 
 #define CLEAR_EVERY_MS 30000u
+#define HANDSHAKES_MAX_LEAST 128u
 /* How long volumes may take to commit after the last connection, before the process ends
  * without (what was answered is in the log and will be replayed, or committed where the
  * store has no log). */
@@ -204,15 +205,24 @@ static unsigned or_default(unsigned value, unsigned otherwise)
     return value ? value : otherwise;
 }
 
+/* Half of the connections; with few of them most. */
+static unsigned usual_handshakes(unsigned connections_max)
+{
+    return connections_max < 2 * HANDSHAKES_MAX_LEAST ? HANDSHAKES_MAX_LEAST : connections_max / 2;
+}
+
 void server_fill_limits(struct server *s)
 {
     s->limits = *s->config;
-    s->limits.connections_max = or_default(s->config->connections_max, 1024);
-    s->limits.handshakes_max = or_default(s->config->handshakes_max, 128);
+    s->limits.connections_max = or_default(s->config->connections_max, SERVER_CONNECTIONS_USUAL);
+    s->limits.handshakes_max = or_default(
+        s->config->handshakes_max, usual_handshakes(s->limits.connections_max));
     s->limits.handshake_timeout_ms = or_default(s->config->handshake_timeout_ms, 10000);
     s->limits.pause_close_ms = or_default(s->config->pause_close_ms, 10000);
     s->limits.receive_timeout_ms = or_default(s->config->receive_timeout_ms, 30000);
     s->limits.drain_ms = or_default(s->config->drain_ms, 10000);
+    list_init(&s->handshakes);
+    list_init(&s->tls_waiting);
     s->metrics.slow_ns = (uint64_t)s->config->slow_ms * 1000000;
 }
 

@@ -134,10 +134,12 @@ enum leftover_verdict leftover_check(struct conn *c, enum status *refused)
         enum ahead ahead = look_ahead(c);
         l->looked = taken;
         if (ahead == AHEAD_TOO_MUCH || (first && long_ago)) {
-            log_client_warning(c->peer.address, volume_name(c->vol),
-                               "client %s: closed: it waited while others changed its volume at "
-                               "another server, and can't be told from one that went there itself",
-                               c->peer.address);
+            if (lane_may_log(c->lane, LINE_CLOSED))
+                log_client_warning(c->peer.address, volume_name(c->vol),
+                                   "client %s: closed: it waited while others changed its volume at "
+                                   "another server, and can't be told from one that went there "
+                                   "itself",
+                                   c->peer.address);
             conn_die(c, "it waited for its volume too long");
             return LEFTOVER_WAIT;
         }
@@ -157,14 +159,14 @@ void leftover_stood_still(struct lane *lane)
 {
     list_for_each_safe (l, next, &lane->conns) {
         struct conn *c = container_of(l, struct conn, link);
-        uint8_t byte;
-        if (c->phase != CONN_SERVING || c->peer.way != PEER_TCP ||
-            wire_peek(c->wire, &byte, 1) <= 0 ||
+        if (c->phase != CONN_SERVING || c->peer.way != PEER_TCP || !wire_has_unread(c->wire) ||
             (volume_is_owned(c->vol) && !export_has_several(c->client.export)))
             continue;
-        log_client_warning(c->peer.address, volume_name(c->vol),
-                           "client %s: closed: this server stood still, and the client may have "
-                           "sent elsewhere what lies here", c->peer.address);
+        if (lane_may_log(lane, LINE_CLOSED))
+            log_client_warning(c->peer.address, volume_name(c->vol),
+                               "client %s: closed: this server stood still, and the client may "
+                               "have sent elsewhere what lies here",
+                               c->peer.address);
         conn_die(c, "the server stood still");
     }
 }

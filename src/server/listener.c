@@ -2,6 +2,9 @@
  * Listening sockets. All are non-blocking and watched by one loop; accepted sockets get
  * their options here, so that a connection need not know its family.
  *
+ * They are opened long before they listen: whether an address can be had is known before a store
+ * is made, and while one is waited for clients are refused and can try another server.
+ *
  * A server that is to replace another one listens where that one still does. For TCP all our
  * sockets allow it (SO_REUSEPORT) once they listen: not before, so that without being asked
  * to replace anything the kernel refuses a second one as ever. It would deal new
@@ -34,7 +37,8 @@
 #include "base/log.h"
 #include "base/mem.h"
 
-#define BACKLOG 1024
+/* The kernel takes net.core.somaxconn at most. Who finds no room comes again after a second. */
+#define BACKLOG 4096
 #define ACCEPTS_PER_EVENT 64
 /* A peer that does not acknowledge for so long is gone: shorter than the time after which
  * the usual clients give a request up. */
@@ -50,6 +54,7 @@ struct listen_socket {
     struct listeners *owner;
     int fd;
     bool is_unix, watched;
+    bool replace; /* as listeners_open() was told */
     bool listens;
     bool taken; /* somebody listened there already */
     char path[108];
@@ -64,13 +69,16 @@ struct listeners {
     const char *addresses[LISTENER_SOCKETS_MAX];
     size_t n;
     bool resting;
+    uid_t owner; /* of the sockets; -1: whoever opens them */
     void (*take)(void *arg, const struct accepted *a);
     void *arg;
 };
 
-struct listeners *listeners_new(void)
+struct listeners *listeners_new(uid_t owner)
 {
-    return mem_zalloc(sizeof(struct listeners));
+    struct listeners *l = mem_zalloc(sizeof *l);
+    l->owner = owner;
+    return l;
 }
 
 static struct listen_socket *add_socket(struct listeners *l, int fd, bool is_unix)
@@ -151,36 +159,79 @@ static int bind_beside(struct listen_socket *s, struct sockaddr_un *sa, const st
 
 static enum status open_unix(struct listeners *l, const char *path, bool replace, struct err *e)
 {
-    struct sockaddr_un sa = {.sun_family = AF_UNIX};
     size_t len = strlen(path);
-    if (len == 0 || len >= sizeof sa.sun_path)
+    if (len == 0 || len >= sizeof ((struct sockaddr_un *)NULL)->sun_path)
         return fail(e, ST_INVAL, "unix:%s: a socket's path has 1 to %zu bytes", path,
-                    sizeof sa.sun_path - 1);
-    uint32_t pid;
-    struct stat file;
-    enum status st = find_unix_holder(path, &pid, &file, e);
-    if (st != ST_OK)
-        return st;
-    if (pid && !replace)
-        return fail(e, ST_UNAVAIL, "cannot listen on unix:%s: the address is in use by another "
-                    "process", path);
-
+                    sizeof ((struct sockaddr_un *)NULL)->sun_path - 1);
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return fail(e, ST_UNAVAIL, "cannot make a socket: %s", strerror(errno));
     struct listen_socket *s = add_socket(l, fd, true);
+    s->replace = replace;
     snprintf(s->address, sizeof s->address, "unix:%s", path);
     memcpy(s->path, path, len + 1);
-    s->taken = pid != 0;
-    memcpy(sa.sun_path, path, len + 1);
-    if ((pid ? bind_beside(s, &sa, &file) : bind(fd, (struct sockaddr *)&sa, sizeof sa)) != 0)
-        return cannot_listen(s->address, e);
-    if (lstat(sa.sun_path, &file) != 0 || listen(fd, BACKLOG) != 0)
+    return ST_OK;
+}
+
+/* Whether this user can make a file in the folder that `path` is in; errno. */
+static bool may_make(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    char folder[108];
+    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path) : 0, path);
+    return faccessat(AT_FDCWD, !slash ? "." : folder[0] ? folder : "/", W_OK | X_OK,
+                     AT_EACCESS) == 0;
+}
+
+static enum status listen_unix(struct listen_socket *s, const struct sockaddr_un *sa,
+                               struct err *e)
+{
+    struct stat file;
+    if (lstat(sa->sun_path, &file) != 0 || listen(s->fd, BACKLOG) != 0)
         return cannot_listen(s->address, e);
     s->dev = file.st_dev;
     s->ino = file.st_ino;
     s->listens = true;
     return ST_OK;
+}
+
+static enum status claim_unix(struct listen_socket *s, struct err *e)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    struct stat file;
+    uint32_t pid;
+    enum status st = find_unix_holder(s->path, &pid, &file, e);
+    if (st != ST_OK)
+        return st;
+    if (pid && !s->replace)
+        return fail(e, ST_UNAVAIL, "cannot listen on %s: the address is in use by another process",
+                    s->address);
+    if (!may_make(s->path))
+        return cannot_listen(s->address, e);
+    s->taken = pid != 0;
+    if (!s->taken)
+        return ST_OK;
+    if (bind_beside(s, &sa, &file) != 0)
+        return cannot_listen(s->address, e);
+    return listen_unix(s, &sa, e);
+}
+
+static enum status bind_unix(struct listen_socket *s, struct err *e)
+{
+    struct sockaddr_un sa = {.sun_family = AF_UNIX};
+    memcpy(sa.sun_path, s->path, strlen(s->path) + 1);
+    if (bind(s->fd, (const struct sockaddr *)&sa, sizeof sa) != 0)
+        return cannot_listen(s->address, e);
+    return listen_unix(s, &sa, e);
+}
+
+enum status listeners_claim(struct listeners *l, struct err *e)
+{
+    enum status st = ST_OK;
+    for (size_t i = 0; i < l->n && st == ST_OK; i++)
+        if (l->sockets[i]->is_unix && !l->sockets[i]->listens)
+            st = claim_unix(l->sockets[i], e);
+    return st;
 }
 
 /* --- TCP ------------------------------------------------------------------------------- */
@@ -191,12 +242,15 @@ static void share_port(int fd)
     setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
 }
 
-/* A socket at that address, which listens unless it is to replace another; -1 and errno. */
-static int open_tcp_socket(const struct addrinfo *ai, bool replace, bool *taken)
+/* A socket at that address, which does not listen yet; -1 and errno. */
+static int open_tcp_socket(const struct addrinfo *ai, uid_t owner, bool replace, bool *taken)
 {
     int fd = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -1;
+    /* The kernel shares a port among sockets of one user only. */
+    if (owner != (uid_t)-1 && fchown(fd, owner, (gid_t)-1) != 0)
+        log_debug("a socket stays root's: %s", strerror(errno));
     int on = 1;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     /* Each family has its own socket, so that ":PORT" is not taken twice. */
@@ -208,15 +262,14 @@ static int open_tcp_socket(const struct addrinfo *ai, bool replace, bool *taken)
         share_port(fd);
         rc = bind(fd, ai->ai_addr, ai->ai_addrlen);
     }
-    if (rc == 0 && !replace)
-        rc = listen(fd, BACKLOG);
     if (rc != 0) {
         int why = errno;
         close(fd);
         errno = why;
         return -1;
     }
-    share_port(fd);
+    if (replace)
+        share_port(fd);
     return fd;
 }
 
@@ -259,11 +312,11 @@ static enum status open_tcp(struct listeners *l, const char *text, bool replace,
             break;
         }
         bool taken = false;
-        int fd = open_tcp_socket(ai, replace, &taken);
+        int fd = open_tcp_socket(ai, l->owner, replace, &taken);
         if (fd >= 0) {
             struct listen_socket *s = add_socket(l, fd, false);
             s->taken = taken;
-            s->listens = !replace;
+            s->replace = replace;
             struct sockaddr_storage sa = {0};
             socklen_t sa_len = sizeof sa;
             getsockname(fd, (struct sockaddr *)&sa, &sa_len);
@@ -494,22 +547,29 @@ static void draw_all(int fd, size_t no)
     setsockopt(fd, SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, &program, sizeof program);
 }
 
+static enum status listen_tcp(struct listen_socket *s, struct err *e)
+{
+    uint64_t inode;
+    size_t n_same = 0;
+    if (s->replace)
+        tcp_holders(s, &inode, 1, &n_same);
+    if (listen(s->fd, BACKLOG) != 0)
+        return cannot_listen(s->address, e);
+    s->listens = true;
+    share_port(s->fd);
+    if (n_same)
+        draw_all(s->fd, n_same);
+    return ST_OK;
+}
+
 enum status listeners_listen(struct listeners *l, struct err *e)
 {
-    for (size_t i = 0; i < l->n; i++) {
-        struct listen_socket *s = l->sockets[i];
-        uint64_t inode;
-        size_t n_same;
-        if (s->listens)
-            continue;
-        tcp_holders(s, &inode, 1, &n_same);
-        if (listen(s->fd, BACKLOG) != 0)
-            return cannot_listen(s->address, e);
-        s->listens = true;
-        if (n_same)
-            draw_all(s->fd, n_same);
-    }
-    return ST_OK;
+    enum status st = ST_OK;
+    for (size_t i = 0; i < l->n && st == ST_OK; i++)
+        if (!l->sockets[i]->listens)
+            st = l->sockets[i]->is_unix ? bind_unix(l->sockets[i], e)
+                                        : listen_tcp(l->sockets[i], e);
+    return st;
 }
 
 enum status listeners_take_names(struct listeners *l, struct err *e)

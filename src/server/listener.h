@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "base/status.h"
 #include "server/peer.h"
@@ -23,21 +24,27 @@ struct accepted {
 struct listeners;
 struct uv_loop_s;
 
-struct listeners *listeners_new(void);
+/* Sockets that are to be `owner`'s, who may replace them later; (uid_t)-1: whose process this is. */
+struct listeners *listeners_new(uid_t owner);
 
-/* Opens what `text` names: "HOST:PORT" (all addresses HOST resolves to), "[V6]:PORT", ":PORT"
- * (any address), "unix:PATH". A socket file left by a server that died is replaced. Blocks
+/* The first step, which may need rights (ports below 1024) that are given up before the second.
+ * Opens what `text` names: "HOST:PORT" (all addresses HOST resolves to), "[V6]:PORT", ":PORT"
+ * (any address), "unix:PATH"; nothing listens yet, and of a Unix socket nothing is there. Blocks
  * while a name is resolved. ST_INVAL: not an address; ST_UNAVAIL: can't listen there, because
  * somebody else does for one.
  *
  * `replace`: an address where somebody listens already is taken as well, if the kernel allows
- * that; no client comes to us before the two steps below. */
+ * that; no client comes to us before the last two steps below. */
 enum status listeners_open(struct listeners *l, const char *text, bool replace, struct err *e);
 
 /* Takes the sockets that a service manager handed to this process (LISTEN_FDS), if it did: *n of
  * them. They listen already, and stay with the manager when we end; so do their files. ST_INVAL:
  * one of them is no listening stream socket. */
 enum status listeners_inherit(struct listeners *l, size_t *n, struct err *e);
+
+/* The second step: makes sure that the Unix sockets can be made. A file left by a server that died
+ * is removed. ST_UNAVAIL as for the first. */
+enum status listeners_claim(struct listeners *l, struct err *e);
 
 /* Somebody else who listens at an address of ours. */
 struct listen_holder {
@@ -46,14 +53,15 @@ struct listen_holder {
     uint32_t pid;        /* Unix: of the process that began to listen */
 };
 
-/* After listeners_open() with `replace`: who listens at these addresses now, *n of them, up to
+/* After listeners_claim(), with `replace`: who listens at these addresses now, *n of them, up to
  * `max`. ST_UNAVAIL: there is one who can't be made out. */
 enum status listeners_holders(const struct listeners *l, struct listen_holder *out, size_t max,
                               size_t *n, struct err *e);
 
-/* The two steps that take addresses over. From the first on new TCP connections come to us, and
- * to nobody else who listens there (as far as the kernel can keep them apart; otherwise to
- * both); from the second on those of Unix sockets. They wait until listeners_start(). */
+/* The last two steps. From the first on new TCP connections come to us, and to nobody else who
+ * listens there (as far as the kernel can keep them apart; otherwise to both), and those of Unix
+ * sockets where nobody else listens; from the second on those where somebody does. They wait until
+ * listeners_start(). */
 enum status listeners_listen(struct listeners *l, struct err *e);
 enum status listeners_take_names(struct listeners *l, struct err *e);
 

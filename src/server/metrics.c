@@ -12,7 +12,6 @@
 
 /* Lines about slow requests, of each lane. */
 #define SLOW_SHOWN_MAX 10u
-#define SLOW_WINDOW_NS 5000000000u
 
 const char *const metrics_command_names[METRICS_COMMANDS] = {
     [NBD_CMD_READ] = "read",         [NBD_CMD_WRITE] = "write",         [METRICS_OTHER] = "other",
@@ -25,6 +24,9 @@ void metrics_lane_init(struct metrics_lane *ml, struct metrics *all, struct env 
     memset(ml, 0, sizeof *ml);
     ml->all = all;
     ml->env = env;
+    ml->slow_lines = (struct log_limit){.what = "slow requests",
+                                        .level = LOG_LEVEL_WARNING,
+                                        .lines_max = SLOW_SHOWN_MAX};
 }
 
 void metrics_lane_free(struct metrics_lane *ml)
@@ -93,35 +95,16 @@ void metrics_client_leave(struct metrics_lane *ml)
 
 /* --- slow requests ---------------------------------------------------------------------- */
 
-static void tell_left_out(struct metrics_lane *ml)
-{
-    if (ml->slow_left_out)
-        log_warning("slow requests: %llu more were not shown",
-                    (unsigned long long)ml->slow_left_out);
-    ml->slow_left_out = 0;
-}
-
 /* Whether `n` more may be shown, as one line. */
 static bool may_show(struct metrics_lane *ml, uint64_t now_ns, uint64_t n)
 {
     counter_add(&ml->n_slow, n);
-    if (now_ns - ml->slow_window_ns >= SLOW_WINDOW_NS) {
-        tell_left_out(ml);
-        ml->slow_window_ns = now_ns;
-        ml->slow_shown = 0;
-    }
-    if (ml->slow_shown < SLOW_SHOWN_MAX) {
-        ml->slow_shown++;
-        return true;
-    }
-    ml->slow_left_out += n;
-    return false;
+    return log_limit_may(&ml->slow_lines, now_ns, n);
 }
 
 void metrics_tick(struct metrics_lane *ml, uint64_t now_ns)
 {
-    if (now_ns - ml->slow_window_ns >= SLOW_WINDOW_NS)
-        tell_left_out(ml);
+    log_limit_tick(&ml->slow_lines, now_ns);
 }
 
 static bool is_slow(const struct metrics_lane *ml, uint64_t took_ns)

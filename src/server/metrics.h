@@ -18,6 +18,7 @@
 #include <stdint.h>
 
 #include "base/counter.h"
+#include "base/loglimit.h"
 #include "nbd/proto.h"
 #include "volume/volume.h"
 
@@ -101,8 +102,7 @@ struct metrics_lane {
     uint64_t accepted, turned_away, closed; /* connections; of this lane */
     uint64_t handshakes[METRICS_HANDSHAKES];
     uint64_t n_slow;
-    uint64_t slow_window_ns, slow_left_out; /* of the log */
-    unsigned slow_shown;
+    struct log_limit slow_lines;
 };
 
 void metrics_lane_init(struct metrics_lane *ml, struct metrics *all, struct env *env);

@@ -4,8 +4,11 @@
 #include <inttypes.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+
+#define UNKNOWN_UID 65534u /* where the kernel does not say another one */
 
 void peer_format_address(const struct sockaddr *sa, socklen_t len, char *out, size_t size)
 {
@@ -65,6 +68,33 @@ static void fill_tcp(struct peer *p, const struct sockaddr *given, socklen_t giv
         getnameinfo(sa, len, p->host, sizeof p->host, NULL, 0, NI_NUMERICHOST);
 }
 
+/* What a file of the kernel's says in its first numbers; how many there are, up to 4. */
+static int read_numbers(const char *path, unsigned long long n[4])
+{
+    FILE *f = fopen(path, "re");
+    int found = f ? fscanf(f, "%llu %llu %llu %llu", &n[0], &n[1], &n[2], &n[3]) : 0;
+    if (f)
+        fclose(f);
+    return found > 0 ? found : 0;
+}
+
+/* The number that the kernel gives for all users whom this process's user namespace does not know;
+ * UINT32_MAX, which nobody has: it knows all. Namespaces know the same for all their life. */
+static uint32_t unknown_uid(void)
+{
+    static _Atomic uint64_t kept; /* and 1, once it was looked up */
+    unsigned long long n[4], all = UINT32_MAX;
+    uint64_t uid = atomic_load(&kept);
+    if (uid)
+        return (uint32_t)(uid - 1);
+    if (read_numbers("/proc/self/uid_map", n) == 3 && n[0] == 0 && n[2] == all)
+        uid = UINT32_MAX;
+    else
+        uid = read_numbers("/proc/sys/kernel/overflowuid", n) ? (uint32_t)n[0] : UNKNOWN_UID;
+    atomic_store(&kept, uid + 1);
+    return (uint32_t)uid;
+}
+
 static void fill_unix(struct peer *p, int fd)
 {
     struct ucred cred;
@@ -73,6 +103,10 @@ static void fill_unix(struct peer *p, int fd)
     snprintf(p->address, sizeof p->address, "unix socket");
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) != 0 || len != sizeof cred)
         return;
+    if (cred.uid == unknown_uid()) {
+        snprintf(p->address, sizeof p->address, "unix socket (a user unknown here)");
+        return;
+    }
     p->has_uid = true;
     p->uid = cred.uid;
     p->gid = cred.gid;

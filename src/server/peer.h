@@ -27,7 +27,8 @@ enum peer_tls {
 struct peer {
     enum peer_way way;
 
-    /* The process that connected a Unix socket, as the kernel saw it at that moment. */
+    /* The process that connected a Unix socket, as the kernel saw it at that moment. Not where this
+     * server's user namespace does not know its user: they all look like one, often "nobody". */
     bool has_uid;
     uint32_t uid, gid;
 

@@ -1,9 +1,35 @@
 /* What SIGHUP reads anew; reload.h says how. */
 #include "server/reload.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include "base/check.h"
 #include "base/log.h"
 #include "server/notify.h"
+
+static volatile sig_atomic_t asked_early, started_on_terminal;
+
+static void on_early_hangup(int number)
+{
+    if (started_on_terminal && !isatty(STDERR_FILENO)) {
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+    asked_early = 1;
+}
+
+void reload_keep_early(void)
+{
+    struct sigaction action = {.sa_handler = on_early_hangup, .sa_flags = SA_RESTART};
+    started_on_terminal = isatty(STDERR_FILENO);
+    sigaction(SIGHUP, &action, NULL);
+}
+
+bool reload_was_asked_for_early(void)
+{
+    return asked_early;
+}
 
 void reload_init(struct reload *r, struct env *env)
 {

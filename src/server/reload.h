@@ -39,6 +39,12 @@ struct reload {
     bool busy, again, ended;
 };
 
+/* Has SIGHUP kept for later from now on, until the server handles it: it would end the process.
+ * Where that was started on a terminal that is gone, it still does. Before there are threads. */
+void reload_keep_early(void);
+/* Whether one was kept. */
+bool reload_was_asked_for_early(void);
+
 /* Lane 0's thread, or before it runs; `env` is that of lane 0. */
 void reload_init(struct reload *r, struct env *env);
 void reload_add(struct reload *r, struct reload_hook hook);

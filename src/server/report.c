@@ -12,16 +12,21 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/bytes.h"
 #include "base/mem.h"
 
-/* Lanes are not asked more often. */
+/* Lanes are not asked more often, nor for more than so little of their time: their clients wait
+ * while they tell, and telling of thousands of clients takes long. */
 #define ASK_EVERY_NS 10000000u
+#define ASK_TIME_PART 200u
+#define ASK_EVERY_MAX_NS 250000000u
 
 struct asked {
     struct report *report;
     struct lane *lane;
     struct env_task task;
     struct report_lane front, back; /* the reader's; the lane's while it is asked */
+    uint64_t took_ns;               /* telling; under the lock */
     bool is_asked, answered;        /* reader's; under the lock */
 };
 
@@ -31,7 +36,7 @@ struct report {
     pthread_mutex_t lock;
     pthread_cond_t cond;
     atomic_bool stopped;
-    uint64_t asked_ns;
+    uint64_t asked_ns, rest_ns; /* last, and from then until it is asked again */
     struct report_total *totals;
     struct asked lanes[SERVER_THREADS_MAX];
 };
@@ -114,8 +119,10 @@ static void tell(struct env_task *task)
     struct report *r = a->report;
     if (atomic_load(&r->stopped))
         return;
+    uint64_t began_ns = env_now_ns(a->lane->env);
     fill(a->lane, &a->back);
     pthread_mutex_lock(&r->lock);
+    a->took_ns = env_now_ns(a->lane->env) - began_ns;
     a->answered = true;
     pthread_cond_signal(&r->cond);
     pthread_mutex_unlock(&r->lock);
@@ -140,6 +147,8 @@ static unsigned take_answers(struct report *r)
             a->back = front;
             a->front.there = true;
             a->is_asked = a->answered = false;
+            if (a->took_ns * ASK_TIME_PART > r->rest_ns)
+                r->rest_ns = min_u64(a->took_ns * ASK_TIME_PART, ASK_EVERY_MAX_NS);
         }
         missing += a->is_asked;
     }
@@ -149,11 +158,12 @@ static unsigned take_answers(struct report *r)
 bool report_ask(struct report *r, unsigned wait_ms)
 {
     uint64_t since_ns = report_now_ns(r) - r->asked_ns;
-    if (since_ns < ASK_EVERY_NS) {
-        struct timespec rest = {.tv_nsec = (long)(ASK_EVERY_NS - since_ns)};
+    if (since_ns < r->rest_ns) {
+        struct timespec rest = {.tv_nsec = (long)(r->rest_ns - since_ns)};
         nanosleep(&rest, NULL);
     }
     r->asked_ns = report_now_ns(r);
+    r->rest_ns = ASK_EVERY_NS;
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += wait_ms / 1000;

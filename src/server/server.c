@@ -22,6 +22,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "server/connection.h"
+#include "server/doors.h"
 #include "server/http.h"
 #include "server/notify.h"
 #include "server/reload.h"
@@ -30,6 +31,10 @@
 
 /* For connections on their way to the server that is replaced, and their handshakes. */
 #define REPLACE_GRACE_MS 200u
+
+/* Files: of the store and what all lanes share, with some to spare; and of one lane. */
+#define OTHER_DESCRIPTORS 128u
+#define LANE_DESCRIPTORS 16u
 
 /* They end it, but for SIGHUP. */
 static const int signal_numbers[] = {SIGTERM, SIGINT, SIGHUP};
@@ -215,13 +220,42 @@ static void reload_prepare(struct running *r)
 
 /* --- starting ------------------------------------------------------------------------------ */
 
-static void raise_descriptor_limit(void)
+/* What is open besides connections of clients. */
+static uint64_t other_descriptors(const struct server_config *config)
+{
+    return OTHER_DESCRIPTORS + config->threads * LANE_DESCRIPTORS +
+           (config->n_http + 1) * HTTP_CONNECTIONS_MAX;
+}
+
+enum status server_reserve_descriptors(struct server_config *config, struct err *e)
 {
     struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
-    }
+    unsigned asked = config->connections_max;
+    uint64_t others = other_descriptors(config);
+    uint64_t needed = (asked ? asked : SERVER_CONNECTIONS_USUAL) + others;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0)
+        return ST_OK;
+    rlim_t had = limit.rlim_max;
+    if (limit.rlim_max < needed)
+        limit.rlim_max = needed; /* a privilege */
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) == 0)
+        return ST_OK;
+    limit.rlim_cur = limit.rlim_max = had;
+    setrlimit(RLIMIT_NOFILE, &limit);
+    if (had >= needed)
+        return ST_OK;
+    if (asked)
+        return fail(e, ST_INVAL,
+                    "cannot serve %u connections: this process may open %llu files and needs %llu; "
+                    "raise the limit (systemd: LimitNOFILE=, shell: ulimit -Hn), or ask for fewer "
+                    "(--connections-max)",
+                    asked, (unsigned long long)had, (unsigned long long)needed);
+    config->connections_max = (unsigned)(had > 2 * others ? had - others : had / 2);
+    log_warning("at most %u connections are served: this process may open %llu files; to serve more "
+                "clients raise the limit (systemd: LimitNOFILE=, shell: ulimit -Hn)",
+                config->connections_max, (unsigned long long)had);
+    return ST_OK;
 }
 
 static void tell_status(struct running *r)
@@ -259,6 +293,8 @@ static void accept_connections(struct running *r)
     r->watchdog = watchdog_begin(s, r->told);
     tell_status(r);
     notify_ready();
+    if (reload_was_asked_for_early())
+        reload_begin(&r->reload);
 }
 
 static void replace(struct env_timer *timer)
@@ -278,6 +314,19 @@ static bool asks_for_proof(const struct server_config *config)
            (config->tls_files.verify_peer || !config->tls_files.certificates);
 }
 
+static void tell_user(const struct server_config *config)
+{
+    if (geteuid() != 0)
+        log_info("running as uid %lu, gid %lu, without capabilities", (unsigned long)geteuid(),
+                 (unsigned long)getegid());
+    else if (config->user_given)
+        log_info("running as root");
+    else
+        log_warning("running as root: a fault in this server would be one in the whole machine; "
+                    "--user NAME has it run as another user, whose the store then is (--user root: "
+                    "it is meant so)");
+}
+
 /* A server that anybody on the network can use is seldom meant. */
 static void warn_of_open_doors(const struct running *r)
 {
@@ -286,14 +335,23 @@ static void warn_of_open_doors(const struct running *r)
     const char *const *addresses = listeners_addresses(r->listeners, &n);
     bool open = !config->access && !asks_for_proof(config);
     bool seen = config->tls != NBD_TLS_REQUIRE;
-    for (size_t i = 0; i < n && open; i++)
-        if (listeners_is_exposed(r->listeners, i))
+    for (size_t i = 0; i < n; i++) {
+        if (!listeners_is_exposed(r->listeners, i))
+            continue;
+        if (open)
             log_warning("OPEN TO THE NETWORK: whoever reaches %s can read%s every volume, since "
                         "nobody has to prove who he is%s; say who may do what (--access FILE), ask "
                         "for proof (--tls require with --tls-verify-peer or --tls-psk), or listen "
                         "on localhost or a Unix socket (--listen)",
                         addresses[i], config->read_only ? "" : " and overwrite",
                         seen ? ", and data can be read and changed on its way" : "");
+        else if (seen)
+            log_warning("NOT ENCRYPTED: whoever is on the way between %s and its clients can read "
+                        "and change what passes, and come from their addresses%s; --tls require "
+                        "refuses clients without TLS",
+                        addresses[i],
+                        config->tls == NBD_TLS_ON ? " where they do not use TLS" : "");
+    }
 }
 
 static void run_lanes(struct running *r)
@@ -308,6 +366,7 @@ static void run_lanes(struct running *r)
     const char *const *addresses = listeners_addresses(r->listeners, &n);
     for (size_t i = 0; i < n; i++)
         log_info("listening on %s", addresses[i]);
+    tell_user(s->config);
     warn_of_open_doors(r);
     tell_about_access(s->config, s->config->access);
     if (r->rivals.n > 0)
@@ -339,21 +398,6 @@ static enum status start_threads(struct server *s, struct err *e)
     return ST_OK;
 }
 
-static enum status open_listeners(struct running *r, struct err *e)
-{
-    const struct server_config *config = r->server.config;
-    size_t n;
-    enum status st = listeners_inherit(r->listeners, &n, e);
-    if (st == ST_OK && n > 0 && config->replace)
-        return fail(e, ST_INVAL, "--replace is not for the sockets of a service manager: restart "
-                    "the service, they stay open meanwhile");
-    if (st == ST_OK && n == 0 && config->n_listen == 0)
-        return listeners_open(r->listeners, SERVER_LISTEN_DEFAULT, config->replace, e);
-    for (size_t i = 0; i < config->n_listen && st == ST_OK; i++)
-        st = listeners_open(r->listeners, config->listen[i], config->replace, e);
-    return st;
-}
-
 static enum status find_rivals(struct running *r, struct err *e)
 {
     struct server *s = &r->server;
@@ -379,24 +423,23 @@ static enum status serve(struct running *r, struct err *e)
     struct server *s = &r->server;
     struct session session;
     size_t n;
-    enum status st = open_listeners(r, e);
-    if (st != ST_OK)
-        return st;
     const char *const *addresses = listeners_addresses(r->listeners, &n);
     const char *address = addresses[0];
     struct env *env = reactor_env(s->lanes[0].reactor);
-    st = s->config->replace ? find_rivals(r, e) : ST_OK;
-    if (st == ST_OK)
-        st = http_open(&r->http, s, e);
-    if (st == ST_OK)
-        st = session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address,
-                           e);
+    env_random(env, &s->group_seed, sizeof s->group_seed);
+    enum status st = s->config->replace ? find_rivals(r, e) : ST_OK;
+    if (st != ST_OK)
+        return st;
+    r->http = http_open(s, s->config->doors->http);
+    s->config->doors->http = NULL;
+    st = session_begin(&session, s->store, env, reactor_run_once, s->config->lease_ms, address,
+                       e);
     if (st != ST_OK)
         return st;
     s->session = &session;
     st = lanes_open(s, e);
-    if (st == ST_OK && s->config->replace)
-        st = take_addresses(r, e);
+    if (st == ST_OK)
+        st = s->config->replace ? take_addresses(r, e) : listeners_listen(r->listeners, e);
     if (st == ST_OK)
         st = http_start(r->http, addresses, n, e);
     if (st == ST_OK)
@@ -413,9 +456,7 @@ static enum status serve(struct running *r, struct err *e)
 
 enum status server_run(const struct server_config *config, struct err *e)
 {
-    CHECK(config->n_listen <= SERVER_LISTEN_MAX);
     CHECK(config->threads >= 1 && config->threads <= SERVER_THREADS_MAX);
-    raise_descriptor_limit();
     signal(SIGPIPE, SIG_IGN);
 
     struct running *r = mem_zalloc(sizeof *r);
@@ -427,11 +468,11 @@ enum status server_run(const struct server_config *config, struct err *e)
     s->all_stopped = all_stopped;
     s->overdue = end_without;
     s->lanes = mem_zalloc(config->threads * sizeof *s->lanes);
-    r->listeners = listeners_new();
+    r->listeners = config->doors->nbd;
+    config->doors->nbd = NULL;
+    s->tls = config->credentials;
 
     enum status st = ST_OK;
-    if (config->tls != NBD_TLS_OFF)
-        st = tls_credentials_load(&config->tls_files, &s->tls, e);
     while (st == ST_OK && s->n_lanes < config->threads) {
         struct lane *lane = &s->lanes[s->n_lanes];
         lane->server = s;

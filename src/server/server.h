@@ -20,12 +20,16 @@
 #define SERVER_LISTEN_MAX 16u
 #define SERVER_LISTEN_DEFAULT "localhost:10809"
 #define SERVER_THREADS_MAX 64u
+#define SERVER_CONNECTIONS_MAX 100000u
+#define SERVER_CONNECTIONS_USUAL 1024u
 
 struct access;
+struct doors;
 struct http_file;
 
 struct server_config {
-    struct store *store;       /* open; server_run closes it */
+    struct store *store; /* open; server_run closes it */
+    struct doors *doors; /* open and claimed; server_run takes what is in it over */
     const char *const *listen; /* "HOST:PORT", "[V6]:PORT", ":PORT" (any address), "unix:PATH" */
     /* Up to SERVER_LISTEN_MAX, besides the sockets of a service manager (LISTEN_FDS). Where there
      * are neither: SERVER_LISTEN_DEFAULT. */
@@ -41,14 +45,17 @@ struct server_config {
     uint64_t cache_bytes; /* all reactors together; at least VOLUME_CACHE_BYTES_MIN for each */
     unsigned threads;     /* reactors; 1 .. SERVER_THREADS_MAX */
     unsigned lease_ms;
+    bool user_given; /* which user it runs as was said, not left to who started it */
     unsigned store_timeout_ms; /* as in struct shard_config */
     /* A request waits so long for another server, and a write for another host on this one, to let
      * go of its volume before it is refused; 0: not at all. */
     unsigned owner_wait_ms;
     enum nbd_tls_mode tls;
-    struct tls_config tls_files;   /* read again at each SIGHUP; not with NBD_TLS_OFF */
-    unsigned connections_max;      /* 0: 1024 */
-    unsigned handshakes_max;       /* 0: 128; past it the one that takes longest is closed */
+    struct tls_config tls_files; /* read again at each SIGHUP; not with NBD_TLS_OFF */
+    /* What was in them, which server_run takes over; NULL with NBD_TLS_OFF. */
+    struct tls_credentials *credentials;
+    unsigned connections_max;      /* 0: SERVER_CONNECTIONS_USUAL */
+    unsigned handshakes_max;       /* of them; 0: half, 128 at least; see connection.h */
     unsigned handshake_timeout_ms; /* 0: 10000 */
     unsigned pause_close_ms;       /* 0: 10000; see connection.h */
     unsigned receive_timeout_ms;   /* 0: 30000; see connection.h */
@@ -72,9 +79,14 @@ struct server_config {
  * volumes back and returns
  * ST_OK. A second signal ends the wait for requests under way. A service manager is told what goes
  * on (notify.h). Other than ST_OK: the server
- * could not be started, and `e` says why (ST_INVAL: an address that makes no sense;
- * ST_UNAVAIL: one that cannot be listened on, or where nobody may be replaced, or credentials that
- * cannot be used; what session_begin and shard_new give). */
+ * could not be started, and `e` says why (ST_UNAVAIL: an address that cannot be listened on, or where
+ * nobody may be replaced; what session_begin and shard_new give). */
 enum status server_run(const struct server_config *config, struct err *e);
+
+/* A descriptor for each of config->connections_max: raises this process's limit of open files as far
+ * as it takes and may be, for which it is called before rights are given up. Where that is not enough,
+ * connections_max is lowered, with a warning, or (ST_INVAL) refused if it was not 0. Before any
+ * thread is started. */
+enum status server_reserve_descriptors(struct server_config *config, struct err *e);
 
 #endif

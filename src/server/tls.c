@@ -38,7 +38,7 @@ struct tls_session {
     gnutls_session_t gnutls;
     struct tls_credentials *credentials;
     int fd;
-    const char *client;
+    const char *trouble; /* see tls_trouble() */
     bool stands;
     bool ended;  /* nothing more comes */
     int broken;  /* errno; 0: it is not */
@@ -176,12 +176,11 @@ int tls_find_key(gnutls_session_t session, const gnutls_datum_t *identity, gnutl
     return 0;
 }
 
-struct tls_session *tls_session_new(struct tls_credentials *c, int fd, const char *client)
+struct tls_session *tls_session_new(struct tls_credentials *c, int fd)
 {
     struct tls_session *s = mem_zalloc(sizeof *s);
     s->credentials = tls_credentials_ref(c);
     s->fd = fd;
-    s->client = client;
     CHECK(gnutls_init(&s->gnutls, GNUTLS_SERVER | GNUTLS_NONBLOCK) == 0);
     gnutls_session_set_ptr(s->gnutls, s);
     gnutls_transport_set_ptr(s->gnutls, s);
@@ -270,6 +269,11 @@ static void set_info(struct tls_session *s)
 const struct tls_info *tls_info(const struct tls_session *s)
 {
     return &s->info;
+}
+
+const char *tls_trouble(const struct tls_session *s)
+{
+    return s->trouble;
 }
 
 /* What the client found wrong with us, or with what we said of it. */
@@ -390,6 +394,7 @@ enum status tls_handshake(struct tls_session *s, struct err *e)
         return ST_BUSY;
     if (rc == 0 && tls_flush(s)) {
         s->stands = s->more = true;
+        s->barren = 0;
         set_info(s);
         return ST_OK;
     }
@@ -406,7 +411,7 @@ enum status tls_handshake(struct tls_session *s, struct err *e)
 
 static void break_off(struct tls_session *s, int rc)
 {
-    log_info("client %s: its TLS session broke: %s", s->client, gnutls_strerror(rc));
+    s->trouble = gnutls_strerror(rc);
     s->broken = EPROTO;
 }
 
@@ -493,6 +498,12 @@ ssize_t tls_peek(struct tls_session *s, void *out, size_t len)
 bool tls_has_more(const struct tls_session *s)
 {
     return s->more;
+}
+
+bool tls_has_unread(const struct tls_session *s)
+{
+    return run_left(&s->ahead) || run_left(&s->in) || s->barren ||
+           gnutls_record_check_pending(s->gnutls);
 }
 
 /* Where in a list of pieces. */

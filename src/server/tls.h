@@ -63,9 +63,9 @@ struct tls_info {
 
 struct tls_session;
 
-/* A session on a non-blocking socket, which stays the caller's. `client`: for log lines; stays
- * valid. One thread at a time from here on. */
-struct tls_session *tls_session_new(struct tls_credentials *c, int fd, const char *client);
+/* A session on a non-blocking socket, which stays the caller's. One thread at a time from here
+ * on. */
+struct tls_session *tls_session_new(struct tls_credentials *c, int fd);
 
 /* Tells the client that nothing more comes, as far as the socket takes that, and frees. */
 void tls_session_free(struct tls_session *s);
@@ -77,6 +77,9 @@ enum status tls_handshake(struct tls_session *s, struct err *e);
 /* Of a session that stands. */
 const struct tls_info *tls_info(const struct tls_session *s);
 
+/* What was wrong with what came on a session that stood, where that broke it; NULL: nothing. */
+const char *tls_trouble(const struct tls_session *s);
+
 /* As wire_receive, wire_send, wire_peek; a stream that was cut off ends like one that was closed.
  * Fewer bytes than asked for: nothing more is there. The bytes of a tls_send() that took only a
  * part, or EAGAIN, are to come again first with the next one: some may be encrypted already. */
@@ -86,6 +89,10 @@ ssize_t tls_peek(struct tls_session *s, void *out, size_t len);
 
 /* Whether tls_receive() may find something although the socket has nothing new. */
 bool tls_has_more(const struct tls_session *s);
+
+/* Whether something came that tls_receive() has not given yet: data, or a part of a record that
+ * lies here and not on the socket any more. */
+bool tls_has_unread(const struct tls_session *s);
 
 /* Whether ciphertext waits for the socket; sends what it takes. False: the connection is broken. */
 bool tls_has_unsent(const struct tls_session *s);

@@ -21,6 +21,7 @@
 #include "base/bytes.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "base/textfile.h"
 
 #define FILE_BYTES_MAX (4u << 20)
 #define LINES_MAX 10000u
@@ -274,7 +275,8 @@ static const char *parse_key(const char *line, size_t len, struct tls_psk *k)
 static enum status parse_keys(struct tls_credentials *c, const gnutls_datum_t *file,
                               struct err *e)
 {
-    const char *at = (const char *)file->data, *end = at + file->size;
+    const char *at = textfile_begin((char *)file->data, file->size).at;
+    const char *end = (const char *)file->data + file->size;
     size_t n_lines = 1;
     for (const char *p = at; (p = memchr(p, '\n', (size_t)(end - p))); p++)
         n_lines++;
@@ -323,13 +325,13 @@ static enum status load_keys(struct tls_credentials *c, const char *path, struct
 /* --- the whole ------------------------------------------------------------------------ */
 
 /* What the machine's GnuTLS allows, without what is too old; AES before ChaCha20, because
- * processors have instructions for it; with pre-shared keys only in ways that keep what was sent
- * secret when the key is lost later. */
+ * processors have instructions for it; only in ways that keep what was sent secret when a key, of a
+ * certificate or shared, is lost later. */
 static enum status set_priorities(struct tls_credentials *c, struct err *e)
 {
     char text[160];
     snprintf(text, sizeof text,
-             "-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:-CHACHA20-POLY1305:+CHACHA20-POLY1305:"
+             "-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:-RSA:-CHACHA20-POLY1305:+CHACHA20-POLY1305:"
              "%%SERVER_PRECEDENCE%s",
              c->psk ? ":+ECDHE-PSK:+DHE-PSK" : "");
     int rc = gnutls_priority_init2(&c->priorities, text, NULL, GNUTLS_PRIORITY_INIT_DEF_APPEND);

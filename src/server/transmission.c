@@ -567,9 +567,10 @@ static enum export_claim claim_role(struct conn *c)
     }
     if (claim != CLAIM_YES && !c->claim_told) {
         c->claim_told = true;
-        log_client_warning(c->peer.address, volume_name(c->vol),
-                           "client %s may not write volume %s: %s", c->peer.address,
-                           volume_name(c->vol), c->client.refusal);
+        if (lane_may_log(c->lane, LINE_NO_ROLE))
+            log_client_warning(c->peer.address, volume_name(c->vol),
+                               "client %s may not write volume %s: %s", c->peer.address,
+                               volume_name(c->vol), c->client.refusal);
     }
     c->claim_refused = claim != CLAIM_YES;
     return claim == CLAIM_YES ? CLAIM_YES : CLAIM_NO;

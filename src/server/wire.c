@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -33,7 +34,7 @@ struct wire {
     void *arg;
     /* With TLS only. */
     struct tls_session *tls;
-    bool stands;
+    bool stands, lent;
     int polled;     /* the events, and what the session waits for */
     uv_idle_t idle; /* there when attached; runs while the session may have more to read */
     unsigned n_closing;
@@ -106,6 +107,8 @@ static void poll_for(struct wire *w, int events)
 /* Something changed in what is watched for or in the session. */
 static void watch_tls(struct wire *w)
 {
+    if (w->lent)
+        return;
     int events = w->events | (tls_has_unsent(w->tls) ? WIRE_WRITABLE : 0);
     if (events != w->polled) {
         w->polled = events;
@@ -179,10 +182,17 @@ ssize_t wire_peek(struct wire *w, void *out, size_t len)
     return recv(w->fd, out, len, MSG_PEEK | MSG_DONTWAIT);
 }
 
-void wire_begin_tls(struct wire *w, struct tls_credentials *credentials, const char *client)
+bool wire_has_unread(struct wire *w)
+{
+    int unread = 0;
+    return (w->tls && tls_has_unread(w->tls)) ||
+           (ioctl(w->fd, FIONREAD, &unread) == 0 && unread > 0);
+}
+
+void wire_begin_tls(struct wire *w, struct tls_credentials *credentials)
 {
     CHECK(w->attached && !w->tls);
-    w->tls = tls_session_new(credentials, w->fd, client);
+    w->tls = tls_session_new(credentials, w->fd);
     w->polled = w->events;
     attach_idle(w);
 }
@@ -194,9 +204,25 @@ enum status wire_handshake(struct wire *w, struct err *e)
     return st;
 }
 
+void wire_lend(struct wire *w, bool lent)
+{
+    CHECK(w->tls && w->lent != lent);
+    w->lent = lent;
+    if (!lent || !w->attached)
+        return;
+    w->events = w->polled = 0;
+    uv_poll_stop(&w->poll);
+    uv_idle_stop(&w->idle);
+}
+
 const struct tls_info *wire_tls_info(const struct wire *w)
 {
     return w->stands ? tls_info(w->tls) : NULL;
+}
+
+const char *wire_tls_trouble(const struct wire *w)
+{
+    return w->tls ? tls_trouble(w->tls) : NULL;
 }
 
 void wire_close(struct wire *w)

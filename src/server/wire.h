@@ -8,6 +8,7 @@
 #ifndef SERVER_WIRE_H
 #define SERVER_WIRE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -49,17 +50,29 @@ ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n);
 /* The same bytes as the next wire_receive would give; they stay. */
 ssize_t wire_peek(struct wire *w, void *out, size_t len);
 
+/* Whether the peer has sent something that was not received yet, be it only a part of a record of
+ * TLS, of which wire_peek() sees nothing. The reactor's thread. */
+bool wire_has_unread(struct wire *w);
+
 /* From now on the bytes on the socket are those of a TLS session, of which this is the server's
  * side: wire_handshake() until it stands, then the calls above as before. Attached; what came
- * before was read. `client`: for log lines; stays valid. The reactor's thread. */
-void wire_begin_tls(struct wire *w, struct tls_credentials *credentials, const char *client);
+ * before was read. The reactor's thread. */
+void wire_begin_tls(struct wire *w, struct tls_credentials *credentials);
 
 /* Goes on with the handshake of the session. ST_OK: it stands. ST_BUSY: again when the wire is
- * readable. Else the client is to be closed, and `e` says why in words for a person. */
+ * readable. Else the client is to be closed, and `e` says why in words for a person. On another
+ * thread, but for which the wire was lent. */
 enum status wire_handshake(struct wire *w, struct err *e);
+
+/* Lends the session to another thread for one wire_handshake(), or takes it back. Meanwhile nothing
+ * is watched, and of the calls here only wire_detach may be used. The reactor's thread. */
+void wire_lend(struct wire *w, bool lent);
 
 /* What that came to (server/tls.h); NULL: there is no session that stands. */
 const struct tls_info *wire_tls_info(const struct wire *w);
+
+/* What broke the session after it stood, in words for a person; NULL: nothing did. */
+const char *wire_tls_trouble(const struct wire *w);
 
 /* Closes the socket and frees the wire, which is not attached. */
 void wire_close(struct wire *w);

@@ -5,6 +5,7 @@ Clients on the loopback come from different addresses, which is all that tells t
 """
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -160,8 +161,10 @@ def test_contexts_of_hidden_volumes(shared, option):
     assert shared.begin(ALICE).meta_context(option, "a", ["base:allocation"])
 
 
-def test_a_flood_of_refusals_is_answered(shared):
-    client = shared.begin(ALICE)
+def test_a_flood_of_refusals_is_answered(guarded):
+    # Of its own: it uses up what the server may say about refusals for a while.
+    own = guarded("any rw a\n", {"a": "1M", "hidden": "1M"})
+    client = own.begin(ALICE)
     for _ in range(900):
         client.send_option(OPT_GO, client.go_data("hidden"))
     for _ in range(900):
@@ -432,6 +435,34 @@ def test_hup_ends_a_server_whose_terminal_is_gone(servers):
         process.wait()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has another user's server")
+def test_a_user_whom_the_server_cannot_know_is_not_nobody(servers, folder):
+    """In a user namespace without all users the kernel gives strangers the number of "nobody"."""
+    rules = folder / "rules"
+    rules.write_text("user:0 rw a\nuser:65534 rw a b\n")
+    server = servers.make({"a": "1M", "b": "1M"}, ["--access", rules], tcp=False,
+                          prefix=["unshare", "--user", "--map-root-user"])
+    folder.chmod(0o755)
+    with server:
+        server.folder.chmod(0o755)
+        server.socket_path.chmod(0o777)
+        assert len(list_as(server, 0)) == 1
+        assert list_as(server, 64321) == list_as(server, 65534) == []
+    # Where all are known that number is somebody.
+    server.prefix = []
+    with server:
+        server.socket_path.chmod(0o777)
+        assert len(list_as(server, 65534)) == 2 and list_as(server, 64321) == []
+
+
+def list_as(server, uid):
+    """The names that nbdinfo shows a user."""
+    done = subprocess.run(
+        ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "nbdinfo", "--list",
+         "--json", server.uri()], capture_output=True, text=True, timeout=60)
+    return json.loads(done.stdout)["exports"] if done.returncode == 0 else []
+
+
 # --- the start -------------------------------------------------------------------------------
 
 
@@ -471,9 +502,18 @@ def test_a_server_open_to_the_network_says_so(servers, folder):
             " every volume, since nobody has to prove who he is, and data can be read")
     wait_until(lambda: said in server.log(), 20 * SLOW, "it says so")
     server.stop()
-    for args, host in ([], "127.0.0.1"), (["--access", rules], "0.0.0.0"):
+    open_to, plain = "OPEN TO THE NETWORK", "NOT ENCRYPTED: whoever is on the way between 0.0.0.0:"
+    key = folder / "key"
+    subprocess.run(["psktool", "-u", "a", "-p", key], check=True, capture_output=True)
+    key.chmod(0o600)
+    psk = ["--tls-psk", key, "--access", rules, "--tls"]
+    for args, host, encrypted in (
+            ([], "127.0.0.1", True), (["--access", rules], "127.0.0.1", True),
+            (["--access", rules], "0.0.0.0", False), ([*psk, "on"], "0.0.0.0", False),
+            ([*psk, "require"], "0.0.0.0", True)):
         server.log_path.unlink()
         server.args, server.host = args, host
         server.start()
         server.stop()
-        assert "listening on" in server.log() and "OPEN" not in server.log()
+        assert "listening on" in server.log() and open_to not in server.log()
+        assert (plain not in server.log()) == encrypted, (args, host)

@@ -42,7 +42,7 @@ def test_named_library_that_is_not_there(store, words):
     assert "FDB_NBD_LIBFDB_C" in said and "/nowhere/libfdb_c.so" in said
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, ["serve", "--listen", "localhost:1"]],
+@pytest.mark.parametrize("words", [*COMMANDS, ["serve", "--listen", "localhost:0"]],
                          ids=lambda w: w[0])
 def test_no_library(store, words):
     """Hidden in a mount namespace of the command's own: an empty file lies over each one."""
@@ -64,7 +64,7 @@ def test_library_that_is_another_one(store):
     assert "lacks fdb_" in said
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, ["serve", "--listen", "localhost:1"]],
+@pytest.mark.parametrize("words", [*COMMANDS, ["serve", "--listen", "localhost:0"]],
                          ids=lambda w: w[0])
 def test_no_cluster_file(folder, words):
     said = refused(f"fdb:{folder}/none.cluster", *words)

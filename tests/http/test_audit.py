@@ -15,6 +15,18 @@ from harness.server import CLI_LIMIT_S, Server, program
 ME = pwd.getpwuid(os.geteuid()).pw_name
 
 
+def run_with_dev(server, made, *words):
+    """Runs a command with a /dev of its own, in which `made` made something."""
+    script = ("mount -t tmpfs none /dev; mknod /dev/null c 1 3; mknod /dev/urandom c 1 9; "
+              f'{made}; exec "$@"')
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-ec", script, "sh", *program(), "--store", server.store,
+         *words], env={**os.environ, **server.env}, capture_output=True, text=True,
+        timeout=CLI_LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture
 def system_log(folder):
     """Takes what commands send to /dev/log, in a /dev of their own; run(words) runs one there."""
@@ -24,15 +36,9 @@ def system_log(folder):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
         s.bind(str(path))
         s.setblocking(False)
-        script = ('mount -t tmpfs none /dev; mknod /dev/null c 1 3; mknod /dev/urandom c 1 9; '
-                  f'ln -s {path} /dev/log; exec "$@"')
 
         def run(server, *words):
-            done = subprocess.run(
-                ["unshare", "--mount", "sh", "-ec", script, "sh", *program(), "--store",
-                 server.store, *words], env={**os.environ, **server.env}, capture_output=True,
-                text=True, timeout=CLI_LIMIT_S)
-            assert done.returncode == 0, done.stderr
+            run_with_dev(server, f"ln -s {path} /dev/log", *words)
             lines = []
             try:
                 while True:
@@ -64,6 +70,16 @@ def test_commands_tell_the_system(folder, system_log):
             assert re.search(rf"fdb-nbd\[\d+\]: audit: {ME}.*, process \d+ on "
                              rf"{socket.gethostname()}, ", lines[0]), lines
             assert told in lines[0] and server.store in lines[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a command another /dev")
+@pytest.mark.lmdb("about commands, which are the same on all")
+def test_without_a_system_log_commands_tell_whoever_asks(folder):
+    server = Server(folder / "s", {"v": "1M"})
+    assert run_with_dev(server, "true", "create", "w", "1M").stderr == ""
+    said = run_with_dev(server, "true", "--log-level", "info", "create", "x", "1M").stderr
+    assert re.search(rf'info: audit: {ME}.*, process \d+ on {socket.gethostname()}, '
+                     r'created volume "x"', said), said
 
 
 def test_a_server_tells_whom_it_obeyed(folder):

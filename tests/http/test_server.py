@@ -85,8 +85,11 @@ def test_volumes_and_clients(folder, port):
             assert sum(whole["series"]["read_requests"]) == 20
             assert "series" in http.get_json(at, "/v1/volumes?series=1")["volumes"][0]
         assert http.get_json(at, "/v1/volumes/w")["name"] == "w"
-        http.get_json(at, "/v1/volumes/none", 404)
+        assert http.get_json(at, "/v1/volumes/%76")["name"] == "v"
+        for missing in "none", "v%00x", "v%00", "%76%00/heat":
+            http.get_json(at, f"/v1/volumes/{missing}", 404)
         http.get_json(at, "/v1/nothing", 404)
+        http.get_json(at, "/v1/server%00", 404)
 
 
 def test_heat_shows_where(folder, port):

@@ -52,6 +52,14 @@ def strangers(place):
     return out
 
 
+def test_a_new_store_is_its_users_alone(folder):
+    """Whatever the umask: whoever can read its files can read all volumes."""
+    words = [*program(), "--store", f"lmdb:{folder}/a/store", "create", "v", "8M"]
+    subprocess.run(words, check=True, capture_output=True, umask=0, timeout=CLI_LIMIT_S)
+    for path in [folder / "a/store", *(folder / "a/store").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
 def test_root_makes_the_store_and_the_service_serves_it(place, service):
     root(place, "create", "v", "8M")
     assert not strangers(place)

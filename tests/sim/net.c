@@ -708,6 +708,13 @@ ssize_t wire_peek(struct wire *w, void *out, size_t len)
     return receive(w, &(struct iovec){out, len}, 1, false);
 }
 
+bool wire_has_unread(struct wire *w)
+{
+    size_t have;
+    pipe_unread(w->end->in, &have);
+    return have > 0;
+}
+
 ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n)
 {
     struct pipe *p = w->end->out;
@@ -732,9 +739,9 @@ ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n)
 }
 
 /* There is no TLS on simulated wires. */
-void wire_begin_tls(struct wire *w, struct tls_credentials *credentials, const char *client)
+void wire_begin_tls(struct wire *w, struct tls_credentials *credentials)
 {
-    (void)w, (void)credentials, (void)client;
+    (void)w, (void)credentials;
     CHECK(!"TLS in the simulator");
 }
 
@@ -745,7 +752,19 @@ enum status wire_handshake(struct wire *w, struct err *e)
     return ST_UNSUP;
 }
 
+void wire_lend(struct wire *w, bool lent)
+{
+    (void)w, (void)lent;
+    CHECK(!"TLS in the simulator");
+}
+
 const struct tls_info *wire_tls_info(const struct wire *w)
+{
+    (void)w;
+    return NULL;
+}
+
+const char *wire_tls_trouble(const struct wire *w)
 {
     (void)w;
     return NULL;

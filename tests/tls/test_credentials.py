@@ -137,6 +137,27 @@ def test_unknown_identity(server, pki, folder):
                f'{pki.psk} has no key for the identity "mallory"')
 
 
+def test_a_key_that_is_lost_opens_nothing_that_was_sent(servers, pki, folder):
+    """No session whose keys went encrypted with that of the certificate, as TLS 1.2 could."""
+    files = folder / "files"
+    shutil.copytree(pki.server, files)
+    key, info = files / "server-key.pem", folder / "info"
+    made.run("certtool", "--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile", key)
+    key.chmod(0o600)
+    made.write(info, "cn = localhost", "tls_www_server", "signing_key", "encryption_key",
+               "dns_name = localhost")
+    made.run("certtool", "--generate-certificate", "--load-ca-certificate", pki.ca.cert,
+             "--load-ca-privkey", pki.ca.key, "--load-privkey", key, "--template", info,
+             "--outfile", files / "server-cert.pem")
+    server = servers.start({"v": "16M"}, ["--tls", "require", "--tls-certificates", files])
+    old = ssl.TLSVersion.TLSv1_2
+    tlsnbd.connect(server, context(ca=pki.ca.cert, maximum_version=old)).disc()
+    wait_until(lambda: "entered export" in server.log(), 20 * SLOW, "the log tells of the client")
+    without = context(ca=pki.ca.cert, maximum_version=old)
+    without.set_ciphers("kRSA")
+    is_refused(server, lambda: tlsnbd.connect(server, without), "no way in common")
+
+
 def test_keys_where_only_certificates_are(servers, pki):
     server = servers.start({"v": "16M"}, ["--tls", "on", "--tls-certificates", pki.server])
     is_refused(server, lambda: psk_fails(server, pki.psk),
@@ -255,6 +276,15 @@ def test_unwise_files(servers, pki, folder):
     for line in keys.read_text().split():
         assert line.split(":")[1][:16] not in log
     assert "PRIVATE KEY" not in log
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(servers, pki, folder):
+    keys = folder / "keys.psk"
+    keys.write_bytes(b"\xef\xbb\xbf" + pki.psk.read_bytes())
+    keys.chmod(0o600)
+    server = servers.start({"v": "16M"}, ["--tls", "require", "--tls-psk", keys])
+    for name in "alice", "bob":
+        psk_client(server, pki.psk, name).shutdown()
 
 
 def test_no_warning_without_a_reason(server):

@@ -35,6 +35,23 @@ static void settings_stand_in_their_order(void **state)
     config_free(&c);
 }
 
+static void a_byte_order_mark_is_no_part_of_the_first_line(void **state)
+{
+    (void)state;
+    struct config c;
+    struct err e;
+    assert_int_equal(parse(&c, "\xef\xbb\xbfstore = x\nb = \xef\xbb\xbf\n", &e), ST_OK);
+    assert_int_equal(c.n, 2);
+    assert_string_equal(c.settings[0].key, "store");
+    assert_string_equal(c.settings[1].value, "\xef\xbb\xbf");
+    config_free(&c);
+    assert_int_equal(parse(&c, "\xef\xbb\xbf", &e), ST_OK);
+    assert_int_equal(c.n, 0);
+    config_free(&c);
+    assert_int_equal(parse(&c, "\xef\xbb", &e), ST_INVAL);
+    config_free(&c);
+}
+
 static void what_is_wrong_is_named_with_its_line(void **state)
 {
     (void)state;
@@ -103,6 +120,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(settings_stand_in_their_order),
+        cmocka_unit_test(a_byte_order_mark_is_no_part_of_the_first_line),
         cmocka_unit_test(what_is_wrong_is_named_with_its_line),
         cmocka_unit_test(limits_hold),
         cmocka_unit_test(any_bytes_are_answered),

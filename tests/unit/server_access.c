@@ -222,6 +222,18 @@ static void names_of_certificates_and_keys(void **state)
     access_release(a);
 }
 
+static void a_byte_order_mark_is_no_part_of_the_first_line(void **state)
+{
+    (void)state;
+    struct access *a;
+    struct err e = {0};
+    const char *text = "\xef\xbb\xbf" "any rw v\n";
+    assert_int_equal(access_parse(&a, "F", (const uint8_t *)text, strlen(text), find_user, &e),
+                     ST_OK);
+    assert_int_equal(access_count(a).rules, 1);
+    access_release(a);
+}
+
 static void what_is_wrong_is_named_with_its_line(void **state)
 {
     (void)state;
@@ -390,6 +402,7 @@ int main(void)
         cmocka_unit_test(stars_stand_for_any_text),
         cmocka_unit_test(addresses_fit_their_ranges),
         cmocka_unit_test(names_of_certificates_and_keys),
+        cmocka_unit_test(a_byte_order_mark_is_no_part_of_the_first_line),
         cmocka_unit_test(what_is_wrong_is_named_with_its_line),
         cmocka_unit_test(limits_hold),
         cmocka_unit_test(any_bytes_are_answered),

@@ -109,7 +109,7 @@ static void timers_fire_in_order(void **state)
     reactor_free(r);
 }
 
-static pthread_t worker;
+static _Atomic pthread_t worker;
 static int worked;
 
 static void do_work(struct env_work *work)
