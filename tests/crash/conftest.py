@@ -25,3 +25,17 @@ def shim():
                     "-fPIC", "-o", out, HERE / "powercut" / "powercut.c", "-lpthread"], check=True)
     yield out
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def fast_folder():
+    """Memory where there is enough of it: hundreds of images are written and dropped."""
+    where = None
+    try:
+        if shutil.disk_usage("/dev/shm").free > 3 << 30 and os.access("/dev/shm", os.W_OK):
+            where = "/dev/shm"
+    except OSError:
+        pass
+    path = new_folder(where)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)

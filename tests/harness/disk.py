@@ -21,3 +21,24 @@ def disk(folder, mib):
         yield mount
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+
+@contextlib.contextmanager
+def memory_disk(folder, mib):
+    """The same in memory: a tmpfs, which can grow while it is in use."""
+    mount = folder / "memory"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "fdb-nbd-test", mount],
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no loop mounts on this machine, nor others: {done.stderr.strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def grow(mount, mib):
+    """Makes a disk in memory that large."""
+    subprocess.run(["mount", "-o", f"remount,size={mib}M", mount], check=True)

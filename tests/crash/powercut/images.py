@@ -14,8 +14,9 @@ changes up to its writing. The size of a file keeps one of its versions likewise
 truncation counts from the moment a size that came after it counts, as file systems
 order the two.
 
-Creating, renaming and removing files is durable at once: the store's own care for
-folders (fsync of a folder) is not tested here.
+Creating, renaming and removing files change a folder. What an fsync of that folder covers
+is there; of what came after it, a first part may be: file systems keep the order of
+changes within a folder. What is in a folder that is not there is lost with it.
 """
 
 import bisect
@@ -29,7 +30,7 @@ RECORD = struct.Struct("<LBBHLLQQQQQ")
 MAGIC = 0x54554350
 (FILE_SEEN, WRITE, TRUNCATE, ALLOCATE, SYNC, DONE, RENAME, REMOVE, MAPPED, MAKE_FOLDER,
  UNSOUND, FAILED) = range(1, 13)
-DURABLE, ZEROS, EVERYTHING = 1, 2, 4
+DURABLE, ZEROS, EVERYTHING, FOLDER = 1, 2, 4, 8
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 SECTOR, PAGE = 512, 4096
 NEVER = 1 << 62
@@ -48,8 +49,8 @@ class Unsound(AssertionError):
 class Record:
     kind: int
     flags: int
-    file: int
-    extra: int
+    file: tuple                 # process, number
+    extra: tuple                # process, number; of ALLOCATE: number
     begun_ns: int
     ended_ns: int
     offset: int
@@ -66,15 +67,16 @@ def read_trace(path):
     raw = memoryview(Path(path).read_bytes())
     records, at = [], 0
     while at + RECORD.size <= len(raw):
-        magic, kind, flags, _, file, extra, begun, ended, offset, length, n = \
+        magic, kind, flags, process, file, extra, begun, ended, offset, length, n = \
             RECORD.unpack_from(raw, at)
         if magic != MAGIC:
             raise Unsound(f"no record at {at} of the trace")
         if at + RECORD.size + n > len(raw):
             break               # the process was killed while it wrote this one
         at += RECORD.size
-        records.append(Record(kind, flags, file, extra, begun, ended, offset, length,
-                              raw[at:at + n], len(records)))
+        records.append(Record(kind, flags, (process, file),
+                              extra if kind == ALLOCATE else (process, extra), begun, ended,
+                              offset, length, raw[at:at + n], len(records)))
         at += n
     return records
 
@@ -329,6 +331,33 @@ MODES = ["all", "none", "prefix", "sectors", "pages", "changes", "one missing", 
          "suffix"]
 
 
+class Folder:
+    """What stands for a folder among the names."""
+
+
+@dataclass(eq=False)
+class NameChange:
+    """A name that came, went or became another."""
+    position: int
+    old: str = None
+    new: str = None
+    what: object = None         # a File or Folder that is new
+
+    @property
+    def folder(self):
+        return os.path.dirname(self.new or self.old)
+
+    def apply(self, names):
+        if self.what:
+            names[self.new] = self.what
+            return
+        beneath = self.old + "/"
+        for name in [n for n in names if n == self.old or n.startswith(beneath)]:
+            what = names.pop(name)
+            if self.new:
+                names[self.new + name[len(self.old):]] = what
+
+
 class Disk:
     """The folder as it went through time; advance() only goes forward."""
 
@@ -338,18 +367,15 @@ class Disk:
         self.live = Path(live) if live else None
         self.records = read_trace(trace) if not isinstance(trace, list) else trace
         self.next = 0
-        self.files = {}
+        self.files = {}             # (process, number) -> File
         self.syncs = {}             # number -> position at which it began
         self.durable = {}           # number -> (file, change) under way
-        # name -> number of the file, or the path in base it still is
-        self.names = {}
-        self.folders = set()
+        self.names = {}             # name -> File or Folder, as programs see them
         for path in sorted(self.base.rglob("*")):
             name = str(path.relative_to(self.base))
-            if path.is_dir():
-                self.folders.add(name)
-            elif path.is_file():
-                self.names[name] = path
+            self.names[name] = Folder() if path.is_dir() else File(path.read_bytes())
+        self.safe_names = dict(self.names)
+        self.name_changes = []      # that are not durable
 
     def times(self):
         """Moments worth a cut: just after something was recorded, and just before."""
@@ -360,35 +386,34 @@ class Disk:
 
     def advance(self, time_ns):
         while self.next < len(self.records) and self.records[self.next].at_ns <= time_ns:
-            self._take(self.records[self.next])
-            self.next += 1
+            self.step()
+
+    def step(self):
+        """Takes one more record, and gives it."""
+        record = self.records[self.next]
+        self._take(record)
+        self.next += 1
+        return record
 
     def _take(self, r):
         if r.kind == FILE_SEEN:
             name = bytes(r.data).decode()
-            origin = self.names.get(name)
-            if isinstance(origin, Path):
-                self.files[r.file] = File(origin.read_bytes())
-            elif r.length and not name.endswith(MAPPED_ALLOWED):
-                raise Unsound(f"{name} has {r.length} bytes that nobody wrote")
-            else:
-                self.files[r.file] = File()
-            self.names[name] = r.file
+            if name not in self.names:
+                if r.length and not name.endswith(MAPPED_ALLOWED):
+                    raise Unsound(f"{name} has {r.length} bytes that nobody wrote")
+                self._name(NameChange(r.position, new=name, what=File()))
+            self.files[r.file] = self.names[name]
         elif r.kind == RENAME:
             old, new = bytes(r.data).decode().split("\0")
             if not old or not new:
                 raise Unsound(f"a file came or went: {old} -> {new}")
-            for name in [n for n in self.names if n == old or n.startswith(old + "/")]:
-                self.names[new + name[len(old):]] = self.names.pop(name)
-            for name in [n for n in self.folders if n == old or n.startswith(old + "/")]:
-                self.folders.remove(name)
-                self.folders.add(new + name[len(old):])
+            if os.path.dirname(old) != os.path.dirname(new):
+                raise Unsound(f"a file went to another folder: {old} -> {new}")
+            self._name(NameChange(r.position, old=old, new=new))
         elif r.kind == REMOVE:
-            name = bytes(r.data).decode()
-            self.names.pop(name, None)
-            self.folders.discard(name)
+            self._name(NameChange(r.position, old=bytes(r.data).decode()))
         elif r.kind == MAKE_FOLDER:
-            self.folders.add(bytes(r.data).decode())
+            self._name(NameChange(r.position, new=bytes(r.data).decode(), what=Folder()))
         elif r.kind == MAPPED:
             name = self.name_of(r.file)
             self.files[r.file].mapped = True
@@ -405,8 +430,12 @@ class Disk:
         else:
             self._change(r)
 
+    def _name(self, change):
+        change.apply(self.names)
+        self.name_changes.append(change)
+
     def name_of(self, number):
-        return next((n for n, f in self.names.items() if f == number), None)
+        return next((n for n, f in self.names.items() if f is self.files.get(number)), None)
 
     def _change(self, r):
         file = self.files[r.file]
@@ -441,11 +470,21 @@ class Disk:
             file.settle([change])
             return
         began = self.syncs[r.extra]
-        for number, file in self.files.items():
-            if r.flags & EVERYTHING or number == r.file:
-                file.settle([c for c in file.pending if c.returned < began and not c.lost])
+        if r.flags & (EVERYTHING | FOLDER):
+            folder, left = bytes(r.data).decode(), []
+            for change in self.name_changes:
+                if change.position < began and (r.flags & EVERYTHING or change.folder == folder):
+                    change.apply(self.safe_names)
+                else:
+                    left.append(change)
+            self.name_changes = left
+        for file in ({self.files[r.file]} if not r.flags & (EVERYTHING | FOLDER) else
+                     set(self.files.values()) if r.flags & EVERYTHING else ()):
+            file.settle([c for c in file.pending if c.returned < began and not c.lost])
 
     def _failed(self, r):
+        if r.flags & FOLDER:
+            return
         if r.extra in self.durable:
             self.durable.pop(r.extra)[1].lost = True
             return
@@ -453,37 +492,51 @@ class Disk:
             if change.returned < self.syncs[r.extra]:
                 change.lost = True
 
-    def pending_bytes(self):
-        return sum(c.length for f in self.files.values() for c in f.pending)
+    def _names_left(self, rng, mode):
+        """Names as a cut can leave them."""
+        if mode == "all":
+            return self.names, 0
+        names, kept, counts = dict(self.safe_names), {}, {}
+        for change in self.name_changes:
+            counts[change.folder] = counts.get(change.folder, 0) + 1
+        for folder, n in counts.items():
+            kept[folder] = 0 if mode == "none" else n if rng.random() < 0.5 else rng.randrange(n)
+        lost = 0
+        for change in self.name_changes:
+            if kept[change.folder] > 0:
+                kept[change.folder] -= 1
+                change.apply(names)
+            else:
+                lost += 1
+        return {name: what for name, what in names.items()
+                if all(str(p) in names for p in list(Path(name).parents)[:-1])}, lost
 
     def build(self, folder, rng, mode=None):
         """Makes folder as it could be if the power went now; gives a word on how."""
         folder = Path(folder)
-        folder.mkdir(parents=True)
-        for name in sorted(self.folders):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         mode = mode or rng.choice(MODES)
         mixed = mode not in ("all", "none") and rng.random() < 0.3
-        told = []
-        for name, what in self.names.items():
+        names, lost = self._names_left(rng, mode)
+        told = [f"{lost} changes of names lost"] if lost else []
+        for name, what in names.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(what, Path):
-                subprocess.run(["cp", "--sparse=always", what, path], check=True)
+            if isinstance(what, Folder):
+                path.mkdir(parents=True, exist_ok=True)
                 continue
-            file = self.files[what]
+            path.parent.mkdir(parents=True, exist_ok=True)
             chosen = rng.choice(MODES) if mixed else mode
-            size, changes = file.choose(rng, chosen)
-            file.write(path, size, changes)
-            if file.mapped and self.live and (self.live / name).exists():
+            size, changes = what.choose(rng, chosen)
+            what.write(path, size, changes)
+            if what.mapped and self.live and (self.live / name).exists():
                 later = (self.live / name).read_bytes()
                 with open(path, "r+b") as f:
                     for at in range(0, min(size, len(later)), PAGE):
                         if rng.random() < 0.5:
                             f.seek(at)
                             f.write(later[at:min(at + PAGE, size)])
-            if file.pending:
-                told.append(f"{name}: {chosen}, {len(file.pending)} open")
+            if what.pending:
+                told.append(f"{name}: {chosen}, {len(what.pending)} open")
         return "; ".join(told) or "everything was durable"
 
 
@@ -497,12 +550,12 @@ def check_complete(base, trace, live, rng, scratch):
     disk.build(scratch, rng, "all")
     live, scratch = Path(live), Path(scratch)
     for name, what in disk.names.items():
-        if name.endswith(MAPPED_ALLOWED) or (not isinstance(what, Path)
-                                             and disk.files[what].mapped):
+        if isinstance(what, Folder) or name.endswith(MAPPED_ALLOWED) or what.mapped:
             continue
         done = subprocess.run(["cmp", live / name, scratch / name], capture_output=True, text=True)
         if done.returncode:
             raise Unsound(f"{name} is not what its journal says: {done.stdout}{done.stderr}")
     there = {str(p.relative_to(live)) for p in live.rglob("*") if p.is_file()}
-    if there != set(disk.names):
-        raise Unsound(f"files {sorted(there ^ set(disk.names))} came or went unseen")
+    known = {name for name, what in disk.names.items() if not isinstance(what, Folder)}
+    if there != known:
+        raise Unsound(f"files {sorted(there ^ known)} came or went unseen")

@@ -18,8 +18,9 @@
  *                      "write ERRNO" make those calls fail, and "sync 0" makes
  *                      syncs wait until it is gone
  *
- * What it takes for granted: creating, renaming and removing a file is durable at
- * once. Asynchronous writes (io_submit) it does itself when their end is asked for.
+ * Creating, renaming and removing a file are written down, and so are syncs of folders, which
+ * make them durable. Several processes may write one journal. Asynchronous writes (io_submit) it
+ * does itself when their end is asked for.
  * What it does not see (stores through a shared writable mapping, stdio, io_uring) it
  * cannot lose; a writable mapping is noted in the journal, and that the journal is
  * complete is checked afterwards against the folder itself.
@@ -66,14 +67,15 @@ enum kind {
 	FAILED = 12,	  /* a sync failed; extra: its number */
 };
 
-enum { DURABLE = 1, ZEROS = 2, EVERYTHING = 4 };
+/* FOLDER: a sync of a folder; data: its path, empty for the root. */
+enum { DURABLE = 1, ZEROS = 2, EVERYTHING = 4, FOLDER = 8 };
 
 /* Little-endian on every machine this runs on; images.py reads it as such. */
 struct record {
 	uint32_t magic;
 	uint8_t kind;
 	uint8_t flags;
-	uint16_t unused;
+	uint16_t process; /* whose numbers of files and syncs these are */
 	uint32_t file;
 	uint32_t extra;
 	uint64_t begun_ns;
@@ -171,6 +173,7 @@ static void put(struct record r, const struct iovec *data, int count)
 	if (shim.trace < 0)
 		return;
 	r.magic = MAGIC;
+	r.process = (uint16_t)getpid();
 	all[0] = (struct iovec){ &r, sizeof r };
 	for (int i = 0; i < count && left; i++) {
 		if (n == IOV_MAX)
@@ -365,8 +368,44 @@ static ssize_t do_write(int fd, const struct iovec *data, int count, off_t offse
 	return n;
 }
 
+/* Path below the root of the folder that fd stands for, empty for the root itself; or NULL. */
+static const char *folder_below(int fd, char *path)
+{
+	struct stat st;
+	if (!watching() || fstat(fd, &st) != 0 || !S_ISDIR(st.st_mode))
+		return NULL;
+	const char *name = below(fd, path);
+	return name ? name : strcmp(path, shim.root) == 0 ? "" : NULL;
+}
+
+/* As for a file, but that it can't be made to fail. */
+static int do_sync_folder(int fd, long call, const char *name)
+{
+	struct iovec path = { (void *)(uintptr_t)name, strlen(name) };
+	pthread_mutex_lock(&lock);
+	struct record r = { .kind = SYNC, .flags = FOLDER, .extra = ++number,
+			    .data_length = path.iov_len };
+	r.begun_ns = r.ended_ns = now_ns();
+	put(r, &path, 1);
+	pthread_mutex_unlock(&lock);
+	delay(shim.sync_us, 2);
+	int result = (int)syscall(call, fd), saved = errno;
+	delay(shim.sync_us, 2);
+	pthread_mutex_lock(&lock);
+	r.kind = result == 0 ? DONE : FAILED;
+	r.ended_ns = now_ns();
+	put(r, &path, 1);
+	pthread_mutex_unlock(&lock);
+	errno = saved;
+	return result;
+}
+
 static int do_sync(int fd, long call)
 {
+	char path[PATH_MAX];
+	const char *folder = folder_below(fd, path);
+	if (folder)
+		return do_sync_folder(fd, call, folder);
 	if (!ours(fd))
 		return (int)syscall(call, fd);
 	pthread_mutex_lock(&lock);
