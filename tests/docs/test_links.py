@@ -6,7 +6,8 @@ import pytest
 
 from harness.server import REPO
 
-FILES = sorted(p.relative_to(REPO) for p in [REPO / "README.md", *(REPO / "docs").rglob("*.md")])
+FILES = sorted(p.relative_to(REPO) for p in [REPO / "README.md", REPO / "SECURITY.md",
+                                             *(REPO / "docs").rglob("*.md")])
 
 
 def anchors(path):

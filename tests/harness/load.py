@@ -45,7 +45,8 @@ class Op:
         return self.kind in (ZERO, TRIM)
 
     def __str__(self):
-        what = {WRITE: "write", ZERO: "zero", TRIM: "trim", FLUSH: "flush"}[self.kind]
+        what = {WRITE: "write", ZERO: "zero", TRIM: "trim", FLUSH: "flush"}.get(
+            self.kind, f"command {self.kind}")
         state = ("unanswered" if self.answered_ns is None else
                  f"answered {self.answered_ns}" if not self.error else f"error {self.error}")
         flags = (" FUA" if self.fua else "") + (" NO_HOLE" if self.no_hole else "")

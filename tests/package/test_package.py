@@ -76,7 +76,7 @@ def test_make_install(folder):
             "opt/nbd/lib/systemd/system/fdb-nbd.socket",
             "opt/nbd/lib/systemd/system/fdb-nbd-attach@.service",
             "opt/nbd/lib/sysusers.d/fdb-nbd.conf",
-            "opt/nbd/lib/tmpfiles.d/fdb-nbd.conf"} <= files
+            "opt/nbd/lib/tmpfiles.d/fdb-nbd.conf", "opt/nbd/share/doc/fdb-nbd/SECURITY.md"} <= files
     assert all(f.startswith(("opt/nbd/", "etc/fdb-nbd/")) for f in files), files
     unit = (dest / "opt/nbd/lib/systemd/system/fdb-nbd.service").read_text()
     assert "ExecStart=/opt/nbd/bin/fdb-nbd serve --config /etc/fdb-nbd/fdb-nbd.conf" in unit
@@ -198,6 +198,69 @@ def test_under_systemd(installed):
         booted.run("systemctl stop fdb-nbd.socket fdb-nbd.service")
         assert booted.show("Result") == "success"
         assert not booted.run("find /var/lib/fdb-nbd ! -user fdb-nbd").stdout
+
+
+SETTINGS = """\
+listen = 127.0.0.1:10809
+listen = unix:/run/fdb-nbd/s
+http = 127.0.0.1:9181
+tls = on
+tls-psk = /etc/fdb-nbd/psk
+access = /etc/fdb-nbd/access
+threads = 2
+"""
+
+
+@pytest.mark.limit(240)
+def test_its_sandbox_under_systemd(installed, module_folder):
+    """With every way in open; and what the sandbox is to keep it from. (What it needs of system calls:
+    tests/sandbox.)"""
+    settings = installed.path("/etc/fdb-nbd/fdb-nbd.conf")
+    before = settings.read_text()
+    settings.write_text(SETTINGS)
+    installed.path("/etc/fdb-nbd/access").write_text("psk:alice rw *\nuser:root rw *\n")
+    psk = installed.path("/etc/fdb-nbd/psk")
+    subprocess.run(["psktool", "-u", "alice", "-p", psk], check=True, capture_output=True)
+    try:
+        with Booted(installed) as booted:
+            sandboxed(booted)
+    finally:
+        settings.write_text(before)
+        for name in "access", "psk":
+            installed.path(f"/etc/fdb-nbd/{name}").unlink()
+
+
+def sandboxed(booted):
+    booted.run("chown fdb-nbd: /etc/fdb-nbd/psk; chmod 600 /etc/fdb-nbd/psk; "
+               "systemctl start fdb-nbd.service")
+    pid = booted.show("MainPID")
+    uri = "'nbds://alice@127.0.0.1/boxed?tls-psk-file=/etc/fdb-nbd/psk'"
+    booted.run(f"fdb-nbd create boxed 64M; nbdcopy /usr/bin/bash {uri}; nbdinfo --size "
+               "'nbd+unix:///boxed?socket=/run/fdb-nbd/s'; fdb-nbd snapshot create boxed@s; "
+               f"fdb-nbd clone boxed@s boxed2; nbdcopy {uri} /root/copy; "
+               "cmp -n $(stat -c %s /usr/bin/bash) /usr/bin/bash /root/copy; rm /root/copy; "
+               "fdb-nbd status --http 127.0.0.1:9181; fdb-nbd clients; systemctl reload fdb-nbd")
+    log = "journalctl -q --no-pager -u fdb-nbd"
+    wait_until(lambda: booted.run(log).stdout.count("were read again") == 2, 30 * SLOW, "reload")
+    # What it is.
+    status = dict(line.split(":\t", 1)
+                  for line in booted.run(f"cat /proc/{pid}/status").stdout.splitlines())
+    user = booted.run("id -u fdb-nbd").stdout.strip()
+    assert status["Uid"].split() == [user] * 4 and status["Seccomp"] == "2"
+    assert all(int(status[f"Cap{kind}"], 16) == 0 for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"))
+    limits = booted.run(f"cat /proc/{pid}/limits").stdout
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+    # What it sees.
+    for path, may in (("/var/lib/fdb-nbd", True), ("/run/fdb-nbd", True), ("/etc", False),
+                      ("/usr", False), ("/var/lib", False), ("/root", False), ("/home", False)):
+        done = booted.run(f"nsenter --mount=/proc/{pid}/ns/mnt touch {path}/mine", check=False)
+        assert (done.returncode == 0) == may, (path, done.stderr)
+    devices = booted.run(f"nsenter --mount=/proc/{pid}/ns/mnt ls /dev").stdout.split()
+    assert not [d for d in devices if d.startswith(("sd", "nvme", "nbd", "mem", "kmsg", "loop"))]
+    booted.run("rm /var/lib/fdb-nbd/mine /run/fdb-nbd/mine; fdb-nbd drain --wait; "
+               "systemctl stop fdb-nbd.service; fdb-nbd verify boxed; "
+               "fdb-nbd remove boxed2 --yes; fdb-nbd remove boxed --snapshots --yes")
+    assert booted.show("Result") == "success"
 
 
 def drop_in():
