@@ -5,7 +5,7 @@ BUILD = build
 PREFIX = /usr/local
 SYSCONFDIR = /etc
 
-.PHONY: all run install deb check check-long simulate mutants simulate-mutants bench clean
+.PHONY: all run install deb check check-long simulate mutants simulate-mutants soak bench clean
 
 all: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) fdb-nbd
@@ -42,11 +42,11 @@ deb:
 	@scripts/make-deb.sh $(BUILD)/deb
 
 check:
-	@scripts/install-deps.sh build test package
+	@scripts/install-deps.sh build test fuzz package
 	@/usr/bin/python3 scripts/check.py
 
 check-long:
-	@scripts/install-deps.sh build test
+	@scripts/install-deps.sh build test fuzz
 	@/usr/bin/python3 scripts/check.py --long
 
 # Runs the simulator: SEEDS of them, from FIRST on (without it: from the clock).
@@ -68,6 +68,35 @@ simulate-mutants:
 	@scripts/install-deps.sh build test
 	@/usr/bin/python3 tests/sim/mutants.py
 
+# Runs the fuzzers (docs/fuzzing.md), FUZZ_S seconds each, or those that TARGET names; keeps what they
+# found as inputs in the repository; shows what these reach.
+FUZZ_S = 30
+TARGET =
+.PHONY: fuzz fuzz-merge fuzz-coverage
+fuzz:
+	@scripts/install-deps.sh build fuzz
+	@FUZZ_S=$(FUZZ_S) /usr/bin/python3 tests/fuzz/run.py run $(TARGET)
+
+fuzz-merge:
+	@scripts/install-deps.sh build fuzz
+	@/usr/bin/python3 tests/fuzz/run.py merge $(TARGET)
+
+fuzz-coverage:
+	@scripts/install-deps.sh build fuzz
+	@/usr/bin/python3 tests/fuzz/run.py coverage $(TARGET)
+
+# An hour (SOAK_S seconds) of mixed load with clients, servers and commands killed at random, all
+# verified all the time, on STORE (lmdb or fdb; both: one after the other). It prints its SEED, which
+# replays the choices. SOAK_LOAD: how much of the processors all of it may use (0.5: half of one).
+SOAK_S = 3600
+STORE = lmdb
+soak:
+	@scripts/install-deps.sh build test
+	@$(MAKE) --no-print-directory all
+	@for store in $(if $(filter both,$(STORE)),lmdb fdb,$(STORE)); do \
+	    nice /usr/bin/python3 tests/soak/soak.py --seconds $(SOAK_S) --store $$store \
+	        $(if $(SEED),--seed $(SEED)) $(if $(SOAK_LOAD),--load $(SOAK_LOAD)) || exit 1; done
+
 # Measures this server beside others: everything (BENCH=full), a part in few minutes (quick), the
 # long random writes (sustained), or workloads by their names (bench/peers.py list names them).
 # A full run's figures are kept in bench/results/ and shown in docs/benchmarks.md.
@@ -80,4 +109,4 @@ bench:
 	@/usr/bin/python3 bench/peers.py run $(BENCH)
 
 clean:
-	rm -rf $(BUILD) build-asan
+	rm -rf $(BUILD) build-asan build-fuzz build-fuzz-coverage

@@ -1,6 +1,6 @@
 #!/usr/bin/python3
-"""Builds the program twice (as shipped, and with sanitizers), runs every test suite and adds
-up what they say.
+"""Builds the program three times (as shipped, with the sanitizers of memory, with that of threads),
+runs every test suite and adds up what they say.
 
 Every suite writes JUnit XML; that is what is counted, so a suite that dies without a report is
 a failure. The last line is "N passed, N failed, N skipped", also left in
@@ -12,11 +12,11 @@ Where FoundationDB is (tests/harness/cluster.py finds it), clusters are started 
 run a second time on it. Elsewhere those tests are skipped, each by name; REQUIRE_FDB=1 makes
 them fail instead.
 
-Many suites mostly wait: for leases, timeouts, reconnects, disks. They run in a lane of their own,
-one after the other, beside the one of those that mostly compute. What is about memory and time
-limits runs after both, with the machine for itself. A suite's output is printed when it is over,
-so that the lanes do not mix; --in-turn has one lane only. Suites share nothing: each makes its
-folders, ports, clusters and network namespaces anew.
+Many suites mostly wait: for leases, timeouts, reconnects, disks, clusters that come up again. They
+run in two lanes, one suite after the other, beside the lane of those that mostly compute. What is
+about memory and time limits runs after them, with the machine for itself. A suite's output is
+printed when it is over, so that the lanes do not mix; --in-turn has one lane only. Suites share
+nothing: each makes its folders, ports, clusters and network namespaces anew.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 ASAN = ROOT / "build-asan"
+TSAN = ROOT / "build-tsan"
 RESULTS = BUILD / "check"
 # What a machine may truly not have. All else can be installed.
 SKIPS_ALLOWED = (
@@ -51,10 +52,10 @@ if os.environ.get("REQUIRE_FDB", "0") in ("", "0"):
     SKIPS_ALLOWED += ("FoundationDB is not on this machine",)
 LONG_RUN_ONLY = "LONG=1"
 # Each of these folders runs on both engines.
-COMPUTING = ("cli", "interop", "crash")
-WAITING = ("owner", "upgrade", "migration", "kernel")
+ON_BOTH_COMPUTING = ("cli", "interop", "crash")
+ON_BOTH_WAITING = ("owner", "upgrade", "migration", "kernel")
 # These have limits in time; and what G8 promises over TCP has some on a machine that does not keep up.
-ALONE = ("protocol", "limits")
+ON_BOTH_ALONE = ("protocol", "limits")
 SUITE_LIMIT_S = 1800
 # Unit tests at once. One of the longest only waits.
 UNIT_PROCESSES = (os.cpu_count() or 1) + 1
@@ -64,6 +65,12 @@ ASAN_ENV = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "SLOW": "4",
 }
+TSAN_ENV = {
+    "TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'threads' / 'tsan.supp'}",
+    "SLOW": "4",
+}
+# What is built with ThreadSanitizer; with --long all there is.
+TSAN_TARGETS = ["fdb-nbd", "tests/test_server_reactor", "tests/test_store_warm"]
 
 
 @dataclass
@@ -156,13 +163,13 @@ class Runner:
                 process.terminate()
 
 
-def build(runner, folder, options):
+def build(runner, folder, options, targets=()):
     options = ["-Dwerror=true", "-Dtests=enabled"] + options
     if (folder / "build.ninja").exists():
         setup = ["meson", "configure", folder] + options
     else:
         setup = ["meson", "setup", folder] + options
-    return runner.run(setup) == 0 and runner.run(["ninja", "-C", folder]) == 0
+    return runner.run(setup) == 0 and runner.run(["ninja", "-C", folder, *targets]) == 0
 
 
 def stages(long_run):
@@ -170,29 +177,33 @@ def stages(long_run):
     counts = {"LONG": "1"} if long_run else {}
     on_fdb = dict(counts, STORE="fdb")
 
-    def both(folders):
-        for folder in folders:
-            yield pytest_suite(folder, folder, BUILD, counts)
-        for folder in folders:
-            yield pytest_suite(f"{folder} on FoundationDB", folder, BUILD, on_fdb)
+    def plain(*folders):
+        return [pytest_suite(folder, folder, BUILD, counts) for folder in folders]
 
-    computing = [unit_suite("unit", BUILD, counts), *both(COMPUTING),
-                 pytest_suite("access", "access", BUILD, counts),
-                 pytest_suite("access (sanitizers)", "access", ASAN, dict(counts, **ASAN_ENV)),
-                 pytest_suite("package", "package", BUILD, counts),
+    def fdb(*folders):
+        return [pytest_suite(f"{folder} on FoundationDB", folder, BUILD, on_fdb)
+                for folder in folders]
+
+    def races(name, counts):
+        return pytest_suite(name, "threads/test_threads.py", TSAN, dict(counts, **TSAN_ENV))
+
+    def sanitized(*folders):
+        return [pytest_suite(f"{folder} (sanitizers)", folder, ASAN, dict(counts, **ASAN_ENV))
+                for folder in folders]
+
+    computing = [unit_suite("unit", BUILD, counts), *plain(*ON_BOTH_COMPUTING, "access"),
+                 *sanitized("access"), *plain("fuzz"),
                  unit_suite("unit (sanitizers)", ASAN, dict(counts, **ASAN_ENV))]
-    waiting = [*both(WAITING), pytest_suite("bench", "bench", BUILD, counts),
-               pytest_suite("http", "http", BUILD, counts),
-               pytest_suite("page", "page", BUILD, counts),
-               pytest_suite("fdb", "fdb", BUILD, counts),
-               pytest_suite("tls", "tls", BUILD, counts),
-               pytest_suite("service", "service", BUILD, counts),
-               pytest_suite("failover", "failover", BUILD, counts),
-               pytest_suite("docs", "docs", BUILD, counts)]
-    alone = [*both(ALONE),
-             pytest_suite("protocol (sanitizers)", "protocol", ASAN, dict(counts, **ASAN_ENV)),
-             pytest_suite("tls (sanitizers)", "tls", ASAN, dict(counts, **ASAN_ENV))]
-    return [[computing, waiting], [alone]]
+    waiting = [*plain(*ON_BOTH_WAITING), *fdb(*ON_BOTH_WAITING),
+               *plain("bench", "http", "page", "tls", "service", "sandbox", "failover", "soak",
+                      "faults", "docs")]
+    clusters = [*plain("fdb"), *fdb(*ON_BOTH_COMPUTING), races("threads", counts),
+                races("threads on FoundationDB", on_fdb),
+                pytest_suite("threads (leaks)", "threads/test_again.py", ASAN,
+                             dict(counts, **ASAN_ENV)), *plain("package")]
+    alone = [*plain(*ON_BOTH_ALONE, "hostile"), *fdb(*ON_BOTH_ALONE),
+             *sanitized("protocol", "tls", *(["hostile"] if long_run else []))]
+    return [[computing, waiting, clusters], [alone]]
 
 
 def unit_suite(name, build_folder, env):
@@ -255,9 +266,12 @@ def main():
     limit_s = 24 * 3600 if args.long else SUITE_LIMIT_S
 
     runner = Runner()
-    for folder, options in ((BUILD, []), (ASAN, ["-Db_sanitize=address,undefined",
-                                                 "-Db_lundef=false"])):
-        if not build(runner, folder, options):
+    for folder, options, targets in (
+            (BUILD, [], []),
+            (ASAN, ["-Db_sanitize=address,undefined", "-Db_lundef=false"], []),
+            (TSAN, ["-Db_sanitize=thread", "-Db_lundef=false"],
+             [] if args.long else TSAN_TARGETS)):
+        if not build(runner, folder, options, targets):
             print(f"building {folder.name} failed")
             print("0 passed, 1 failed, 0 skipped")
             return 1

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Installs the Debian packages that are missing: those the build needs ("build", the default),
-# those the tests need ("test"), those the Debian package is made and tested with ("package"),
-# those the comparison with other servers needs ("bench"), or several of these. Asks apt for nothing when nothing is missing.
+# those the tests need ("test"), those the fuzzers need ("fuzz"), those the Debian package is made
+# and tested with ("package"), those the comparison with other servers needs ("bench"), or several
+# of these. Asks apt for nothing when nothing is missing.
 set -eu
 
-build_packages="gcc libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
+build_packages="gcc binutils libc6-dev make meson ninja-build pkg-config libuv1-dev liblmdb-dev
 libxxhash-dev liblz4-dev libzstd-dev libjansson-dev libgnutls28-dev libsystemd-dev
 libmicrohttpd-dev libnl-genl-3-dev"
 
@@ -12,7 +13,10 @@ test_packages="libcmocka-dev python3 python3-pytest python3-libnbd libnbd-bin nb
 qemu-utils qemu-system-x86 binutils fio user-mode-linux kmod uml-utilities iproute2 xfsprogs
 e2fsprogs fuse3 util-linux procps openssl gnutls-bin nbdkit nbd-server python3-matplotlib
 python3-yaml mandoc man-db bash-completion zsh libxml2-utils libvirt0 iputils-arping chromium
-curl"
+curl lmdb-utils strace libseccomp2"
+
+# (cmocka: the fuzzers stand with the unit tests.)
+fuzz_packages="clang libclang-rt-dev llvm libcmocka-dev python3 python3-pytest"
 
 package_packages="debhelper lintian debootstrap systemd
 systemd-container zstd"
@@ -26,10 +30,11 @@ for what in "$@"; do
     case $what in
     build) wanted="$wanted $build_packages" ;;
     test) wanted="$wanted $test_packages" ;;
+    fuzz) wanted="$wanted $fuzz_packages" ;;
     package) wanted="$wanted $package_packages" ;;
     bench) wanted="$wanted $bench_packages" ;;
     *)
-        echo "usage: $0 [build] [test] [package] [bench]" >&2
+        echo "usage: $0 [build] [test] [fuzz] [package] [bench]" >&2
         exit 2
         ;;
     esac
