@@ -262,6 +262,8 @@ def test_a_hangup_before_it_serves_is_kept(servers, folder):
     server.start(wait=False)
     wait_until(lambda: opens_for_reading(server.pid), 20 * SLOW, "it opens the access file")
     os.kill(server.pid, signal.SIGHUP)
+    # The signal has it open the file again, by its name: the pipe must have it until it does.
+    wait_until(lambda: opens_for_reading(server.pid), 20 * SLOW, "it took the signal, and waits")
     # What it reads at last is not what it reads for the signal.
     old = pipe.rename(folder / "old")
     pipe.write_text("any rw *\n")
@@ -275,10 +277,13 @@ def test_a_hangup_before_it_serves_is_kept(servers, folder):
 
 
 def opens_for_reading(pid):
-    """Whether it waits in the kernel for somebody to open the other end, with SIGHUP handled."""
+    """Whether it waits in the kernel for somebody to open the other end, with a handler for SIGHUP,
+    and none that it has yet to take."""
     try:
+        status = status_of(pid)
         waits = "wait_for_partner" in Path(f"/proc/{pid}/wchan").read_text()
-        handled = int(status_of(pid)["SigCgt"], 16) >> (signal.SIGHUP - 1) & 1
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return waits and handled
+    bit = 1 << (signal.SIGHUP - 1)
+    pending = (int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)) & bit
+    return waits and int(status["SigCgt"], 16) & bit and not pending
