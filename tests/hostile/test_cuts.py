@@ -364,10 +364,6 @@ def test_inside_a_large_payload(rounds, rng):
     assert r.n > 200
 
 
-class Cut(Exception):
-    pass
-
-
 def test_over_tls(servers, memory_folder, pki, rng):
     """After bytes of the client's ciphertext, during the handshake and behind it."""
     server = servers.start({"v": LANES * STRIDE},
@@ -377,19 +373,6 @@ def test_over_tls(servers, memory_folder, pki, rng):
     alice, r = context(pki.alice), Rounds(server, "v", LANES, STRIDE)
     before_kib = status_kib(server.pid, "RssAnon")
 
-    def until(limit, reset):
-        left = limit
-
-        def put(sock, data):
-            nonlocal left
-            sock.sendall(data[:left])
-            left -= len(data)
-            if left <= 0:
-                if reset:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                raise Cut
-        return put
-
     k, reached = 0, False
     while not reached:
         for reset in (False, True):
@@ -398,14 +381,14 @@ def test_over_tls(servers, memory_folder, pki, rng):
             client = tlsnbd.Client(r.address)
             try:
                 client.handshake()
-                client.starttls(alice, until(k, reset))
+                client.starttls(alice, tlsnbd.cut_after(k, reset))
                 for message in session.messages[1:]:  # the flags went in plain text
                     client.send(message)
                     whole += 1
                     session.answer(client.sock, message)
                     answered += 1
                 reached = True
-            except Cut:
+            except tlsnbd.Cut:
                 pass
             client.close()
             r.add(session, whole + 1, answered + 1)

@@ -222,10 +222,6 @@ def test_one_byte_at_a_time(strict, alice):
         client.disc()
 
 
-class Cut(Exception):
-    pass
-
-
 def sockets(server):
     """How many the server has, connections among them."""
     folder = f"/proc/{server.pid}/fd"
@@ -244,33 +240,18 @@ def test_cut_off_anywhere(servers, certificates, alice, reset):
     # Its own: it uses up what the server may say about failed handshakes for a while.
     strict = servers.start({"v": "64M"}, ["--tls", "require", *certificates])
     before = sockets(strict)
-    sent = []
-
-    def until(limit):
-        left = limit
-
-        def put(sock, data):
-            nonlocal left
-            sock.sendall(data[:left])
-            sent.append(min(left, len(data)))
-            left -= len(data)
-            if left <= 0:
-                if reset:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                raise Cut
-        return put
 
     limit = 0
     while True:
         client = tlsnbd.Client(strict.addresses()[1])
         try:
             client.handshake()
-            client.starttls(alice, until(limit))
+            client.starttls(alice, tlsnbd.cut_after(limit, reset))
             client.go("v")
             client.write(0, bytes(3000))
             client.read(0, 3000)
             break
-        except Cut:
+        except tlsnbd.Cut:
             pass
         finally:
             client.close()

@@ -1,10 +1,32 @@
 """rawnbd's client over TLS, with every byte of the ciphertext in the test's hands."""
 
+import socket
 import ssl
+import struct
 
 from harness import rawnbd
 
 FLAGS = rawnbd.FIXED_NEWSTYLE | rawnbd.NO_ZEROES
+
+
+class Cut(Exception):
+    """The connection was cut, by this side."""
+
+
+def cut_after(limit, reset):
+    """For `put`: sends so many bytes of ciphertext, and cuts the connection when there is one more to
+    be sent; by RST if `reset`."""
+    left = limit
+
+    def put(sock, data):
+        nonlocal left
+        sock.sendall(data[:left])
+        if len(data) > left:
+            if reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise Cut
+        left -= len(data)
+    return put
 
 
 class TlsSocket:
