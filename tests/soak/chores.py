@@ -371,7 +371,7 @@ class Chores:
         began = now_ns()
         words = [*program(), "bench", slot.server.uri(self.scratch.name), "--workload",
                  rng.choice(("rw", "write", "read", "randrw")), "--block-size",
-                 rng.choice(("1M", "4M", "256K")), "--bytes", f"{rng.randrange(8, 64)}M",
+                 rng.choice(("1M", "4M", "256K")), "--bytes", f"{rng.randrange(12, 64)}M",
                  "--connections", str(rng.randrange(1, 4)), "--depth", "4", "--overwrite",
                  "--time", "20"]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
