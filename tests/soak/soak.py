@@ -102,10 +102,13 @@ class Chaos:
             self.end_rounds(volumes)
 
     def killed(self, slot):
+        self.ended(slot, slot.server.kill, "kills: a server, SIGKILL")
+
+    def ended(self, slot, end, what):
         slot.accepting.clear()
         volumes = self.at(slot)
-        slot.server.kill()
-        self.world.count("kills: a server, SIGKILL")
+        end()
+        self.world.count(what)
         self.gone(slot, volumes)
         slot.start()
 
@@ -135,12 +138,7 @@ class Chaos:
             slot.start()
 
     def terminated(self, slot):
-        slot.accepting.clear()
-        volumes = self.at(slot)
-        slot.server.stop()
-        self.world.count("servers ended by SIGTERM")
-        self.gone(slot, volumes)
-        slot.start()
+        self.ended(slot, slot.server.stop, "servers ended by SIGTERM")
 
     def stopped(self, slot):
         """Longer than its lease; its clients go to the other server, which takes their volumes."""
