@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from harness import preload  # noqa: E402
 from harness.fixtures import *  # noqa: E402,F401,F403
 from harness.fixtures import new_folder  # noqa: E402
 
@@ -18,13 +18,8 @@ from harness.fixtures import new_folder  # noqa: E402
 @pytest.fixture(scope="session")
 def shim():
     """powercut.c, built: what stands between a server and its files."""
-    folder = new_folder()
-    out = folder / "powercut.so"
-    compiler = os.environ.get("CC", "cc").split()
-    subprocess.run([*compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared",
-                    "-fPIC", "-o", out, HERE / "powercut" / "powercut.c", "-lpthread"], check=True)
-    yield out
-    shutil.rmtree(folder, ignore_errors=True)
+    with preload.built(HERE / "powercut" / "powercut.c") as library:
+        yield library
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from harness import preload  # noqa: E402
 from harness.fixtures import *  # noqa: E402,F401,F403
 from harness.fixtures import new_folder  # noqa: E402
 from plan import Base  # noqa: E402
@@ -19,13 +19,8 @@ from plan import Base  # noqa: E402
 @pytest.fixture(scope="session")
 def faults():
     """faults.c, built: what stands between a program and the system calls on its files."""
-    folder = new_folder()
-    out = folder / "faults.so"
-    compiler = os.environ.get("CC", "cc").split()
-    subprocess.run([*compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared",
-                    "-fPIC", "-o", out, HERE / "faults.c", "-lpthread", "-ldl"], check=True)
-    yield out
-    shutil.rmtree(folder, ignore_errors=True)
+    with preload.built(HERE / "faults.c") as library:
+        yield library
 
 
 @pytest.fixture(scope="session")

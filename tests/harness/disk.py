@@ -14,14 +14,8 @@ def disk(folder, mib):
     with open(image, "wb") as f:
         f.truncate(mib << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], check=True)
-    done = subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no loop mounts on this machine: {done.stderr.strip()}")
-    try:
+    with mounted(["-o", "loop", image], mount):
         yield mount
-    finally:
-        subprocess.run(["umount", mount], check=True)
-
 
 
 @contextlib.contextmanager
@@ -29,12 +23,17 @@ def memory_disk(folder, mib):
     """The same in memory: a tmpfs, which can grow while it is in use."""
     mount = folder / "memory"
     mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}M", "fdb-nbd-test", mount],
-                          capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no loop mounts on this machine, nor others: {done.stderr.strip()}")
-    try:
+    with mounted(["-t", "tmpfs", "-o", f"size={mib}M", "fdb-nbd-test"], mount):
         yield mount
+
+
+@contextlib.contextmanager
+def mounted(what, mount):
+    done = subprocess.run(["mount", *what, mount], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no loop mounts on this machine: {done.stderr.strip()}")
+    try:
+        yield
     finally:
         subprocess.run(["umount", mount], check=True)
 
