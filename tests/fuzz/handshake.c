@@ -447,6 +447,28 @@ static void saw_infos(struct view *v, uint32_t option, int export, const uint8_t
     CHECK(told == must);
 }
 
+/* The export that an option is about, or -1: it was refused, for its form (`error`) or by the server,
+ * or the server ends, and `want` is what comes next. */
+static int export_asked(struct view *v, uint32_t option, uint32_t error, const uint8_t *name,
+                        uint32_t len, enum handshake_want *want)
+{
+    *want = HANDSHAKE_BYTES;
+    if (error) {
+        is_refused(v, option, error);
+        return -1;
+    }
+    int export = export_at(name, len);
+    if (server_stops(v, option)) {
+        *want = HANDSHAKE_CLOSE;
+        return -1;
+    }
+    if (export_status(export) != ST_OK) {
+        is_refused(v, option, error_of(export_status(export)));
+        return -1;
+    }
+    return export;
+}
+
 static enum handshake_want saw_info(struct view *v, uint32_t option, const uint8_t *data,
                                     uint32_t len)
 {
@@ -458,17 +480,10 @@ static enum handshake_want saw_info(struct view *v, uint32_t option, const uint8
         error = string(&p, end, &name, &name_len);
     if (!error && (end - p < 2 || end - p != 2 + 2 * (long)get_be16(p)))
         error = NBD_REP_ERR_INVALID;
-    if (error) {
-        is_refused(v, option, error);
-        return HANDSHAKE_BYTES;
-    }
-    int export = export_at(name, name_len);
-    if (server_stops(v, option))
-        return HANDSHAKE_CLOSE;
-    if (export_status(export) != ST_OK) {
-        is_refused(v, option, error_of(export_status(export)));
-        return HANDSHAKE_BYTES;
-    }
+    enum handshake_want want;
+    int export = export_asked(v, option, error, name, name_len, &want);
+    if (export < 0)
+        return want;
     saw_infos(v, option, export, p + 2, get_be16(p));
     if (option == NBD_OPT_INFO)
         return HANDSHAKE_BYTES;
@@ -521,17 +536,10 @@ static enum handshake_want saw_meta_context(struct view *v, uint32_t option, con
     }
     if (!error && p != end)
         error = NBD_REP_ERR_INVALID;
-    if (error) {
-        is_refused(v, option, error);
-        return HANDSHAKE_BYTES;
-    }
-    int export = export_at(name, name_len);
-    if (server_stops(v, option))
-        return HANDSHAKE_CLOSE;
-    if (export_status(export) != ST_OK) {
-        is_refused(v, option, error_of(export_status(export)));
-        return HANDSHAKE_BYTES;
-    }
+    enum handshake_want want;
+    int export = export_asked(v, option, error, name, name_len, &want);
+    if (export < 0)
+        return want;
     unsigned told = 0;
     for (unsigned i = 0; i < server.n_contexts; i++) {
         if (!queried(queries, end, n, contexts[i], listing))
