@@ -352,37 +352,6 @@ bool wire_has_unread(struct wire *w)
     return w->link->up.len > w->link->up.at;
 }
 
-/* There is no TLS on these. */
-void wire_begin_tls(struct wire *w, struct tls_credentials *credentials)
-{
-    (void)w, (void)credentials;
-    CHECK(!"TLS without credentials");
-}
-
-enum status wire_handshake(struct wire *w, struct err *e)
-{
-    (void)w, (void)e;
-    return ST_UNSUP;
-}
-
-void wire_lend(struct wire *w, bool lent)
-{
-    (void)w, (void)lent;
-    CHECK(!"TLS without credentials");
-}
-
-const struct tls_info *wire_tls_info(const struct wire *w)
-{
-    (void)w;
-    return NULL;
-}
-
-const char *wire_tls_trouble(const struct wire *w)
-{
-    (void)w;
-    return NULL;
-}
-
 static void link_settle(struct link *l)
 {
     if (!l->freed || l->wire || !l->was_accepted)

@@ -738,38 +738,6 @@ ssize_t wire_send(struct wire *w, struct iovec *iov, size_t n)
     return (ssize_t)sent;
 }
 
-/* There is no TLS on simulated wires. */
-void wire_begin_tls(struct wire *w, struct tls_credentials *credentials)
-{
-    (void)w, (void)credentials;
-    CHECK(!"TLS in the simulator");
-}
-
-enum status wire_handshake(struct wire *w, struct err *e)
-{
-    (void)w, (void)e;
-    CHECK(!"TLS in the simulator");
-    return ST_UNSUP;
-}
-
-void wire_lend(struct wire *w, bool lent)
-{
-    (void)w, (void)lent;
-    CHECK(!"TLS in the simulator");
-}
-
-const struct tls_info *wire_tls_info(const struct wire *w)
-{
-    (void)w;
-    return NULL;
-}
-
-const char *wire_tls_trouble(const struct wire *w)
-{
-    (void)w;
-    return NULL;
-}
-
 void wire_close(struct wire *w)
 {
     struct end *e = w->end;
