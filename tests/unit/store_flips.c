@@ -503,6 +503,38 @@ static void child_reopen(void)
     _exit(0);
 }
 
+/* Reads on an open store whose data.mdb ends early, which to a map is what a disk is that gives an
+ * error; and again when all of it is back. */
+static void child_cut(void)
+{
+    struct test_store t = {0};
+    snprintf(t.dir, sizeof t.dir, "%s", dir);
+    snprintf(t.uri, sizeof t.uri, "lmdb:%s", dir);
+    test_env_start(&t.env);
+    test_store_reopen(&t);
+    char path[240];
+    snprintf(path, sizeof path, "%s/data.mdb", dir);
+    int fd = open(path, O_RDWR);
+    struct stat sb;
+    assert_int_equal(fstat(fd, &sb), 0);
+    uint8_t *all = mem_alloc((size_t)sb.st_size);
+    assert_int_equal(pread(fd, all, (size_t)sb.st_size, 0), sb.st_size);
+    while (report->next < n_cases) {
+        const struct damage *d = &cases[report->next++];
+        alarm(CHILD_LIMIT_S);
+        off_t at = (off_t)d->page * PAGE + d->bit / 8;
+        assert_int_equal(ftruncate(fd, at), 0);
+        read_all(&t, &model);
+        assert_int_equal(pwrite(fd, all + at, (size_t)(sb.st_size - at), at), sb.st_size - at);
+        uint64_t refused = report->refused;
+        read_all(&t, &model);
+        assert_int_equal(report->refused, refused);
+    }
+    free(all);
+    store_close(t.store);
+    _exit(0);
+}
+
 /* ---- the parent ---- */
 
 static void file_copy(const char *name, size_t max)
@@ -652,6 +684,19 @@ static void test_a_commit_through_damage_makes_it_no_worse(void **state)
     reopened("flips in a store that is opened, changed and opened again");
 }
 
+static void test_what_the_disk_cant_give_is_an_error(void **state)
+{
+    (void)state;
+    n_cases = 0;
+    for (uint32_t page = 2; page < n_pages; page += 1 + (uint32_t)chance_below(&chance, 2 * slow()))
+        case_add((struct damage){.page = page, .bit = (uint32_t)chance_below(&chance, 2) * PAGE * 4,
+                                 .old = -1});
+    memset(report, 0, sizeof *report);
+    child_run(child_cut);
+    judged("files that end early under an open store");
+    assert_int_equal(report->next, n_cases);
+}
+
 /* Makes the copy one of a store from before there were seals. */
 static void seals_disown(void)
 {
@@ -708,6 +753,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_flip_is_never_read_as_something_else),
         cmocka_unit_test(test_a_torn_page_is_never_read_as_something_else),
+        cmocka_unit_test(test_what_the_disk_cant_give_is_an_error),
         cmocka_unit_test(test_a_commit_through_damage_makes_it_no_worse),
         cmocka_unit_test(test_a_store_without_seals_is_served_as_before),
     };

@@ -241,6 +241,7 @@ static int env_begin(struct lm *lm)
 {
     /* Address space may be limited; the map need only be as large as the index grows. */
     int rc = ENOMEM;
+    lm_touch_begin();
     for (uint64_t size = MAP_BYTES_MAX; rc == ENOMEM && size >= MAP_BYTES_MIN; size /= 2)
         rc = env_try(lm, size);
     return rc;

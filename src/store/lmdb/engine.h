@@ -176,6 +176,16 @@ ssize_t lm_seal_pwrite(int fd, const void *data, size_t len, off_t at);
 ssize_t lm_seal_writev(int fd, const struct iovec *iov, int n_iov);
 void *lm_seal_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset);
 
+/* ---- touch.c ---- */
+
+/* Has lm_touch() wait for SIGBUS, in the whole process; what it does not wait for goes where it went
+ * before. Whenever a map is made; any thread. */
+void lm_touch_begin(void);
+
+/* Brings `len` bytes at `p`, the beginning of a page of LMDB's map, in. False: the disk does not give
+ * them, or the file ends before. Any thread. */
+bool lm_touch(const uint8_t *p, size_t len);
+
 /* ---- tree.c ---- */
 
 enum lm_db { LM_DB_STORE, LM_DB_KEYS, LM_DB_LOGS, LM_DB_FREE, LM_DB_HOLES, LM_DB_PENDING, LM_DBS,

@@ -55,8 +55,8 @@ void lm_tree_free(struct lm_tree *t)
 void lm_tree_report(struct lm_tree *t, uint64_t page)
 {
     if (lm_may_tell(&t->lm->damage_told_ns, DAMAGE_TELL_NS))
-        log_error("store %s: page %" PRIu64 " of data.mdb is damaged; what lies below it can't be "
-                  "read or changed: restore the store from a backup",
+        log_error("store %s: page %" PRIu64 " of data.mdb is damaged, or the disk can't read it; what "
+                  "lies below it can't be read or changed: restore the store from a backup",
                   t->lm->dir, page);
 }
 
@@ -79,6 +79,8 @@ static const uint8_t *page_get(struct lm_tree *t, uint64_t page, unsigned flags)
         return damaged(t, page);
     const uint8_t *p = t->lm->map + page * len;
     uint64_t *slot = &t->whole[page & t->whole_mask], mark = (uint64_t)t->turn << 32 | page;
+    if (*slot != mark && !lm_touch(p, len))
+        return damaged(t, page);
     if (get_le16(p + LM_PAGE_FLAGS_AT) != flags)
         return damaged(t, page);
     if (*slot == mark)
@@ -127,10 +129,13 @@ static enum status big_value(struct lm_tree *t, const struct node *n, bool check
     if (page < 2 || page > t->last_page)
         return damaged(t, page), ST_IO;
     const uint8_t *p = t->lm->map + page * bytes;
+    if (!lm_touch(p, bytes))
+        return damaged(t, page), ST_IO;
     uint64_t pages = get_le32(p + LM_PAGE_LOWER_AT);
     if (get_le64(p) != page || get_le16(p + LM_PAGE_FLAGS_AT) != LM_PAGE_OVERFLOW || pages == 0 ||
         pages > t->last_page - page + 1 ||
-        LM_PAGE_HEADER_BYTES + (uint64_t)n->data_len > pages * bytes)
+        LM_PAGE_HEADER_BYTES + (uint64_t)n->data_len > pages * bytes ||
+        !lm_touch(p, pages * bytes))
         return damaged(t, page), ST_IO;
     if (check && t->lm->sealed && !lm_seal_run_fits(p, pages * bytes))
         return damaged(t, page), ST_IO;
