@@ -123,3 +123,50 @@ def test_the_service_may_end_a_command_of_root(place):
         command.kill()
         command.stdout.close()
         command.wait()
+
+
+LINKED = ["bell", "processes", "reserve", "blocks", "data.mdb", "lock.mdb", "making"]
+
+
+@pytest.mark.parametrize("content", [b"", b"root's\n", None], ids=["empty", "a line", "missing"])
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_leads_root_to_nobody_elses_file(place, name, content):
+    """Who has the store, has not root's files, whatever he puts in the place of his own."""
+    root(place, "create", "v", "8M")
+    target = place.parent / "target"
+    if content is not None:
+        target.write_bytes(content)
+        target.chmod(0o600)
+    (place / name).unlink(missing_ok=True)
+    (place / name).symlink_to(target)
+    for words in (["list"], ["create", "w", "8M"]):
+        root(place, *words, check=False)
+        if content is None:
+            assert not target.exists()
+        else:
+            stat = target.stat()
+            assert (stat.st_uid, stat.st_mode & 0o777) == (0, 0o600)
+            assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["session", "log"])
+def test_a_link_leads_root_to_no_other_folder(place, name):
+    """Sessions and logs are made with root's rights."""
+    root(place, "create", "v", "8M")
+    target = place.parent / "target"
+    target.mkdir()
+    (place / name).rename(place.parent / f"old-{name}")
+    (place / name).symlink_to(target)
+    result = root(place, "create", "w", "8M", check=False)
+    assert result.returncode == 4 and not list(target.iterdir())
+
+
+def test_root_has_a_way_that_the_user_has_not(folder):
+    """Of the store, that is; the files in it are the user's."""
+    place = folder / "store"
+    place.mkdir(mode=0o700)
+    os.chown(place, USER, USER)
+    folder.chmod(0o700)
+    root(place, "create", "v", "8M")
+    root(place, "snapshot", "create", "v@s")
+    assert not strangers(place)

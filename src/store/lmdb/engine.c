@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/fsuid.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -108,6 +109,30 @@ void lm_file_adopt(const struct lm *lm, int fd)
     (void)fchmod(fd, lm->mode);
 }
 
+/* setfsuid() tells no errors, and a number that no user has changes nothing: so it is asked. */
+static bool files_as(uid_t uid, gid_t gid)
+{
+    setfsgid(gid);
+    setfsuid(uid);
+    return (uid_t)setfsuid((uid_t)-1) == uid;
+}
+
+bool lm_owner_begin(const struct lm *lm)
+{
+    if (geteuid() != 0 || lm->uid == 0 || (uid_t)setfsuid((uid_t)-1) == lm->uid)
+        return false;
+    if (files_as(lm->uid, lm->gid))
+        return true;
+    lm_owner_end(true);
+    return false;
+}
+
+void lm_owner_end(bool begun)
+{
+    if (begun)
+        (void)files_as(geteuid(), getegid());
+}
+
 /* Files that LMDB makes itself. */
 static void adopt_by_name(const struct lm *lm, const char *name)
 {
@@ -130,8 +155,13 @@ static int env_try(struct lm *lm, size_t map_bytes)
         rc = mdb_env_set_maxreaders(lm->mdb, READERS_MAX);
     if (!rc)
         rc = mdb_env_set_maxdbs(lm->mdb, NAMED_DBS_MAX);
-    if (!rc)
-        rc = mdb_env_open(lm->mdb, lm->dir, MDB_NORDAHEAD | MDB_NOTLS, lm->mode);
+    if (!rc) {
+        /* The owner may have no way there by the folder's name, where only root has one. */
+        char here[40];
+        bool as_owner = geteuid() == 0 && lm->uid != 0;
+        snprintf(here, sizeof here, "/proc/self/fd/%d", lm->dir_fd);
+        rc = mdb_env_open(lm->mdb, as_owner ? here : lm->dir, MDB_NORDAHEAD | MDB_NOTLS, lm->mode);
+    }
     if (!rc) {
         mdb_filehandle_t fd;
         mdb_env_get_fd(lm->mdb, &fd);
@@ -470,6 +500,13 @@ static int subfolder_open(struct lm *lm, const char *name)
     int fd = openat(lm->dir_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 && errno == ENOENT)
         errno = why;
+    struct stat sb;
+    if (fd >= 0 && geteuid() == 0 && lm->uid != 0 && fstat(fd, &sb) == 0 && sb.st_uid != lm->uid) {
+        /* Root makes files there, so a link must not lead it to a folder of somebody else. */
+        close(fd);
+        errno = EPERM;
+        return -1;
+    }
     return fd;
 }
 
@@ -676,7 +713,7 @@ static enum status small_files_open(struct lm *lm, struct err *e)
     if (lm->session_fd >= 0 && lm->log_fd < 0)
         lm->log_fd = subfolder_open(lm, "log");
     if (lm->log_fd >= 0 && lm->bell_fd < 0)
-        lm->bell_fd = openat(lm->dir_fd, "bell", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+        lm->bell_fd = openat(lm->dir_fd, "bell", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (lm->bell_fd < 0)
         return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,
                     "cannot write in the folder %s: %s", lm->dir, strerror(errno));
@@ -832,6 +869,8 @@ static enum status lm_open(const char *rest, const struct store_options *options
         st = registered(lm, e);
     if (!st)
         belong_to_owner(lm);
+    /* The threads go on so. */
+    bool as_owner = !st && lm_owner_begin(lm);
     if (!st)
         st = folder_lock(lm, e);
     if (!st)
@@ -840,6 +879,7 @@ static enum status lm_open(const char *rest, const struct store_options *options
         st = lm_commit_thread_start(lm, e);
     if (!st)
         st = lm_minder_start(lm, e);
+    lm_owner_end(as_owner);
     if (lm->dir_fd >= 0)
         flock(lm->dir_fd, LOCK_UN);
     if (st) {

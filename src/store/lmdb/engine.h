@@ -318,6 +318,13 @@ enum status lm_status(int rc);
  * right to do it the file belongs to whoever runs. */
 void lm_file_adopt(const struct lm *lm, int fd);
 
+/* Where root works on the store of a user: from here to the end this thread opens files with that
+ * user's rights. Who owns the folder may put a link in the place of any file, and nothing that the
+ * user could not open himself may be opened, given to him or written for him. Returns whether there
+ * is something to end. */
+bool lm_owner_begin(const struct lm *lm);
+void lm_owner_end(bool begun);
+
 /* `id` in hex. */
 void lm_id_text(const uint8_t id[STORE_ID_BYTES], char text[LM_ID_TEXT_BYTES]);
 

@@ -524,7 +524,7 @@ static int spare_take(struct lm *lm, const char *name, uint64_t bytes)
 {
     if (renameat(lm->log_fd, "spare", lm->log_fd, name) < 0)
         return -1;
-    int fd = openat(lm->log_fd, name, O_RDWR | O_CLOEXEC);
+    int fd = openat(lm->log_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     struct stat sb;
     if (fd >= 0 && fstat(fd, &sb) == 0 && (uint64_t)sb.st_size == bytes)
         return fd;

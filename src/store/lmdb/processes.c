@@ -84,7 +84,8 @@ static enum status slot_take(struct lm *lm, struct err *e)
 
 enum status lm_processes_open(struct lm *lm, struct err *e)
 {
-    lm->processes_fd = openat(lm->dir_fd, "processes", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    lm->processes_fd = openat(lm->dir_fd, "processes",
+                              O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     struct stat sb;
     if (lm->processes_fd < 0 || fstat(lm->processes_fd, &sb) < 0)
         return fail(e, errno == ENOSPC || errno == EDQUOT ? ST_NOSPC : ST_UNAVAIL,

@@ -179,7 +179,7 @@ enum status lm_log_replay(struct store *store, uint64_t log_id, uint64_t stream,
                     st == ST_NOTFOUND ? "has no" : "has a damaged record of", log_id);
     char name[24];
     snprintf(name, sizeof name, "%016" PRIx64, log_id);
-    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
+    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return fail(e, errno == ENOENT ? ST_NOTFOUND : ST_IO,
                     "cannot open the write log %s/log/%s: %s", lm->dir, name, strerror(errno));
@@ -361,7 +361,7 @@ enum status lm_log_copy(struct lm *lm, uint64_t id, int to_fd, struct lm_log_sta
                    : fail(e, st, "the record of write log %016" PRIx64 " is damaged", id);
     char name[24];
     snprintf(name, sizeof name, "%016" PRIx64, id);
-    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC);
+    int fd = openat(lm->log_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     uint64_t header_id, capacity;
     uint8_t session[STORE_ID_BYTES];
     if (fd < 0 || lm_log_header_read(fd, &header_id, session, &capacity) || header_id != id ||

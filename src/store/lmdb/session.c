@@ -41,7 +41,7 @@ static struct flock whole_file(short type)
  * told (errno). */
 static int name_locked(struct lm *lm, const char *name)
 {
-    int fd = openat(lm->session_fd, name, O_RDWR | O_CLOEXEC);
+    int fd = openat(lm->session_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return errno == ENOENT ? 0 : -1;
     struct flock fl = whole_file(F_WRLCK);
@@ -164,7 +164,7 @@ enum status lm_session_kill(struct store *store, const uint8_t id[STORE_ID_BYTES
     struct lm *lm = lm_of(store);
     char name[LM_ID_TEXT_BYTES], text[64] = "";
     lm_id_text(id, name);
-    int fd = openat(lm->session_fd, name, O_RDONLY | O_CLOEXEC);
+    int fd = openat(lm->session_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0)
         return errno == ENOENT ? ST_OK
                                : fail(e, ST_UNAVAIL, "cannot read %s/session/%s: %s", lm->dir, name,
