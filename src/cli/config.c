@@ -13,8 +13,9 @@ static enum status take_line(struct config *c, char *text, unsigned line, struct
     if (text[0] == '\0' || text[0] == '#')
         return ST_OK;
     if (!equals)
-        return fail(e, ST_INVAL, "%s:%u: \"%.64s\" is not of the form \"name = value\"", c->file,
-                    line, text);
+        /* (Which line says enough: a file of keys may have been given by mistake.) */
+        return fail(e, ST_INVAL, "%s:%u: this line is not of the form \"name = value\"", c->file,
+                    line);
     *equals = '\0';
     char *key = textfile_trim(text), *value = textfile_trim(equals + 1);
     if (key[0] == '\0')

@@ -328,8 +328,10 @@ static enum status parse_client(const struct parser *p, struct rule *r, const ch
             return parse_user(p, r, r->name);
         return r->kind == CLIENT_ADDRESS ? parse_address(p, r, r->name) : ST_OK;
     }
-    return bad(p, "\"%.64s\" is no client: a line begins with user:, address:, cn:, dn: or psk: "
-               "and a name, or with any", word);
+    /* Nothing behind a colon: a file of pre-shared keys may have been given by mistake. */
+    int len = (int)strcspn(word, ":") + (strchr(word, ':') != NULL);
+    return bad(p, "\"%.*s\" is no client: a line begins with user:, address:, cn:, dn: or psk: "
+               "and a name, or with any", len < 64 ? len : 64, word);
 }
 
 /* A name as volumes and snapshots have them, with * for any text. */

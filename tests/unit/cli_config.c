@@ -56,7 +56,7 @@ static void what_is_wrong_is_named_with_its_line(void **state)
 {
     (void)state;
     static const char *const wrong[][2] = {
-        {"a = b\nc\n", "F:2: \"c\" is not of the form"}, {"= b", "F:1: there is no name"},
+        {"a = b\nc\n", "F:2: this line is not of the form"}, {"= b", "F:1: there is no name"},
         {"\n\na =\n", "F:3: \"a\" has no value"}, {"a = \x1b\n", "F:1: there is a control char"}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         struct config c;

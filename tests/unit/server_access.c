@@ -239,6 +239,7 @@ static void what_is_wrong_is_named_with_its_line(void **state)
     (void)state;
     static const char *const wrong[][2] = {
         {"any rw v\nall rw v\n", "F:2: \"all\" is no client"},
+        {"alice:0123456789abcdef\n", "F:1: \"alice:\" is no client"},
         {"any\n", "F:1: behind the client stands ro"},
         {"any # ro v\n", "F:1: behind the client stands ro"},
         {"any read v\n", "F:1: behind the client stands ro (read only) or rw (read and write), not"},
