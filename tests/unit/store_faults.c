@@ -6,6 +6,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include "store_test.h"
@@ -14,6 +16,7 @@
 static const char *_Atomic fail_sync_of;
 static const char *_Atomic fail_sync_write_of; /* only writes to descriptors that sync */
 static _Atomic int fail_times;
+static _Atomic int fail_opens; /* so many of "blocks", to read it */
 
 static bool is_file(int fd, const char *end)
 {
@@ -66,9 +69,41 @@ ssize_t double_pwrite64(int fd, const void *data, size_t len, off_t at)
     return write_and_refuse(fd, data, len, at);
 }
 
+int double_openat(int at, const char *path, int flags, ...) __asm__("openat");
+int double_openat64(int at, const char *path, int flags, ...) __asm__("openat64");
+
+static int open_or_refuse(int at, const char *path, int flags, mode_t mode)
+{
+    if ((flags & O_ACCMODE) == O_RDONLY && strcmp(path, "blocks") == 0 &&
+        fail_opens > 0 && fail_opens-- > 0) {
+        errno = EMFILE;
+        return -1;
+    }
+    return (int)syscall(SYS_openat, at, path, flags, mode);
+}
+
+int double_openat(int at, const char *path, int flags, ...)
+{
+    va_list args;
+    va_start(args, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(args, mode_t) : 0;
+    va_end(args);
+    return open_or_refuse(at, path, flags, mode);
+}
+
+int double_openat64(int at, const char *path, int flags, ...)
+{
+    va_list args;
+    va_start(args, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(args, mode_t) : 0;
+    va_end(args);
+    return open_or_refuse(at, path, flags, mode);
+}
+
 static int begin(void **state)
 {
     fail_sync_of = fail_sync_write_of = NULL;
+    fail_opens = 0;
     return test_begin(state, false);
 }
 
@@ -149,6 +184,24 @@ static void test_meta_write_fails(void **state)
         assert_int_equal(set_body(t, "k", 3), ST_OK);
         expect_body(t, "k", 3);
     }
+}
+
+/* The same where LMDB can't be opened again at once, for want of descriptors: it is tried again,
+ * and the store goes on. */
+static void test_reopen_fails(void **state)
+{
+    struct test_store *t = *state;
+    assert_int_equal(set_body(t, "k", 1), ST_OK);
+    fail_sync_write_of = "/data.mdb";
+    fail_times = 2;
+    fail_opens = 2;
+    enum status st = set_body(t, "k", 2);
+    assert_int_equal(fail_times, 0);
+    assert_int_equal(fail_opens, 0);
+    assert_true(st == ST_OK || st == ST_IO);
+    expect_body(t, "k", st == ST_OK ? 2 : 1);
+    assert_int_equal(set_body(t, "k", 3), ST_OK);
+    expect_body(t, "k", 3);
 }
 
 static void flip(const char *path, uint64_t at, uint8_t mask)
@@ -354,6 +407,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_payload_sync_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_index_sync_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_meta_write_fails, begin, end),
+        cmocka_unit_test_setup_teardown(test_reopen_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_flips_in_an_index_page, begin, end),
         cmocka_unit_test_setup_teardown(test_truncated_data_file, begin, end),
         cmocka_unit_test_setup_teardown(test_index_cut_short, begin, end),

@@ -87,7 +87,7 @@ struct lm {
     struct lm_reader *readers;
     unsigned n_readers_idle, n_readers_out;
     bool closed;
-    _Atomic bool broken; /* LMDB could not be brought back: nothing works any more */
+    _Atomic bool broken; /* LMDB could not be brought back: nothing works until it is */
 
     /* Reads that no thread has taken, and the threads, made when they are needed. */
     pthread_mutex_t read_lock;

@@ -132,15 +132,13 @@ enum status lm_read_begin_now(struct lm *lm, struct lm_reader **out)
 enum status lm_read_begin(struct lm *lm, struct lm_reader **out)
 {
     *out = NULL;
-    if (atomic_load(&lm->broken))
-        return ST_UNAVAIL;
     int rc;
     enum status st = read_try(lm, out, &rc);
     uint64_t since_ns = rc == MDB_PANIC ? lm_now_ns() : 0;
     /* LMDB gives nothing away after a commit of which it does not know whether it happened. The
-     * commit thread finds out, and reads wait for that. */
-    while (rc == MDB_PANIC && !atomic_load(&lm->broken) &&
-           lm_now_ns() - since_ns < SETTLING_NS_MAX) {
+     * commit thread finds out, also where it can't open LMDB again at once, and reads wait for
+     * that. */
+    while (rc == MDB_PANIC && lm_now_ns() - since_ns < SETTLING_NS_MAX) {
         usleep(SETTLING_LOOK_US);
         st = read_try(lm, out, &rc);
     }
@@ -265,10 +263,10 @@ enum status lm_reopen(struct lm *lm)
     lm_env_close(lm);
     struct err e = {0};
     enum status st = lm_env_open(lm, false, &e);
-    if (st) {
+    if (st)
         log_error("cannot open the store %s again: %s", lm->dir, e.text);
-        atomic_store(&lm->broken, true);
-    }
+    /* (What was in the way may go: whoever is told tries again.) */
+    atomic_store(&lm->broken, st != ST_OK);
     pthread_mutex_lock(&lm->env_lock);
     lm->closed = false;
     pthread_cond_broadcast(&lm->env_cond);
