@@ -204,6 +204,22 @@ static void test_reopen_fails(void **state)
     expect_body(t, "k", 3);
 }
 
+/* A data file that can't be opened is no reason to call the store damaged. */
+static void test_data_file_not_opened(void **state)
+{
+    struct test_store *t = *state;
+    store_close(t->store);
+    t->store = NULL;
+    char uri[320];
+    snprintf(uri, sizeof uri, "lmdb:%s", t->dir);
+    struct err e = {0};
+    fail_opens = 1;
+    assert_int_equal(store_open(uri, &(struct store_options){.lease_ms = LEASE_MS}, &t->store, &e),
+                     ST_UNAVAIL);
+    assert_non_null(strstr(e.text, "blocks: Too many open files"));
+    test_store_reopen(t);
+}
+
 static void flip(const char *path, uint64_t at, uint8_t mask)
 {
     int fd = open(path, O_RDWR | O_CLOEXEC);
@@ -408,6 +424,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_index_sync_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_meta_write_fails, begin, end),
         cmocka_unit_test_setup_teardown(test_reopen_fails, begin, end),
+        cmocka_unit_test_setup_teardown(test_data_file_not_opened, begin, end),
         cmocka_unit_test_setup_teardown(test_flips_in_an_index_page, begin, end),
         cmocka_unit_test_setup_teardown(test_truncated_data_file, begin, end),
         cmocka_unit_test_setup_teardown(test_index_cut_short, begin, end),

@@ -74,13 +74,18 @@ enum status lm_datafile_look(struct lm *lm, struct err *e)
 {
     lm->sealed = false;
     int fd = openat(lm->dir_fd, "blocks", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    if (fd < 0 && errno == ENOENT)
         return ST_OK; /* missed, or made, later */
+    if (fd < 0)
+        return fail(e, ST_UNAVAIL, "cannot open %s/blocks: %s", lm->dir, strerror(errno));
     uint8_t header[HEADER_HASHED_BYTES + 8];
     ssize_t n = pread(fd, header, sizeof header, 0);
+    int why = errno;
     close(fd);
     if (n == 0)
         return ST_OK;
+    if (n < 0)
+        return fail(e, ST_UNAVAIL, "cannot read %s/blocks: %s", lm->dir, strerror(why));
     if (n != (ssize_t)sizeof header || memcmp(header, magic, sizeof magic) != 0 ||
         get_le64(header + 32) != hash64(header, HEADER_HASHED_BYTES, 0))
         return fail(e, ST_FORMAT,

@@ -380,6 +380,8 @@ static enum status metas_check(struct lm *lm, struct err *e)
 {
     int fd = openat(lm->dir_fd, "data.mdb", O_RDONLY | O_CLOEXEC);
     struct stat sb;
+    if (fd < 0 && errno != ENOENT)
+        return fail(e, ST_UNAVAIL, "cannot open %s/data.mdb: %s", lm->dir, strerror(errno));
     if (fd < 0 || fstat(fd, &sb) < 0 || sb.st_size == 0) {
         if (fd >= 0)
             close(fd);

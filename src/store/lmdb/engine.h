@@ -493,7 +493,7 @@ void lm_claims_publish(struct lm *lm, const struct lm_claims *claims, bool commi
 /* ---- datafile.c ---- */
 
 /* Reads in the first unit of the data file whether the store has seals; without that file it has
- * none. ST_FORMAT. */
+ * none. ST_FORMAT, ST_UNAVAIL. */
 enum status lm_datafile_look(struct lm *lm, struct err *e);
 
 /* Opens or makes the data file. */
