@@ -1259,8 +1259,9 @@ static void check_drained(struct lane *lane)
 }
 
 /* A client that stops in the middle of a payload keeps memory from others. So does one that
- * only trickles: while others wait, a piece has to be whole in a part of that time. */
-static bool has_stalled(struct conn *c, unsigned timeout_ms)
+ * only trickles: while others wait, a piece has to be whole in a part of that time. Which of these
+ * has run out; 0: none. */
+static unsigned stalled_ms(struct conn *c, unsigned timeout_ms)
 {
     bool inside = c->receive == RECEIVE_GRANTED || c->receive == RECEIVE_BUFFERS;
     if (!inside || c->received != c->received_seen)
@@ -1269,8 +1270,11 @@ static bool has_stalled(struct conn *c, unsigned timeout_ms)
     if (!inside || c->grants != c->grants_seen || !shard_writers_wait(c->lane->shard))
         c->held_ticks = 0;
     c->grants_seen = c->grants;
-    return inside && (c->idle_ticks++ >= timeout_ms / TICK_MS ||
-                      c->held_ticks++ >= timeout_ms / TRICKLE_PART / TICK_MS);
+    if (!inside)
+        return 0;
+    if (c->idle_ticks++ >= timeout_ms / TICK_MS)
+        return timeout_ms;
+    return c->held_ticks++ >= timeout_ms / TRICKLE_PART / TICK_MS ? timeout_ms / TRICKLE_PART : 0;
 }
 
 /* Whether a connection was paused for so long that its client may have sent the same again on
@@ -1310,12 +1314,13 @@ static void lane_tick(struct env_timer *timer)
                                    "client %s: closed after it had to wait for %u ms: its volume "
                                    "has another connection, where it may have sent the same again",
                                    c->peer.address, limits->pause_close_ms);
-            if (has_stalled(c, limits->receive_timeout_ms)) {
+            unsigned stalled = stalled_ms(c, limits->receive_timeout_ms);
+            if (stalled) {
                 if (lane_may_log(lane, LINE_CLOSED))
                     log_client_warning(c->peer.address, volume_name(c->vol),
-                                       "client %s: closed: the rest of a write did not come for "
-                                       "%u ms",
-                                       c->peer.address, limits->receive_timeout_ms);
+                                       "client %s: closed: the rest of a write did not come "
+                                       "within %u ms",
+                                       c->peer.address, stalled);
                 conn_die(c, "half a write");
             }
             if (stale || give_up)

@@ -48,6 +48,9 @@ def test_G6_trickling_writers_do_not_stop_others(tmp_path):
             # What was half sent never took effect (G3).
             assert h.pread(4096, 0) == bytes(4096)
             h.shutdown()
+            # The log says which limit it was.
+            assert "the rest of a write did not come within 10000 ms" in server.log()
+            assert "30000 ms" not in server.log()
         finally:
             stop.set()
             thread.join()
