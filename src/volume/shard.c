@@ -264,14 +264,20 @@ void shard_seal_for_room(struct shard *s)
     }
 }
 
-/* Whose turn it is. Writes that wait for a read of their volume hold nobody else up. */
+/* Whether all writes of a volume wait for something of its own: a read, or its commits. Those may
+ * fail for as long as what is damaged of it is. */
+static bool waits_for_itself(const struct volume *vol)
+{
+    return (vol->reads_first || vol->gens_queued >= GENERATIONS_QUEUED_MAX) && !vol->lost;
+}
+
+/* Whose turn it is. Writes that wait for their own volume hold nobody else up. */
 static struct vol_io *next_writer(struct shard *s, bool needs_no_space)
 {
     list_for_each(l, &s->write_waiters)
     {
         struct vol_io *io = container_of(l, struct vol_io, link);
-        if ((!io->vol->reads_first || io->vol->lost) &&
-            (!needs_no_space || write_needs_no_space(io)))
+        if (!waits_for_itself(io->vol) && (!needs_no_space || write_needs_no_space(io)))
             return io;
     }
     return NULL;
