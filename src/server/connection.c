@@ -1330,6 +1330,7 @@ static void lane_tick(struct env_timer *timer)
     metrics_tick(&lane->metrics, env_now_ns(lane->env));
     for (unsigned i = 0; i < LANE_LINES; i++)
         log_limit_tick(&lane->lines[i], env_now_ns(lane->env));
+    shard_tell_left_out(lane->shard);
     if (lane->no == 0 && lane->server->tick)
         lane->server->tick(lane->server);
     check_drained(lane);

@@ -338,13 +338,14 @@ static void fetch_read(struct store_read *read, enum status st)
         e->fetching = false;
         if (!b->ok && !e->full && st != ST_UNAVAIL) {
             vol->stats.hash_errors++;
-            log_volume_error(vol->name, "volume %s: block %llu can't be read: %s", vol->name,
-                             (unsigned long long)(f->first + i),
-                             st != ST_OK                   ? status_text(st)
-                             : f->gets[b->get].st == ST_OK ? "its hash does not match"
-                             : f->gets[b->get].st == ST_NOTFOUND
-                                 ? "the index names it and the store lacks it"
-                                 : status_text(f->gets[b->get].st));
+            if (log_limit_may(&vol->shard->unread, env_now_ns(vol->shard->env), 1))
+                log_volume_error(vol->name, "volume %s: block %llu can't be read: %s", vol->name,
+                                 (unsigned long long)(f->first + i),
+                                 st != ST_OK                   ? status_text(st)
+                                 : f->gets[b->get].st == ST_OK ? "its hash does not match"
+                                 : f->gets[b->get].st == ST_NOTFOUND
+                                     ? "the index names it and the store lacks it"
+                                     : status_text(f->gets[b->get].st));
         }
         if (e->full || (b->ok && !b->mask.len))
             blk_complete(vol, e, b->buf);

@@ -29,6 +29,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/loglimit.h"
 #include "base/mem.h"
 #include "store/log.h"
 #include "volume/ancestry.h"
@@ -124,6 +125,7 @@ struct shard {
     struct env_timer tick_timer;
     bool tick_running, timeout_told;
     struct list fetches, walks; /* loads that somebody waits for; see fetch.c, extents.c */
+    struct log_limit unread;    /* lines about blocks that can't be read, as often as one reads */
 };
 
 struct gen_range {

@@ -18,6 +18,7 @@
 /* So much, where the store has nothing to do, is committed at this age already: a snapshot, a
  * flush without a log and whoever takes over wait for all that is not committed. */
 #define SEAL_EARLY_MS 100u
+#define UNREAD_LINES_MAX 50u /* in LOG_LIMIT_WINDOW_NS */
 
 static bool is_old(const struct shard *s, const struct volume *vol)
 {
@@ -123,6 +124,9 @@ enum status shard_new(const struct shard_config *config, struct shard **out, str
     s->commit_bytes_max = s->store->limits.commit_bytes_max;
     CHECK(s->commit_bytes_max >= COMMIT_BYTES_MIN);
     s->rows.bytes_max = max_u64(config->cache_bytes / 16, 2u << 20);
+    s->unread = (struct log_limit){.what = "blocks that can't be read",
+                                   .level = LOG_LEVEL_ERROR,
+                                   .lines_max = UNREAD_LINES_MAX};
     list_init(&s->rows.lru);
     list_init(&s->volumes);
     list_init(&s->write_waiters);
@@ -168,6 +172,11 @@ void shard_free(struct shard *s)
     blocks_destroy(&s->blocks);
     buf_pool_free(s->pool);
     free(s);
+}
+
+void shard_tell_left_out(struct shard *s)
+{
+    log_limit_tick(&s->unread, env_now_ns(s->env));
 }
 
 void shard_wait_no_more(struct shard *s)

@@ -372,4 +372,7 @@ struct shard_memory {
 };
 void shard_get_memory(const struct shard *shard, struct shard_memory *memory);
 
+/* Says how many log lines were left out, if any were. Now and then. */
+void shard_tell_left_out(struct shard *shard);
+
 #endif

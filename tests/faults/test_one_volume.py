@@ -1,5 +1,5 @@
 """What is damaged of one volume is no other volume's trouble: those that share a thread with it are
-read and written as ever.
+read and written as ever, and what is logged of it is bounded.
 """
 
 import random
@@ -55,6 +55,32 @@ def damage_keys(store, prefix):
                 f.write(bytes([data[at + PAGE - 1] ^ 1]))
                 n += 1
     return n
+
+
+@pytest.mark.limit(60)
+def test_a_client_that_reads_damage_on_and_on_does_not_fill_the_log(tmp_path):
+    with Server(tmp_path, {"v": "32M"}, tcp=False) as server:
+        h = connect(server, "v")
+        data = random.Random(2).randbytes(BLOCK)
+        h.pwrite(data, 0)
+        h.shutdown()
+        server.stop()
+        with open(server.store_folder / "blocks", "r+b") as f:
+            at = f.read().index(data[:PAGE])
+            f.seek(at)
+            f.write(bytes([data[0] ^ 1]))
+        server.start()
+        h = connect(server, "v")
+        for _ in range(500):
+            with pytest.raises(nbd.Error):
+                h.pread(512, 0)
+        assert 50 <= server.log().count("block 0 can't be read") <= 200
+        # And it says how much there was.
+        until = time.monotonic() + 10 * SLOW
+        while "more were not shown" not in server.log() and time.monotonic() < until:
+            time.sleep(0.2)
+        assert "blocks that can't be read: " in server.log()
+        server.stop()
 
 
 @pytest.mark.limit(120)
