@@ -815,6 +815,10 @@ static enum status files_open(struct lm *lm, unsigned flags, struct err *e)
     enum status st = create ? making_begin(lm, &making, e) : ST_OK;
     if (st)
         return st;
+    /* Whoever made it may have died before that was durable: "making" would be there again after a
+     * power cut, and have what is written from now on begun anew. (Not every file system can.) */
+    if (!making && fsync(lm->dir_fd) < 0 && errno != EINVAL && errno != EROFS)
+        return fail(e, ST_UNAVAIL, "cannot sync the folder %s: %s", lm->dir, strerror(errno));
     /* (A copy of a store may lack the second.) */
     static const char *const names[] = {"data.mdb", "lock.mdb"};
     bool fresh[2];
