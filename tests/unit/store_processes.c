@@ -10,6 +10,8 @@
 #include "store/lmdb/engine.h"
 #include "store_test.h"
 
+#define NOBODY 65534u
+
 /* The folder; each process opens the store for itself. */
 static char dir[200];
 
@@ -482,6 +484,43 @@ static void test_session_of_a_half_dead_process(void **state)
     close(fd);
 }
 
+_Noreturn static void stranger(int ready_fd)
+{
+    say_ready(ready_fd);
+    live_on(NULL);
+    _exit(0);
+}
+
+_Noreturn static void one_of_the_owner(int ready_fd)
+{
+    CHECK(setresuid(NOBODY, (uid_t)-1, (uid_t)-1) == 0); /* as belong_to_owner() has it */
+    stranger(ready_fd);
+}
+
+/* What a store says of its processes its owner can write: nobody else's is ended for it by root. */
+static void test_root_ends_only_what_the_owner_could(void **state)
+{
+    (void)state;
+    if (geteuid() != 0)
+        skip();
+    void (*const runs[])(int) = {stranger, one_of_the_owner};
+    const struct lm theirs = {.uid = NOBODY};
+    for (unsigned i = 0; i < 2; i++) {
+        int fd, status;
+        pid_t pid = child(runs[i], &fd);
+        wait_ready(fd);
+        uint64_t start_time = lm_process_start_time(pid, NULL);
+        struct err e = {0};
+        assert_int_equal(lm_process_kill(&theirs, pid, start_time, &e), i ? ST_OK : ST_PERM);
+        assert_int_equal(waitpid(pid, &status, WNOHANG), i ? pid : 0);
+        if (!i) {
+            kill(pid, SIGKILL);
+            assert_int_equal(waitpid(pid, &status, 0), pid);
+        }
+        close(fd);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -493,6 +532,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_session_killed_and_log_replayed, begin, end),
         cmocka_unit_test_setup_teardown(test_session_at_work_is_not_killed, begin, end),
         cmocka_unit_test_setup_teardown(test_session_of_a_half_dead_process, begin, end),
+        cmocka_unit_test(test_root_ends_only_what_the_owner_could),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -619,8 +619,9 @@ uint64_t lm_process_start_time(pid_t pid, char *state);
 bool lm_process_at_work(pid_t pid, uint64_t start_time);
 
 /* Ends the process `pid` that started at `start_time` and waits up to 10 s for its end.
- * ST_NOTFOUND where it is gone already. */
-enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e);
+ * ST_NOTFOUND where it is gone already. ST_PERM also where root works on a user's store and that user
+ * could not end it: who has the store writes what is believed of its processes. */
+enum status lm_process_kill(const struct lm *lm, pid_t pid, uint64_t start_time, struct err *e);
 
 /* ---- session.c ---- */
 

@@ -54,7 +54,7 @@ static void mind_lock(struct lm *lm, struct suspicion *s)
     if (now - s->since_ns < (uint64_t)lm->lease_ms * 1000000u)
         return;
     struct err e = {0};
-    enum status st = lm_process_kill(holder.pid, holder.start_time, &e);
+    enum status st = lm_process_kill(lm, holder.pid, holder.start_time, &e);
     if (st == ST_OK)
         log_warning("store %s: process %d held the writer lock for %u ms without doing anything "
                     "and was killed",

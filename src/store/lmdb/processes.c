@@ -260,7 +260,27 @@ bool lm_process_at_work(pid_t pid, uint64_t start_time)
     return now - first >= 2 || state == 'D';
 }
 
-enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e)
+/* As kill(2) has it: by the real user or the saved one. */
+static bool owner_may_end(const struct lm *lm, pid_t pid)
+{
+    if (geteuid() != 0 || lm->uid == 0)
+        return true;
+    char path[40], text[4096];
+    snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, text, sizeof text - 1) : -1;
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return false;
+    text[n] = '\0';
+    const char *line = strstr(text, "\nUid:");
+    unsigned real, effective, saved;
+    return line && sscanf(line, "\nUid: %u %u %u", &real, &effective, &saved) == 3 &&
+           (real == lm->uid || saved == lm->uid);
+}
+
+enum status lm_process_kill(const struct lm *lm, pid_t pid, uint64_t start_time, struct err *e)
 {
     if (pid <= 1 || pid == getpid())
         return fail(e, ST_INVAL, "process %d is none that could be ended", (int)pid);
@@ -273,6 +293,11 @@ enum status lm_process_kill(pid_t pid, uint64_t start_time, struct err *e)
     if (lm_process_start_time(pid, NULL) != start_time) {
         close(fd);
         return ST_NOTFOUND;
+    }
+    if (!owner_may_end(lm, pid)) {
+        close(fd);
+        return fail(e, ST_PERM, "process %d is not one of the store's owner; it was not ended",
+                    (int)pid);
     }
     /* One whose state is Z, a zombie, may be half dead only: its first thread is, and others still
      * hold its files. It is waited for as any other. */

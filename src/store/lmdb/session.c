@@ -185,7 +185,7 @@ enum status lm_session_kill(struct store *store, const uint8_t id[STORE_ID_BYTES
                     pid);
     if (lm_session_probe(store, id) == STORE_SESSION_DEAD)
         return ST_OK;
-    enum status st = lm_process_kill(pid, start_time, e);
+    enum status st = lm_process_kill(lm, pid, start_time, e);
     if (st == ST_NOTFOUND || st == ST_OK) {
         if (lm_session_probe(store, id) == STORE_SESSION_DEAD)
             return ST_OK;
