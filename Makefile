@@ -109,4 +109,4 @@ bench:
 	@/usr/bin/python3 bench/peers.py run $(BENCH)
 
 clean:
-	rm -rf $(BUILD) build-asan build-fuzz build-fuzz-coverage
+	rm -rf $(BUILD) build-asan build-tsan build-fuzz build-fuzz-coverage
