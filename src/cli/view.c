@@ -78,7 +78,11 @@ int view_drop_snapshot(struct run *run, const struct catalog_entry *entry)
                         .volume = entry->name,
                         .entry = &unused};
     memcpy(p.plan.mail.name, entry->snapshot.rec.name, sizeof p.plan.mail.name);
-    return change_volume(run, &p.plan);
+    int status = change_volume(run, &p.plan);
+    if (status != CLI_DONE)
+        cli_error("the snapshot \"%s@%s\", made for this command alone, may be there still: remove it",
+                  entry->name, entry->snapshot.rec.name);
+    return status;
 }
 
 /* --- walks ---------------------------------------------------------------------------------- */

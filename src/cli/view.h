@@ -18,7 +18,7 @@ void view_close(struct run *run, struct volume *vol);
  * finds it: entry->snapshot. On failure prints why and returns the exit status. */
 int view_snapshot(struct run *run, struct catalog_entry *entry);
 
-/* Removes it again. */
+/* Removes it again. On failure prints why, and what may be left, and returns the exit status. */
 int view_drop_snapshot(struct run *run, const struct catalog_entry *entry);
 
 #define EXTENTS_PER_ASK 1024u
