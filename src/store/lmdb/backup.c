@@ -222,12 +222,18 @@ static enum status folder_begin(struct copy *c)
                    : fail_errno(c, "look into", c->final_path);
     if (empty == 0)
         return fail(c->e, ST_EXISTS, "there is something in %s already", c->final_path);
-    if (mkdir(c->path, 0700) < 0 && errno != EEXIST)
+    bool made = mkdir(c->path, 0700) == 0;
+    if (!made && errno != EEXIST)
         return fail_errno(c, "make the folder", c->path);
+    enum status st = ST_OK;
     c->folder_fd = open(c->path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (c->folder_fd < 0)
-        return fail_errno(c, "open the folder", c->path);
-    enum status st = marker_take(c);
+    if (c->folder_fd < 0) {
+        st = fail_errno(c, "open the folder", c->path);
+        if (made)
+            (void)rmdir(c->path);
+        return st;
+    }
+    st = marker_take(c);
     if (st)
         return st;
     clear_store(c->folder_fd);
