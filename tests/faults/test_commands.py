@@ -149,7 +149,8 @@ def command_case(command):
             verdict = command == "verify" and "wrong" in done.stdout
             # One says what failed; where that failed too, others what it could not take away again.
             left = sentences and re.search(r'the snapshot "v@[^"]+", made for this command alone, '
-                                           "may be there still", sentences[-1])
+                                           r'may be there still|cannot remove "w\.importing-\w+" in',
+                                           sentences[-1])
             assert verdict or len(sentences) == 1 or left and len(sentences) <= 3, said
             # What fails although it was done, or could not be undone, is found there.
             if fault.kind not in ("rename", "unlink") or fault.how != "late":
