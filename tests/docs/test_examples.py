@@ -73,10 +73,16 @@ class Reader:
         return ended
 
     def close_last(self):
-        """As Ctrl-C in its terminal."""
+        """As Ctrl-C in its terminal, and again: QEMU that has only just begun may miss one."""
         _, process, _ = self.staying.pop()
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(BLOCK_LIMIT_S * SLOW)
+        for _ in range(6):
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(BLOCK_LIMIT_S * SLOW / 6)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+        raise AssertionError(f"{process.args} did not end")
 
     def have_cluster(self):
         if self.cluster:
