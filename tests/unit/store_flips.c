@@ -440,17 +440,23 @@ static void quiet_stderr(void)
         dup2(fd, 2);
 }
 
+/* Opens the store itself, and gives its data.mdb, to be damaged. */
+static int opened(struct test_store *t)
+{
+    snprintf(t->dir, sizeof t->dir, "%s", dir);
+    snprintf(t->uri, sizeof t->uri, "lmdb:%s", dir);
+    test_env_start(&t->env);
+    test_store_reopen(t);
+    char path[240];
+    snprintf(path, sizeof path, "%s/data.mdb", dir);
+    return open(path, O_RDWR);
+}
+
 /* Reads with each of the cases in turn, on one open store. */
 static void child_live(void)
 {
     struct test_store t = {0};
-    snprintf(t.dir, sizeof t.dir, "%s", dir);
-    snprintf(t.uri, sizeof t.uri, "lmdb:%s", dir);
-    test_env_start(&t.env);
-    test_store_reopen(&t);
-    char path[240];
-    snprintf(path, sizeof path, "%s/data.mdb", dir);
-    int fd = open(path, O_RDWR);
+    int fd = opened(&t);
     uint8_t page[PAGE];
     while (report->next < n_cases) {
         const struct damage *d = &cases[report->next++];
@@ -508,13 +514,7 @@ static void child_reopen(void)
 static void child_cut(void)
 {
     struct test_store t = {0};
-    snprintf(t.dir, sizeof t.dir, "%s", dir);
-    snprintf(t.uri, sizeof t.uri, "lmdb:%s", dir);
-    test_env_start(&t.env);
-    test_store_reopen(&t);
-    char path[240];
-    snprintf(path, sizeof path, "%s/data.mdb", dir);
-    int fd = open(path, O_RDWR);
+    int fd = opened(&t);
     struct stat sb;
     assert_int_equal(fstat(fd, &sb), 0);
     uint8_t *all = mem_alloc((size_t)sb.st_size);
